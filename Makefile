@@ -1,0 +1,42 @@
+# make demo | test | lint | bench: each sets up .venv first if it is missing or pyproject.toml or constraints.txt changed. PYTHON=python3.12 picks
+# the interpreter, TORCH=torch==2.11.0 another torch.
+PYTHON ?= python3
+TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt)
+# One thread for each test process: two processes on two cores are faster than two processes with two threads each.
+TEST_THREADS ?= 1
+TEST_WORKERS ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint bench clean
+
+# torch goes first and alone: with it in place nothing that follows pulls another build of it.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(if $(filter command line environment,$(origin TORCH)),,-c constraints.txt) \
+	  -e '.[train,bench,dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m fastft demo $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	@# mypy does not see through an editable install's package map, so it gets the map as links.
+	rm -rf build/types && mkdir -p build/types/fastft
+	ln -s $(addprefix $(CURDIR)/,$(wildcard backend/*) patterns kernels autotune) build/types/fastft/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p fastft
+
+test: lint
+	OMP_NUM_THREADS=$(TEST_THREADS) TRITON_INTERPRET=1 $(BIN)/pytest -n $(TEST_WORKERS) tests/kernels
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest -n $(TEST_WORKERS) tests
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench $(ARGS)
+
+clean:
+	rm -rf .venv build out .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks *.egg-info
