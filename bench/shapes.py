@@ -1,0 +1,311 @@
+"""The one list of named real shapes: what tests, kernel benchmarks and the tuner run on.
+
+:data:`MODELS` holds architectures as their published ``config.json`` states them, in transformers' own field names;
+``bench/train.py`` builds models from the same rows. :data:`SHAPES` is derived from it: for each model and op, the sizes
+that op meets in that model, at a few (batch, seq) working points. A shape tagged ``test`` is small and odd on purpose:
+sizes that are no multiple of a block, one row, one head.
+
+    for shape in shapes("rms_norm", tag="test"):
+        x = torch.randn(shape["batch"], shape["seq"], shape["hidden"])
+
+Sizes are counts of elements. ``str(shape)`` is a test id. To add a model, add a row to :data:`MODELS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _rope(theta: float, **more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta, **more}
+
+
+def _model(
+    model_type: str,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    vocab: int,
+    **more: Any,
+) -> dict[str, Any]:
+    return dict(
+        model_type=model_type,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        **{"max_position_embeddings": 131072, "tie_word_embeddings": False, **more},
+    )
+
+
+LLAMA3 = dict(rms_norm_eps=1e-5, rope_parameters=LLAMA3_ROPE)
+LLAMA32 = dict(rms_norm_eps=1e-5, rope_parameters={**LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True)
+QWEN = dict(rms_norm_eps=1e-6, rope_parameters=_rope(1e6), max_position_embeddings=40960)
+GEMMA = dict(rms_norm_eps=1e-6, query_pre_attn_scalar=256, tie_word_embeddings=True)
+GEMMA2 = dict(**GEMMA, rope_parameters=_rope(1e4), sliding_window=4096, max_position_embeddings=8192)
+SOFTCAPS = dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+PHI4 = dict(rms_norm_eps=1e-5, max_position_embeddings=16384, original_max_position_embeddings=16384)
+GRANITE_SCALES = dict(
+    embedding_multiplier=12.0, attention_multiplier=0.0078125, residual_multiplier=0.22, logits_scaling=16.0
+)
+
+#: name → the fields of its transformers config that matter for sizes and numerics (``model_type`` picks the class).
+#: Columns: class, hidden, intermediate, layers, heads, key/value heads, head size, vocabulary.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": _model("llama", 4096, 14336, 32, 32, 8, 128, 128256, **LLAMA3),
+    "llama-3.2-1b": _model("llama", 2048, 8192, 16, 32, 8, 64, 128256, **LLAMA32),
+    "llama-3.2-3b": _model("llama", 3072, 8192, 28, 24, 8, 128, 128256, **LLAMA32),
+    "llama-3.3-70b": _model("llama", 8192, 28672, 80, 64, 8, 128, 128256, **LLAMA3),
+    "mistral-7b": _model(
+        "mistral",
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        128,
+        32000,
+        rms_norm_eps=1e-5,
+        rope_parameters=_rope(1e4),
+        sliding_window=4096,
+    ),
+    "qwen2.5-7b": _model("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, **QWEN),
+    "qwen3-8b": _model("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, **QWEN),
+    "qwen3-0.6b": _model("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, **{**QWEN, "tie_word_embeddings": True}),
+    "gemma-2-9b": _model("gemma2", 3584, 14336, 42, 16, 8, 256, 256000, **GEMMA2, **SOFTCAPS),
+    "gemma-3-1b": _model("gemma3_text", 1152, 6912, 26, 4, 1, 256, 262144, **GEMMA, sliding_window=512),
+    "phi-4": _model("phi3", 5120, 17920, 40, 40, 10, 128, 100352, **PHI4, rope_parameters=_rope(250000.0)),
+    # Only the first 96 of 128 elements of a head are rotated.
+    "phi-4-mini": _model(
+        "phi3",
+        3072,
+        8192,
+        32,
+        24,
+        8,
+        128,
+        200064,
+        **{**PHI4, "tie_word_embeddings": True},
+        rope_parameters=_rope(1e4, partial_rotary_factor=0.75),
+    ),
+    "granite-3.1-8b": _model(
+        "granite", 4096, 12800, 40, 32, 8, 128, 49155, rms_norm_eps=1e-5, rope_parameters=_rope(1e7), **GRANITE_SCALES
+    ),
+    "starcoder2-7b": _model(
+        "starcoder2",
+        4608,
+        18432,
+        32,
+        36,
+        4,
+        128,
+        49152,
+        norm_epsilon=1e-5,
+        rope_parameters=_rope(1e6),
+        sliding_window=4096,
+        use_bias=True,
+        hidden_act="gelu_pytorch_tanh",
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+    # The smallest that still has every kind of site: for tests of the harness on a CPU.
+    "tiny": _model("llama", 64, 176, 2, 4, 2, 16, 512, rms_norm_eps=1e-5, rope_parameters=_rope(1e4)),
+    # About a billion parameters with a small vocabulary: the demo's text on a GPU.
+    "llama-1b": _model("llama", 2048, 5632, 22, 32, 8, 64, 32000, rms_norm_eps=1e-5, rope_parameters=_rope(1e4)),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One op at one model's sizes. ``shape["hidden"]`` reads a size; ``tags`` are how a user picks rows.
+
+    Tags: ``primary`` (what the benchmark runs by default), ``long`` (32k tokens in one sequence), ``test`` (small and
+    odd, for the tests).
+    """
+
+    op: str
+    model: str
+    dims: dict[str, Any] = field(hash=False)
+    tags: frozenset[str] = frozenset()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.dims:
+            raise KeyError(f"{self.op} shapes have no size {name!r}; they have {', '.join(self.dims)}")
+        return self.dims[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.dims.get(name, default)
+
+    def __str__(self) -> str:
+        sizes = "x".join(str(v) for v in self.dims.values() if v is not None and v != 0 and v is not False)
+        return f"{self.op}-{self.model}-{sizes}"
+
+
+def _heads(config: dict[str, Any]) -> tuple[int, int, int]:
+    """(query heads, key/value heads, head size)."""
+    heads = config["num_attention_heads"]
+    return heads, config["num_key_value_heads"], config.get("head_dim") or config["hidden_size"] // heads
+
+
+def _activation(config: dict[str, Any]) -> str:
+    return "gelu_tanh" if config["model_type"].startswith("gemma") else "silu"
+
+
+def linears(model: str) -> list[tuple[str, int, int]]:
+    """The linears of one decoder layer: (name, out_features, in_features). phi3 fuses q, k, v, and gate, up."""
+    config = MODELS[model]
+    heads, kv_heads, head_dim = _heads(config)
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    attention = heads * head_dim
+    if config["model_type"] == "phi3":
+        return [
+            ("qkv_proj", attention + 2 * kv_heads * head_dim, hidden),
+            ("o_proj", hidden, attention),
+            ("gate_up_proj", 2 * intermediate, hidden),
+            ("down_proj", hidden, intermediate),
+        ]
+    mlp = [("up_proj", intermediate, hidden), ("down_proj", hidden, intermediate)]
+    if config["model_type"] != "starcoder2":
+        mlp.insert(0, ("gate_proj", intermediate, hidden))
+    return [
+        ("q_proj", attention, hidden),
+        ("k_proj", kv_heads * head_dim, hidden),
+        ("v_proj", kv_heads * head_dim, hidden),
+        ("o_proj", hidden, attention),
+        *mlp,
+    ]
+
+
+def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterator[Shape]:
+    """Every op's sizes in ``model`` at one working point. Linears of equal sizes appear once."""
+    config = MODELS[model]
+    heads, kv_heads, head_dim = _heads(config)
+    hidden, family = config["hidden_size"], config["model_type"]
+    tokens = dict(batch=batch, seq=seq)
+
+    def shape(op: str, **dims: Any) -> Shape:
+        return Shape(op, model, dims, tags)
+
+    if family == "starcoder2":
+        yield shape("layer_norm", **tokens, hidden=hidden, eps=config["norm_epsilon"])
+    else:
+        offset = 1.0 if family.startswith("gemma") else 0.0  # Gemma multiplies by 1 + weight
+        yield shape("rms_norm", **tokens, hidden=hidden, eps=config["rms_norm_eps"], offset=offset)
+        yield shape("glu", **tokens, intermediate=config["intermediate_size"], activation=_activation(config))
+    if family == "qwen3":  # norm of each head of q: rows of head_dim
+        yield shape("rms_norm", batch=batch, seq=seq * heads, hidden=head_dim, eps=config["rms_norm_eps"], offset=0.0)
+    fraction = config.get("rope_parameters", {}).get("partial_rotary_factor", 1.0)
+    per_head = dict(**tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    yield shape("rotary", **per_head, rotary_dim=int(head_dim * fraction))
+    softcap = config.get("attn_logit_softcapping")
+    yield shape("attention", **per_head, window=config.get("sliding_window"), softcap=softcap)
+    seen = set()
+    for _, out_features, in_features in linears(model):
+        if (out_features, in_features) not in seen:
+            seen.add((out_features, in_features))
+            yield shape("lora_linear", **tokens, in_features=in_features, out_features=out_features, rank=16)
+    softcap = config.get("final_logit_softcapping")
+    yield shape("linear_cross_entropy", **tokens, hidden=hidden, vocab=config["vocab_size"], softcap=softcap)
+
+
+def _nf4(model: str, tags: frozenset[str]) -> Iterator[Shape]:
+    """Weights to dequantise: independent of batch and seq."""
+    for out_features, in_features in dict.fromkeys((o, i) for _, o, i in linears(model)):
+        yield Shape("nf4", model, dict(out_features=out_features, in_features=in_features), tags)
+
+
+def _tests() -> Iterator[Shape]:
+    """Small and odd: the interpreter runs these."""
+
+    def shape(op: str, **dims: Any) -> Shape:
+        return Shape(op, "odd", dims, frozenset({"test"}))
+
+    for batch, seq, hidden in ((1, 1, 8), (2, 3, 48), (1, 7, 129), (3, 5, 256)):
+        for offset in (0.0, 1.0):
+            yield shape("rms_norm", batch=batch, seq=seq, hidden=hidden, eps=1e-6, offset=offset)
+        yield shape("layer_norm", batch=batch, seq=seq, hidden=hidden, eps=1e-5)
+    for batch, seq, intermediate in ((1, 1, 16), (2, 3, 129), (1, 9, 352)):
+        for activation in ("silu", "gelu", "gelu_tanh"):
+            yield shape("glu", batch=batch, seq=seq, intermediate=intermediate, activation=activation)
+    for batch, seq, heads, kv_heads, head_dim, rotary_dim in (
+        (1, 1, 1, 1, 16, 16),
+        (2, 5, 4, 2, 32, 32),
+        (1, 7, 3, 1, 40, 30),
+        (2, 3, 6, 2, 80, 32),
+    ):
+        sizes = dict(batch=batch, seq=seq, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+        yield shape("rotary", **sizes, rotary_dim=rotary_dim)
+    for batch, seq, in_features, out_features, rank in (
+        (1, 1, 16, 16, 1),
+        (2, 5, 48, 80, 8),
+        (1, 7, 64, 24, 16),
+        (3, 3, 80, 48, 5),
+    ):
+        sizes = dict(batch=batch, seq=seq, in_features=in_features, out_features=out_features)
+        yield shape("lora_linear", **sizes, rank=rank)
+    for out_features, in_features in ((16, 64), (48, 80), (80, 64), (7, 192)):
+        yield shape("nf4", out_features=out_features, in_features=in_features)
+    for batch, seq, hidden, vocab, softcap in (
+        (1, 2, 16, 32, None),
+        (2, 5, 48, 97, None),
+        (1, 7, 64, 300, 30.0),
+        (2, 9, 32, 131, None),
+    ):
+        yield shape("linear_cross_entropy", batch=batch, seq=seq, hidden=hidden, vocab=vocab, softcap=softcap)
+    for batch, seq, heads, kv_heads, head_dim, window, softcap in (
+        (1, 1, 1, 1, 16, None, None),
+        (2, 17, 4, 2, 16, None, None),
+        (1, 33, 4, 1, 32, 8, None),
+        (2, 19, 2, 2, 32, None, 50.0),
+    ):
+        sizes = dict(batch=batch, seq=seq, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+        yield shape("attention", **sizes, window=window, softcap=softcap)
+
+
+#: Measured by default: one model for each way an op is used (head norms, offset norms, soft caps, fused linears, ...).
+PRIMARY = ("llama-3.1-8b", "llama-3.2-1b", "qwen3-8b", "gemma-2-9b", "mistral-7b", "phi-4", "starcoder2-7b")
+_SMALL = ("tiny", "llama-1b")
+
+
+def _all() -> Iterator[Shape]:
+    for model in MODELS:
+        if model in _SMALL:
+            continue
+        tags = frozenset({"primary"}) if model in PRIMARY else frozenset()
+        yield from _of_model(model, 4, 2048, tags)
+        yield from _nf4(model, tags)
+    yield from _of_model("llama-3.1-8b", 1, 32768, frozenset({"long"}))
+    yield from _tests()
+
+
+SHAPES: tuple[Shape, ...] = tuple(_all())
+
+
+def shapes(op: str | None = None, *, model: str | None = None, tag: str | None = None) -> list[Shape]:
+    """The shapes of ``op``, of ``model``, with ``tag``; None means any.
+
+    Raises ``KeyError`` for an op or a model that has no shapes at all, naming those that have.
+    """
+    ops, models = {s.op for s in SHAPES}, {s.model for s in SHAPES}
+    if op is not None and op not in ops:
+        raise KeyError(f"no shapes for op {op!r}; there are shapes for {', '.join(sorted(ops))}")
+    if model is not None and model not in models:
+        raise KeyError(f"no shapes for model {model!r}; there are shapes for {', '.join(sorted(models))}")
+    return [s for s in SHAPES if op in (None, s.op) and model in (None, s.model) and (tag is None or tag in s.tags)]
