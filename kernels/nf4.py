@@ -1,0 +1,276 @@
+"""NF4 weights: dequantise to a dense [N, K] matrix in one launch, double quantisation included.
+
+QLoRA (Dettmers et al., 2023, arXiv:2305.14314) stores a weight as 4-bit indices into a table of 16 levels, ``NF4``, and
+one scale for each block of ``blocksize`` consecutive weights of the flattened [N, K] matrix::
+
+    w[i] = NF4[q[i]] · absmax[i // blocksize]                         (in fp32, then one rounding to ``dtype``)
+
+Two indices share a byte: weight 2i is its high nibble, weight 2i + 1 its low one. With double quantisation the scales are
+8-bit indices themselves::
+
+    absmax[j] = absmax_code[absmax8[j]] · absmax2[j // blocksize2] + absmax_offset
+
+in fp32, product and sum rounded separately. These are bitsandbytes' formulas in bitsandbytes' order of roundings: the
+result equals ``bitsandbytes.functional.dequantize_4bit`` on CUDA bit for bit.
+
+The op is memory bound: it reads half a byte and writes ``dtype.itemsize`` bytes a weight. The weight is frozen by
+construction, so there is no backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import sympy
+import torch
+
+from fastft.kernels._op import Cost, Op, Reason, Recompute, raw_op, register, use_triton
+from fastft.kernels._triton import jit, tl, triton
+
+#: The 16 levels (QLoRA's appendix E): quantiles of a standard normal, scaled to [-1, 1], with an exact zero.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@functools.cache
+def _levels(device: torch.device) -> torch.Tensor:
+    return torch.tensor(NF4, dtype=torch.float32, device=device)
+
+
+# ------------------------------------------------------------------------------------------------------------ reference
+
+
+def nf4_absmax(
+    absmax: torch.Tensor,
+    absmax_code: torch.Tensor | None = None,
+    absmax_offset: torch.Tensor | None = None,
+    absmax2: torch.Tensor | None = None,
+    blocksize2: int = 256,
+) -> torch.Tensor:
+    """The fp32 scale of each block, [blocks]: ``absmax`` itself, or decoded from its 8-bit form."""
+    if absmax_code is None or absmax2 is None or absmax_offset is None:
+        return absmax
+    scale2 = absmax2.repeat_interleave(blocksize2)[: absmax.numel()]
+    return absmax_code[absmax.long()] * scale2 + absmax_offset
+
+
+def nf4_dequantize_reference(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax_code: torch.Tensor | None,
+    absmax_offset: torch.Tensor | None,
+    absmax2: torch.Tensor | None,
+    blocksize: int,
+    blocksize2: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """:func:`nf4_dequantize` in plain PyTorch."""
+    size = math.prod(shape)
+    levels = _levels(packed.device)
+    data = packed.reshape(-1).view(torch.uint8)[: (size + 1) // 2]
+    weight = torch.stack((levels[(data >> 4).long()], levels[(data & 15).long()]), -1).view(-1)[:size]
+    scale = nf4_absmax(absmax, absmax_code, absmax_offset, absmax2, blocksize2).repeat_interleave(blocksize)[:size]
+    return (weight * scale).to(dtype).view(*shape)
+
+
+# --------------------------------------------------------------------------------------------------------------- kernel
+
+#: A program's tile is GROUPS × 4 bytes: 8 weights a thread and step, so that each thread stores 16 bytes of bf16 at once,
+#: neighbours side by side.
+GROUPS = 512
+
+
+@jit
+def _nf4_dequantize_kernel(
+    out_ptr,
+    packed_ptr,
+    levels_ptr,
+    absmax_ptr,
+    code_ptr,
+    offset_ptr,
+    absmax2_ptr,
+    size,
+    BLOCKSIZE: tl.constexpr,
+    BLOCKSIZE2: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    byte = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+    data = tl.load(packed_ptr + byte, mask=byte * 2 < size, other=0, eviction_policy="evict_first").to(tl.int32)
+
+    # 8 consecutive weights never straddle a block: blocksizes are powers of two, 32 at least.
+    block = group * 8 // BLOCKSIZE
+    live = group * 8 < size
+    if DOUBLE:
+        code = tl.load(code_ptr + tl.load(absmax_ptr + block, mask=live, other=0).to(tl.int32))
+        scale = code * tl.load(absmax2_ptr + block // BLOCKSIZE2, mask=live, other=0.0) + tl.load(offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + block, mask=live, other=0.0)
+
+    high = tl.load(levels_ptr + (data >> 4)) * scale[:, None]
+    low = tl.load(levels_ptr + (data & 15)) * scale[:, None]
+    weight = tl.interleave(high, low)
+    index = group[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(out_ptr + index, weight.to(out_ptr.dtype.element_ty), mask=index < size)
+
+
+# ------------------------------------------------------------------------------------------------------ launcher and op
+
+
+def dequantize_into(
+    out: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax_code: torch.Tensor | None,
+    absmax_offset: torch.Tensor | None,
+    absmax2: torch.Tensor | None,
+    blocksize: int,
+    blocksize2: int,
+) -> torch.Tensor:
+    """Write the dequantised weight to ``out`` and return it; ``out`` is contiguous, its shape and dtype are those wanted.
+
+    For bodies of ops only: it writes to an argument.
+    """
+    if not use_triton(packed):
+        scales = (absmax, absmax_code, absmax_offset, absmax2, blocksize, blocksize2)
+        return out.copy_(nf4_dequantize_reference(packed, *scales, out.shape, out.dtype))
+    size = out.numel()
+    if size:
+        _nf4_dequantize_kernel[(triton.cdiv(size, GROUPS * 8),)](
+            out,
+            packed.view(torch.uint8),
+            _levels(packed.device),
+            absmax,
+            absmax_code,
+            absmax_offset,
+            absmax2,
+            size,
+            BLOCKSIZE=blocksize,
+            BLOCKSIZE2=blocksize2,
+            DOUBLE=absmax_code is not None,
+            GROUPS=GROUPS,
+            num_warps=4,
+            # A fused multiply-add would skip the rounding between product and offset, and with it bit equality.
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+def _nf4_dequantize(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax_code: torch.Tensor | None,
+    absmax_offset: torch.Tensor | None,
+    absmax2: torch.Tensor | None,
+    blocksize: int,
+    blocksize2: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    reason = supported(packed, absmax, absmax_code, absmax_offset, absmax2, blocksize, blocksize2, shape, dtype)
+    if reason is not None:
+        raise ValueError(f"nf4_dequantize: {reason}")
+    out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+    return dequantize_into(out, packed.contiguous(), absmax, absmax_code, absmax_offset, absmax2, blocksize, blocksize2)
+
+
+_raw = raw_op(
+    "nf4_dequantize(Tensor packed, Tensor absmax, Tensor? absmax_code, Tensor? absmax_offset, Tensor? absmax2, "
+    "int blocksize, int blocksize2, SymInt[] shape, ScalarType dtype) -> Tensor",
+    _nf4_dequantize,
+    lambda packed, *rest: packed.new_empty(rest[-2], dtype=rest[-1]),
+)
+
+
+def nf4_dequantize(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax_code: torch.Tensor | None,
+    absmax_offset: torch.Tensor | None,
+    absmax2: torch.Tensor | None,
+    blocksize: int,
+    blocksize2: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The dense weight, [N, K] in ``dtype`` (fp32, fp16, bf16), of an NF4 weight as bitsandbytes stores it.
+
+    ``packed``: ⌈N·K / 2⌉ bytes in any shape and storage dtype. ``absmax``: [blocks] fp32, or uint8 when double quantised;
+    then ``absmax_code`` [256], ``absmax_offset`` [] and ``absmax2`` [⌈blocks / blocksize2⌉], all fp32, decode it.
+    ``blocksize``: weights for each scale, a power of two; ``blocksize2``: scales for each second-level scale.
+    Not differentiable: the weight is frozen.
+
+    Raises ValueError for another dtype, blocksize, or sizes that do not belong together.
+    """
+    return _raw(packed, absmax, absmax_code, absmax_offset, absmax2, blocksize, blocksize2, shape, dtype)
+
+
+def supported(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    absmax_code: torch.Tensor | None,
+    absmax_offset: torch.Tensor | None,
+    absmax2: torch.Tensor | None,
+    blocksize: int,
+    blocksize2: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Reason | None:
+    """None, or why the op cannot run on these arguments."""
+    # The levels times an fp32 scale are rounded once, to one of these.
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return Reason("dtype", f"an NF4 weight is dequantised to float32, float16 or bfloat16, not {dtype}")
+    # 8 consecutive weights share a scale in the kernel.
+    if blocksize < 32 or blocksize & (blocksize - 1) or blocksize2 < 1:
+        return Reason(
+            "blocksize", f"blocksizes {blocksize}, {blocksize2}: a power of two ≥ 32 and a positive number go"
+        )
+    size = math.prod(shape)
+    stored = packed.numel() * packed.element_size()
+    if stored < (size + 1) // 2:
+        return Reason("shape", f"{stored} packed bytes are too few for a weight of shape {tuple(shape)}")
+    blocks = -(-size // blocksize)
+    if absmax.numel() < blocks:
+        return Reason("shape", f"{absmax.numel()} scales are too few for {blocks} blocks of {blocksize}")
+    double = (absmax_code is not None, absmax_offset is not None, absmax2 is not None)
+    if any(double) != all(double):
+        return Reason("quantization", "double quantisation needs absmax_code, absmax_offset and absmax2 together")
+    wanted = torch.uint8 if all(double) else torch.float32
+    if absmax.dtype != wanted:
+        kind = "double" if all(double) else "single"
+        return Reason("dtype", f"the scales are {absmax.dtype}; {kind} quantisation has {wanted}")
+    if absmax_code is not None and absmax_offset is not None and absmax2 is not None:
+        if absmax_code.numel() != 256 or absmax2.numel() < -(-blocks // blocksize2):
+            found = f"absmax_code has {absmax_code.numel()} levels, absmax2 {absmax2.numel()} scales"
+            return Reason("shape", f"{found}; 256 and at least {-(-blocks // blocksize2)} are needed")
+        if {absmax_code.dtype, absmax_offset.dtype, absmax2.dtype} != {torch.float32}:
+            return Reason("dtype", "absmax_code, absmax_offset and absmax2 must be float32")
+    return None
+
+
+def cost(N: sympy.Expr, K: sympy.Expr, blocksize: int = 64, itemsize: int = 2) -> Cost:
+    """For an [N, K] weight, double quantised (a byte of scale each block), written in ``itemsize`` bytes an element."""
+    size = sympy.sympify(N) * K
+    moved = size / 2 + size / sympy.Integer(blocksize) + itemsize * size
+    return Cost(flops=size, bytes_moved=moved, bytes_kept=sympy.Integer(0))
+
+
+OP = register(
+    Op(
+        name="nf4_dequantize",
+        call=nf4_dequantize,
+        reference=nf4_dequantize_reference,
+        supported=supported,
+        raw=("nf4_dequantize",),
+        recompute=Recompute.CHEAP,
+        cost=cost,
+    )
+)

@@ -1,0 +1,114 @@
+"""NF4 dequantisation: bit for bit what bitsandbytes gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastft.kernels._op import INTERPRET
+from fastft.kernels.nf4 import NF4, OP, nf4_dequantize
+
+functional = pytest.importorskip("bitsandbytes.functional")
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+#: Even row lengths are multiples of the blocksize, 64: with others bitsandbytes' CPU kernel (not its CUDA and generic
+#: ones) reads the wrong scales.
+SHAPES = [(1, 64), (3, 192), (5, 7), (33, 51), (257, 129), (130, 512)]
+
+
+def quantised(shape, dtype, blocksize=64, double=True, device="cpu", storage=torch.uint8, seed=0):
+    """A weight as bitsandbytes stores it: (packed, quant state, arguments of nf4_dequantize)."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator).to(dtype).to(device)
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=blocksize, compress_statistics=double, quant_type="nf4", quant_storage=storage
+    )
+    if double:
+        scales = (state.absmax, state.state2.code, state.offset, state.state2.absmax, blocksize, state.state2.blocksize)
+    else:
+        scales = (state.absmax, None, None, None, blocksize, 256)
+    return packed, state, (packed, *scales, shape, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_bitsandbytes(shape, dtype, double, device):
+    packed, state, args = quantised(shape, dtype, double=double, device=device)
+    expected = functional.dequantize_4bit(packed, state)
+    if INTERPRET and dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton's interpreter rounds bf16 wrongly")
+    assert torch.equal(nf4_dequantize(*args), expected)
+    assert torch.equal(OP.reference(*args), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("blocksize", [32, 128, 1024])
+def test_blocksizes(blocksize, device):
+    packed, state, args = quantised((6, 1024), torch.float16, blocksize, device=device)
+    assert torch.equal(nf4_dequantize(*args), functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("shape", [(3, 32), (48, 80)], ids=str)
+def test_blocks_across_rows(shape):
+    """Rows that are no multiple of the blocksize: blocks run on over their ends. The result is near the original."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    out = nf4_dequantize(*quantised(shape, torch.float32, double=False)[2])
+    assert (out - weight).norm() < 0.12 * weight.norm()
+
+
+def test_other_storage_dtype():
+    packed, state, args = quantised((64, 64), torch.float32, storage=torch.bfloat16)
+    assert packed.dtype == torch.bfloat16
+    assert torch.equal(nf4_dequantize(*args), functional.dequantize_4bit(packed, state))
+
+
+def test_same_as_the_fused_op_of_bitsandbytes():
+    """``gemm_4bit`` on the identity gives the weight it multiplies with."""
+    _, state, args = quantised((32, 64), torch.float32)
+    eye = torch.eye(64)
+    out = torch.ops.bitsandbytes.gemm_4bit.default(
+        eye, args[0].view(-1, 1), (32, 64), state.state2.absmax, 64, "nf4",
+        bias=None, absmax_8bit=state.absmax, absmax_code=state.state2.code, absmax_offset=state.offset,
+    )  # fmt: skip
+    assert torch.equal(out.t().contiguous(), nf4_dequantize(*args))
+
+
+def test_levels_are_those_of_bitsandbytes():
+    assert torch.equal(torch.tensor(NF4), functional.get_4bit_type("nf4", device="cpu"))
+
+
+def test_empty():
+    args = (torch.empty(0, dtype=torch.uint8), torch.empty(0), None, None, None, 64, 256, (0, 64), torch.float32)
+    assert nf4_dequantize(*args).shape == (0, 64)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_opcheck(double):
+    _, _, args = quantised((8, 64), torch.float32, double=double)
+    torch.library.opcheck(torch.ops.fastft.nf4_dequantize.default, args, raise_exception=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({8: torch.float64}, "dtype"),
+        ({5: 48}, "blocksize"),
+        ({7: (8, 640)}, "shape"),
+        ({1: torch.zeros(1, dtype=torch.uint8)}, "shape"),
+        ({1: torch.zeros(8)}, "dtype"),
+        ({2: None}, "quantization"),
+        ({3: torch.zeros((), dtype=torch.float16)}, "dtype"),
+    ],
+    ids=["float64", "blocksize", "packed", "absmax", "absmax-dtype", "half-state", "offset-dtype"],
+)
+def test_refusals(change, code):
+    args = list(quantised((8, 64), torch.float32)[2])
+    for position, wrong in change.items():
+        args[position] = wrong
+    reason = OP.supported(*args)
+    assert reason is not None and reason.code == code
+    with pytest.raises(ValueError, match="nf4_dequantize"):
+        nf4_dequantize(*args)
