@@ -1,7 +1,8 @@
 """Triton, or stand-ins that let a kernel file be imported where Triton is missing (CPU-only wheels, macOS).
 
-Kernels are written once, at module level, as ``@jit def kernel(x_ptr, N: tl.constexpr)``. Without Triton they stay plain functions that nobody calls:
-``use_triton`` sends every tensor to the PyTorch body. Kernel files need ``from __future__ import annotations``, so that no annotation is evaluated.
+Kernels are written once, at module level, as ``@jit def kernel(x_ptr, N: tl.constexpr)``. Without Triton they stay
+plain functions that nobody calls: ``use_triton`` sends every tensor to the PyTorch body. Kernel files need ``from
+__future__ import annotations``, so that no annotation is evaluated.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ except ImportError:
     HAS_TRITON = False
 
     class _Missing:
-        """Stands for a module that is not there: module-level constants still work, everything else says what is missing."""
+        """Stands for a module that is not there: module-level constants still work, everything else says what is
+        missing."""
 
         @staticmethod
         def constexpr(value: Any) -> Any:
             return value
 
         def __getattr__(self, name: str) -> Any:
-            raise ImportError(f"fastft needs Triton for {name!r}, and Triton is not installed: pip install triton (Linux), or run on the CPU")
+            raise ImportError(f"fastft needs Triton for {name!r}: pip install triton (Linux), or run on the CPU")
 
     triton: Any = _Missing()
     tl: Any = _Missing()

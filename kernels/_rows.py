@@ -1,0 +1,79 @@
+"""How row-wise kernels (norms, gated activations) walk over a tensor ``[..., N]`` without copying it first.
+
+A row is the last axis, contiguous. The other axes are visited in the memory order of the first tensor and merged where
+every tensor allows it, which leaves at most two of them for everything that models make: one for a dense tensor in any
+order (``[batch, seq, hidden]``, or heads transposed), two for a slice of a fused projection (``q`` out of ``qkv``, one
+half of ``gate_up``). Row ``r`` of a tensor then begins at ``(r // inner) * outer_stride + (r % inner) * inner_stride``
+elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from fastft.kernels._triton import jit, tl
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``outer * inner`` rows; ``strides`` has one pair ``(outer_stride, inner_stride)``, in elements, for each
+    tensor."""
+
+    outer: int
+    inner: int
+    strides: tuple[tuple[int, int], ...]
+
+    @property
+    def count(self) -> int:
+        return self.outer * self.inner
+
+
+def rows_of(*tensors: torch.Tensor) -> Rows | None:
+    """The common walk over ``tensors``, whose leading axes agree (``[..., N]``; a value per row is ``[..., 1]``).
+
+    None when it takes more than two axes, or when a row of more than one element is not contiguous: the caller then
+    works on contiguous copies.
+    """
+    if any(t.shape[-1] > 1 and t.stride(-1) != 1 for t in tensors):
+        return None
+    sizes = tensors[0].shape[:-1]
+    axes = sorted((a for a, size in enumerate(sizes) if size != 1), key=tensors[0].stride, reverse=True)
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for a in axes:
+        strides = tuple(t.stride(a) for t in tensors)
+        if merged and all(before == s * sizes[a] for before, s in zip(merged[-1][1], strides, strict=True)):
+            merged[-1] = (merged[-1][0] * sizes[a], strides)
+        else:
+            merged.append((sizes[a], strides))
+    if len(merged) > 2:
+        return None
+    # A size-1 inner axis makes the division in `row_offset` vanish: Triton specialises on 1.
+    merged += [(1, (0,) * len(tensors))] * (2 - len(merged))
+    (outer, outer_strides), (inner, inner_strides) = merged
+    return Rows(outer, inner, tuple(zip(outer_strides, inner_strides, strict=True)))
+
+
+def size(n: int | torch.SymInt) -> sympy.Expr:
+    """A size as cost formulas take it: a sympy integer, or the expression of a dynamic dimension."""
+    return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 2 under Triton's interpreter, so that tests see programs with several blocks
+    of rows."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@jit
+def row_offset(row, inner, outer_stride, inner_stride):
+    """First element of each row in ``row``; 64-bit, since a long batch of wide rows passes 2³¹ elements."""
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@jit
+def tile_at(ptr, row, col, inner, outer_stride, inner_stride):
+    """Pointers to a tile of rows ``row`` and columns ``col``."""
+    return ptr + row_offset(row, inner, outer_stride, inner_stride)[:, None] + col[None, :]

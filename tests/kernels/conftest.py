@@ -1,0 +1,30 @@
+"""What runs under the kernel tests: the Triton kernels on a GPU or, with TRITON_INTERPRET=1, in the interpreter;
+PyTorch bodies otherwise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastft.kernels._op import INTERPRET
+from fastft.kernels._triton import HAS_TRITON
+
+if INTERPRET and HAS_TRITON:
+    from tests.kernels._interpreter import repair
+
+    repair()
+
+
+def pytest_report_header() -> str:
+    body = "Triton on CUDA" if torch.cuda.is_available() else "Triton's interpreter" if INTERPRET else "PyTorch bodies"
+    return f"fastft kernels: {body}"
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

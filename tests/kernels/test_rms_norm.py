@@ -1,0 +1,124 @@
+"""RMSNorm: kernel against fp64, layouts, raw ops, the formula itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastft.kernels._op import OPS
+from fastft.kernels.rms_norm import MAX_N, reference, rms_norm, supported
+from tests.kernels._check import check_op
+
+OP = OPS["rms_norm"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def inputs(shape, dtype, device, weight=True):
+    x = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
+    w = torch.randn(shape[-1], dtype=dtype, device=device, requires_grad=True) if weight else None
+    return x, w
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 5, 64), (3, 7, 4, 96), (65, 1), (1, 3, 4100), (300, 33)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_matches_reference(shape, dtype, offset, device):
+    check_op(OP, inputs(shape, dtype, device), 1e-6, offset, length=max(shape[-1], 700))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_weight(dtype, device):
+    check_op(OP, inputs((2, 9, 80), dtype, device, weight=False), 1e-5, length=80)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_weight_and_result_in_other_dtypes(out_dtype, device):
+    x = torch.randn(2, 6, 48, dtype=torch.float16, device=device, requires_grad=True)
+    w = torch.randn(48, dtype=torch.float32, device=device, requires_grad=True)
+    check_op(OP, (x, w), 1e-6, 0.0, out_dtype, length=48)
+
+
+def test_only_what_is_asked_for(device):
+    x, w = inputs((4, 32), torch.float32, device)
+    (dx,) = torch.autograd.grad(rms_norm(x, w.detach(), 1e-6).sum(), [x])
+    (dw,) = torch.autograd.grad(rms_norm(x.detach(), w, 1e-6).sum(), [w])
+    dx_too, dw_too = torch.autograd.grad(rms_norm(x, w, 1e-6).sum(), [x, w])
+    assert torch.equal(dx, dx_too) and torch.equal(dw, dw_too)
+
+
+def test_repeats_bit_for_bit(device):
+    x, w = inputs((257, 40), torch.float16, device)
+    first, second = (torch.autograd.grad(rms_norm(x, w, 1e-6).float().square().sum(), [x, w]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+LAYOUTS = {
+    "heads of a projection": lambda d: torch.randn(2, 5, 4 * 32, device=d).view(2, 5, 4, 32),
+    "heads transposed": lambda d: torch.randn(2, 5, 4, 32, device=d).transpose(1, 2),
+    "slice of a fused projection": lambda d: torch.randn(2, 5, 12 * 32, device=d)[..., 64:192].view(2, 5, 4, 32),
+    "three strides": lambda d: torch.randn(3, 5, 6, 32, device=d)[:, ::2, ::2],
+    "rows not contiguous": lambda d: torch.randn(2, 32, 7, device=d).transpose(1, 2),
+    "expanded": lambda d: torch.randn(2, 1, 32, device=d).expand(2, 5, 32),
+    "one row": lambda d: torch.randn(32, device=d),
+    "empty": lambda d: torch.randn(2, 0, 32, device=d),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strided_grads", [False, True])
+def test_layouts(layout, strided_grads, device):
+    x = LAYOUTS[layout](device).requires_grad_()
+    w = torch.randn(32, device=device, requires_grad=True)
+    check_op(OP, (x, w), 1e-6, length=32, strided_grads=strided_grads)
+    y = rms_norm(x, w, 1e-6)
+    assert y.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_raw_ops(layout, device):
+    x = LAYOUTS[layout](device)
+    w = torch.randn(32, device=device)
+    torch.library.opcheck(torch.ops.fastft.rms_norm.default, (x, w, 1e-6, 0.0, torch.float16))
+    y, r = torch.ops.fastft.rms_norm(x, w, 1e-6, 0.0, None)
+    for want in [(True, True), (True, False), (False, True)]:
+        torch.library.opcheck(torch.ops.fastft.rms_norm_backward.default, (torch.randn_like(y), x, w, r, 0.0, *want))
+
+
+@pytest.mark.parametrize("fn", [rms_norm, reference])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_gradcheck(fn, offset, device):
+    x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: fn(x, w, 1e-6, offset), (x, w))
+    assert torch.autograd.gradcheck(lambda x: fn(x, None, 1e-6, offset), (x,))
+
+
+def test_compiles_without_retracing_the_body(device):
+    x, w = inputs((2, 5, 64), torch.float32, device)
+    compiled = torch.compile(lambda x, w: rms_norm(x, w, 1e-6, 1.0), backend="aot_eager", fullgraph=True)
+    ours = torch.autograd.grad(compiled(x, w).square().sum(), [x, w])
+    eager = torch.autograd.grad(rms_norm(x, w, 1e-6, 1.0).square().sum(), [x, w])
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
+def test_autocast_does_not_reach_the_maths(device):
+    x, w = inputs((4, 64), torch.float32, device)
+    with torch.autocast(device, torch.bfloat16):
+        y = rms_norm(x, w, 1e-6)
+    assert torch.equal(y, rms_norm(x, w, 1e-6))
+
+
+@pytest.mark.parametrize(
+    "x, weight, out_dtype, code",
+    [
+        (torch.empty(2, 8), torch.empty(8), None, None),
+        (torch.empty(2, 8, dtype=torch.int32), torch.empty(8), None, "dtype"),
+        (torch.empty(2, 8), torch.empty(8), torch.int32, "dtype"),
+        (torch.empty(2, 8), torch.empty(4), None, "shape"),
+        (torch.empty(()), None, None, "shape"),
+        (torch.empty(1, MAX_N + 1), None, None, "size"),
+    ],
+)
+def test_supported(x, weight, out_dtype, code):
+    reason = supported(x, weight, 1e-6, 0.0, out_dtype)
+    assert (reason and reason.code) == code
