@@ -1,0 +1,876 @@
+"""Log-probabilities of labels, and their cross-entropy, under a language model's head, without its logits.
+
+For token t with hidden state h_t [hidden], head W [vocab, hidden], b [vocab] and label y_t::
+
+    r = dtype(W h_t + b)                                   the head's output, rounded as the linear layer rounds it
+    z = softcap(scale * r) / temperature                   softcap(u) = c tanh(u / c), or u
+    lse = log sum_v exp z_v        p_v = exp(z_v - lse)
+    log_prob = z_y - lse           entropy = lse - sum_v p_v z_v
+
+Everything after ``r`` is fp32 (fp64 for fp64 inputs). Backward::
+
+    d log_prob / d z_v = [v = y] - p_v
+    d entropy  / d z_v = -p_v (log p_v + entropy)
+    d z / d r          = scale (1 - tanh^2(scale r / c)) / temperature
+    dh = dr W              dW = sum_t dr_t h_t^T              db = sum_t dr_t
+
+Stages, and what never exists: [tokens, vocab] does not, in any dtype. Tokens are taken in chunks whose logits fill one
+reused buffer of at most ``CHUNK_BYTES``: (1) cuBLAS writes the chunk's logits into the buffer; (2) one Triton program
+per token reads them once for the online logsumexp, a second time (from L2) to overwrite them by the gradient; (3)
+cuBLAS multiplies the buffer by W.
+
+Frozen head: a token's gradient is linear in its own incoming gradient g_t, so stage 3 runs in forward with g_t = 1 and
+the backward only scales: dh_t = g_t u_t, where u_t = d log_prob_t / d h_t is kept as [tokens, hidden]. Two GEMMs in
+all, where recomputing logits in backward takes three. u is of unit scale, so storing it in bf16 or fp16 costs one
+relative rounding and no underflow. Trainable head, or a gradient of the entropy: dW and the entropy's term need g_t
+while dr is built, so forward keeps only lse and backward computes each chunk's logits again, with dW summed in fp32
+over chunks.
+
+Same maths as ``torch.nn.functional.cross_entropy`` and as TRL's ``ChunkedLogProbFunction`` (outputs and their meaning).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+import torch.nn.functional as F
+
+from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
+from fastft.kernels._triton import jit, tl, triton
+
+
+class LogProb(NamedTuple):
+    """Per-token results, each [tokens], 0 (False) where the label is ignored; an output that was not asked for is an
+    empty tensor [0].
+
+    ``log_prob`` and ``entropy`` are fp32 and differentiable, ``mean_logits`` (mean of z over the vocabulary),
+    ``log_sum_sq_probs`` (log sum p^2) and ``lse`` are fp32 without gradient, ``is_top1`` is bool: z has its first
+    maximum at the label. fp64 inputs give fp64 where this says fp32.
+    """
+
+    log_prob: torch.Tensor
+    entropy: torch.Tensor
+    is_top1: torch.Tensor
+    mean_logits: torch.Tensor
+    log_sum_sq_probs: torch.Tensor
+    lse: torch.Tensor
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What the maths after the GEMM runs in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _head_dtype(hidden: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype the head multiplies in: the caller's, else autocast's, else the hidden states' own (what ``F.linear``
+    would do).
+    """
+    if dtype is not None:
+        return dtype
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+# ------------------------------------------------------------------------------------------------------------ reference
+
+
+def _transform(
+    raw: torch.Tensor, softcap: float | None, logit_scale: float, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``(z, tanh)`` of raw logits that are already in the wide dtype; tanh is None without a softcap."""
+    z = raw * logit_scale if logit_scale != 1.0 else raw
+    tanh = None
+    if softcap is not None:
+        tanh = torch.tanh(z / softcap)
+        z = tanh * softcap
+    return (z / temperature if temperature != 1.0 else z), tanh
+
+
+def linear_log_prob_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    is_top1: bool = False,
+    mean_logits: bool = False,
+    log_sum_sq_probs: bool = False,
+    entropy_gradient: bool = True,
+    dtype: torch.dtype | None = None,
+) -> LogProb:
+    """:func:`linear_log_prob` in plain differentiable PyTorch, with all the logits at once."""
+    dtype = _head_dtype(hidden, dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        raw = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(_wide(dtype))
+    z, _ = _transform(raw, softcap, logit_scale, temperature)
+    valid = labels != ignore_index
+    # Ignored rows are replaced before any maths, so that a NaN in them reaches neither a value nor a gradient.
+    z = z.masked_fill(~valid[:, None], 0.0)
+    log_p = torch.log_softmax(z, dim=-1)
+    target = labels.masked_fill(~valid, 0)[:, None]
+    none = z.new_empty(0)
+
+    def kept(x: torch.Tensor) -> torch.Tensor:
+        return x.masked_fill(~valid, 0)
+
+    ent = kept(-(log_p.exp() * log_p).nan_to_num(nan=0.0).sum(-1)) if entropy else none
+    return LogProb(
+        log_prob=kept(log_p.gather(1, target).squeeze(1)),
+        entropy=ent if entropy_gradient else ent.detach(),
+        is_top1=kept(z.argmax(-1) == target.squeeze(1)) if is_top1 else none.bool(),
+        mean_logits=kept(z.detach().mean(-1)) if mean_logits else none,
+        log_sum_sq_probs=kept((2 * log_p.detach()).logsumexp(-1)) if log_sum_sq_probs else none,
+        lse=kept(z.detach().logsumexp(-1)),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+#: Most bytes that one chunk's logits may take. 256 MiB are 1024 tokens at a vocabulary of 128k in bf16: enough rows to
+#: keep cuBLAS at full rate.
+CHUNK_BYTES = 256 * 2**20
+
+
+def chunk_rows(tokens: int, vocab: int, itemsize: int) -> int:
+    """Tokens in one chunk: as many as ``CHUNK_BYTES`` allow, in chunks of about equal size and multiples of 128 rows (a
+    GEMM tile).
+    """
+    most = max(CHUNK_BYTES // max(vocab * itemsize, 1), 1)
+    if tokens <= most:
+        return max(tokens, 1)
+    most = most // 128 * 128 or most
+    even = math.ceil(tokens / math.ceil(tokens / most))
+    return min(math.ceil(even / 128) * 128, most)
+
+
+def _row_config(vocab: int) -> dict[str, int]:
+    """Columns that a program takes at a time, and its warps: 16 fp32 values a thread at real vocabularies."""
+    block = min(1 << max(vocab - 1, 1).bit_length(), 8192)
+    return {"BLOCK": block, "num_warps": max(min(block // 512, 16), 1)}
+
+
+# ------------------------------------------------------------------------------------------------------- Triton kernels
+
+
+@jit
+def _load_z(
+    logits_ptr,
+    offsets,
+    mask,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    INV_TEMPERATURE: tl.constexpr,
+):
+    """z and d z / d r of the logits at ``offsets``."""
+    z = tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if SCALE != 1.0:
+        z = z * SCALE
+    slope = SCALE * INV_TEMPERATURE
+    if HAS_SOFTCAP:
+        # tanh |u| = (1 - e) / (1 + e) with e = exp(-2 |u|), which cannot overflow; Triton has no portable tanh.
+        u = z / SOFTCAP
+        e = tl.exp(-2.0 * tl.abs(u))
+        tanh = (1.0 - e) / (1.0 + e)
+        tanh = tl.where(u < 0, -tanh, tanh)
+        z = tanh * SOFTCAP
+        slope = (1.0 - tanh * tanh) * slope
+    if INV_TEMPERATURE != 1.0:
+        z = z * INV_TEMPERATURE
+    return z, slope
+
+
+@jit
+def _forward_kernel(
+    logits_ptr,  # [rows, V], overwritten by d log_prob / d r when GRADIENT
+    labels_ptr,  # int64 [rows]
+    log_prob_ptr,
+    lse_ptr,
+    entropy_ptr,
+    is_top1_ptr,
+    mean_logits_ptr,
+    log_sum_sq_probs_ptr,
+    V: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    INV_TEMPERATURE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    IS_TOP1: tl.constexpr,
+    MEAN_LOGITS: tl.constexpr,
+    LOG_SUM_SQ_PROBS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program is one token. An ignored token's logits are not even read, only its gradient is set to zero.
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    logits_ptr += row * V
+    if label == IGNORE_INDEX:
+        tl.store(log_prob_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+        if ENTROPY:
+            tl.store(entropy_ptr + row, 0.0)
+        if IS_TOP1:
+            tl.store(is_top1_ptr + row, 0)
+        if MEAN_LOGITS:
+            tl.store(mean_logits_ptr + row, 0.0)
+        if LOG_SUM_SQ_PROBS:
+            tl.store(log_sum_sq_probs_ptr + row, 0.0)
+        if GRADIENT:
+            for start in range(0, V, BLOCK):
+                offsets = start + tl.arange(0, BLOCK)
+                zero = tl.zeros((BLOCK,), tl.float32)
+                tl.store(logits_ptr + offsets, zero.to(logits_ptr.dtype.element_ty), mask=offsets < V)
+    else:
+        largest = tl.full((), -float("inf"), tl.float32)
+        before = tl.full((), -float("inf"), tl.float32)
+        sum_e = tl.zeros((), tl.float32)
+        sum_ez = tl.zeros((), tl.float32)
+        sum_ee = tl.zeros((), tl.float32)
+        sum_z = tl.zeros((), tl.float32)
+        for start in range(0, V, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            mask = offsets < V
+            z, _ = _load_z(logits_ptr, offsets, mask, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+            if MEAN_LOGITS:
+                sum_z += tl.sum(tl.where(mask, z, 0.0), axis=0)
+            z = tl.where(mask, z, -float("inf"))
+            if IS_TOP1:
+                before = tl.maximum(before, tl.max(tl.where(offsets < label, z, -float("inf")), axis=0))
+            new = tl.maximum(largest, tl.max(z, axis=0))
+            # A block of -inf alone must not give exp(-inf + inf).
+            base = tl.where(new == -float("inf"), 0.0, new)
+            rescale = tl.exp(largest - base)
+            e = tl.exp(z - base)
+            sum_e = sum_e * rescale + tl.sum(e, axis=0)
+            if ENTROPY:
+                sum_ez = sum_ez * rescale + tl.sum(tl.where(e > 0, e * z, 0.0), axis=0)
+            if LOG_SUM_SQ_PROBS:
+                sum_ee = sum_ee * rescale * rescale + tl.sum(e * e, axis=0)
+            largest = new
+        base = tl.where(largest == -float("inf"), 0.0, largest)
+        lse = base + tl.log(sum_e)
+        # A label outside the vocabulary reads nothing and gives NaN: loud, and without a device-side assertion.
+        inside = (label >= 0) & (label < V)
+        z_label, _ = _load_z(logits_ptr, label, inside, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+        z_label = tl.where(inside, z_label, float("nan"))
+        tl.store(log_prob_ptr + row, z_label - lse)
+        tl.store(lse_ptr + row, lse)
+        if ENTROPY:
+            tl.store(entropy_ptr + row, lse - sum_ez / sum_e)
+        if IS_TOP1:
+            tl.store(is_top1_ptr + row, ((z_label >= largest) & (z_label > before)).to(tl.int8))
+        if MEAN_LOGITS:
+            tl.store(mean_logits_ptr + row, sum_z / V)
+        if LOG_SUM_SQ_PROBS:
+            tl.store(log_sum_sq_probs_ptr + row, tl.log(sum_ee) - 2.0 * tl.log(sum_e))
+        if GRADIENT:
+            for start in range(0, V, BLOCK):
+                offsets = start + tl.arange(0, BLOCK)
+                mask = offsets < V
+                z, slope = _load_z(logits_ptr, offsets, mask, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+                gradient = (tl.where(offsets == label, 1.0, 0.0) - tl.exp(z - lse)) * slope
+                tl.store(logits_ptr + offsets, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _backward_kernel(
+    logits_ptr,  # [rows, V], overwritten by d loss / d r
+    labels_ptr,  # int64 [rows]
+    lse_ptr,
+    entropy_ptr,
+    grad_log_prob_ptr,
+    grad_entropy_ptr,
+    V: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    INV_TEMPERATURE: tl.constexpr,
+    GRAD_LOG_PROB: tl.constexpr,
+    GRAD_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < V
+    logits_ptr += row * V
+    label = tl.load(labels_ptr + row)
+    z, slope = _load_z(logits_ptr, offsets, mask, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+    log_p = z - tl.load(lse_ptr + row)
+    p = tl.exp(log_p)
+    gradient = tl.zeros((BLOCK,), tl.float32)
+    if GRAD_LOG_PROB:
+        gradient += tl.load(grad_log_prob_ptr + row) * (tl.where(offsets == label, 1.0, 0.0) - p)
+    if GRAD_ENTROPY:
+        term = tl.where(p > 0, p * (log_p + tl.load(entropy_ptr + row)), 0.0)
+        gradient -= tl.load(grad_entropy_ptr + row) * term
+    # An ignored token contributes nothing, whatever its logits or its incoming gradient are.
+    gradient = tl.where(label == IGNORE_INDEX, 0.0, gradient * slope)
+    tl.store(logits_ptr + offsets, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+# ------------------------------------------------------------------------------------------------------------ launchers
+
+
+class _Head:
+    """The head of one call: its operands in the dtype it multiplies in, and the one buffer that every chunk's logits
+    are written to.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        softcap: float | None,
+        logit_scale: float,
+        temperature: float,
+    ) -> None:
+        self.hidden, self.dtype = hidden, dtype
+        self.weight = weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.maths = (softcap, logit_scale, temperature)
+        self.triton = use_triton(hidden)
+        tokens, vocab = hidden.shape[0], weight.shape[0]
+        self.rows = chunk_rows(tokens, vocab, dtype.itemsize)
+        self.buffer = torch.empty((min(self.rows, tokens), vocab), dtype=dtype, device=hidden.device)
+        self.constants = {
+            "V": vocab,
+            "SCALE": float(logit_scale),
+            "SOFTCAP": float(softcap or 1.0),
+            "HAS_SOFTCAP": softcap is not None,
+            "INV_TEMPERATURE": 1.0 / temperature,
+            **_row_config(vocab),
+        }
+
+    def chunks(self) -> list[slice]:
+        tokens = self.hidden.shape[0]
+        return [slice(start, min(start + self.rows, tokens)) for start in range(0, tokens, self.rows)]
+
+    def states(self, chunk: slice) -> torch.Tensor:
+        return self.hidden[chunk].to(self.dtype)
+
+    def logits(self, chunk: slice) -> torch.Tensor:
+        """The chunk's raw logits, in the buffer."""
+        out = self.buffer[: chunk.stop - chunk.start]
+        if self.bias is None:
+            return torch.mm(self.states(chunk), self.weight.t(), out=out)
+        return torch.addmm(self.bias, self.states(chunk), self.weight.t(), out=out)
+
+
+def _check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
+    """On the CPU, where looking costs no synchronisation, a label outside the vocabulary is an error, as in
+    ``F.cross_entropy``.
+    """
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    if bool(outside.any()):
+        raise IndexError(
+            f"label {int(labels[outside][0])} is out of bounds: labels must be in [0, {vocab}) or be ignore_index, "
+            f"which is {ignore_index}"
+        )
+
+
+def _forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    dtype: torch.dtype,
+    entropy: bool,
+    is_top1: bool,
+    mean_logits: bool,
+    log_sum_sq_probs: bool,
+    unit_gradient: bool,
+) -> tuple[torch.Tensor, ...]:
+    head = _Head(hidden, weight, bias, dtype, softcap, logit_scale, temperature)
+    labels = labels.contiguous()
+    outputs = _empty_outputs(hidden, dtype, entropy, is_top1, mean_logits, log_sum_sq_probs, unit_gradient)
+    if not hidden.is_cuda:
+        _check_labels(labels, weight.shape[0], ignore_index)
+    for chunk in head.chunks():
+        logits = head.logits(chunk)
+        # An output nobody asked for is empty; its kernel argument is never touched.
+        parts = [x[chunk] if x.shape[0] else x for x in outputs[:6]]
+        if head.triton:
+            _forward_kernel[(logits.shape[0],)](
+                logits,
+                labels[chunk],
+                *parts,
+                IGNORE_INDEX=ignore_index,
+                ENTROPY=entropy,
+                IS_TOP1=is_top1,
+                MEAN_LOGITS=mean_logits,
+                LOG_SUM_SQ_PROBS=log_sum_sq_probs,
+                GRADIENT=unit_gradient,
+                **head.constants,
+            )
+        else:
+            _forward_chunk(logits, labels[chunk], parts, ignore_index, *head.maths, unit_gradient)
+        if unit_gradient:
+            torch.mm(logits, head.weight, out=outputs[6][chunk])
+    return outputs
+
+
+def _forward_chunk(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    parts: list[torch.Tensor],
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    gradient: bool,
+) -> None:
+    """``_forward_kernel`` in PyTorch, for tensors that Triton does not take."""
+    log_prob, lse, entropy, is_top1, mean_logits, log_sum_sq_probs = parts
+    ignored = labels == ignore_index
+    z, tanh = _transform(logits.to(log_prob.dtype), softcap, logit_scale, temperature)
+    target = labels.masked_fill(ignored, 0)[:, None]
+    log_z = z.logsumexp(-1)
+    lse.copy_(log_z.masked_fill(ignored, 0))
+    log_prob.copy_((z.gather(1, target).squeeze(1) - log_z).masked_fill(ignored, 0))
+    if mean_logits.shape[0]:
+        mean_logits.copy_(z.mean(-1).masked_fill(ignored, 0))
+    if is_top1.shape[0]:
+        is_top1.copy_((z.argmax(-1) == target.squeeze(1)).masked_fill(ignored, False))
+    p = torch.exp(z - log_z[:, None])
+    if entropy.shape[0]:
+        entropy.copy_((log_z - (p * z).masked_fill_(p == 0, 0).sum(-1)).masked_fill(ignored, 0))
+    if log_sum_sq_probs.shape[0]:
+        log_sum_sq_probs.copy_((p * p).sum(-1).log().masked_fill(ignored, 0))
+    if gradient:
+        dr = p.neg_().scatter_add_(1, target, torch.ones_like(target, dtype=p.dtype)).mul_(logit_scale / temperature)
+        if tanh is not None:
+            dr.mul_(1 - tanh * tanh)
+        logits.copy_(dr.masked_fill_(ignored[:, None], 0))
+
+
+def _empty_outputs(
+    hidden: torch.Tensor,
+    dtype: torch.dtype,
+    entropy: bool,
+    is_top1: bool,
+    mean_logits: bool,
+    log_sum_sq_probs: bool,
+    unit_gradient: bool,
+) -> tuple[torch.Tensor, ...]:
+    """(log_prob, lse, entropy, is_top1, mean_logits, log_sum_sq_probs, unit gradient), what is not asked for being
+    empty.
+    """
+    tokens, wide = hidden.shape[0], _wide(dtype)
+
+    def per_token(wanted: bool, kind: torch.dtype = wide) -> torch.Tensor:
+        return hidden.new_empty((tokens if wanted else 0,), dtype=kind)
+
+    return (
+        per_token(True),
+        per_token(True),
+        per_token(entropy),
+        per_token(is_top1, torch.bool),
+        per_token(mean_logits),
+        per_token(log_sum_sq_probs),
+        hidden.new_empty((tokens if unit_gradient else 0, hidden.shape[1]), dtype=dtype),
+    )
+
+
+def _forward_fake(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    dtype: torch.dtype,
+    entropy: bool,
+    is_top1: bool,
+    mean_logits: bool,
+    log_sum_sq_probs: bool,
+    unit_gradient: bool,
+) -> tuple[torch.Tensor, ...]:
+    return _empty_outputs(hidden, dtype, entropy, is_top1, mean_logits, log_sum_sq_probs, unit_gradient)
+
+
+def _add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a @ b`` for an fp32 (fp64) ``total``, without rounding the product to the operands' dtype first."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _backward(
+    grad_log_prob: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    head = _Head(hidden, weight, bias, dtype, softcap, logit_scale, temperature)
+    labels, wide = labels.contiguous(), _wide(dtype)
+    g_log_prob = None if grad_log_prob is None else grad_log_prob.to(wide).contiguous()
+    g_entropy = None if grad_entropy is None else grad_entropy.to(wide).contiguous()
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0, hidden.shape[1]), dtype=dtype)
+    grad_weight = hidden.new_zeros(weight.shape if need_weight else (0, weight.shape[1]), dtype=wide)
+    grad_bias = hidden.new_zeros((weight.shape[0] if need_bias else 0,), dtype=wide)
+
+    def part(x: torch.Tensor | None, chunk: slice) -> torch.Tensor:
+        return lse[chunk] if x is None or not x.shape[0] else x[chunk]
+
+    for chunk in head.chunks():
+        logits = head.logits(chunk)
+        if head.triton:
+            _backward_kernel[(logits.shape[0], triton.cdiv(weight.shape[0], head.constants["BLOCK"]))](
+                logits,
+                labels[chunk],
+                lse[chunk],
+                part(entropy, chunk),
+                part(g_log_prob, chunk),
+                part(g_entropy, chunk),
+                IGNORE_INDEX=ignore_index,
+                GRAD_LOG_PROB=g_log_prob is not None,
+                GRAD_ENTROPY=g_entropy is not None,
+                **head.constants,
+            )
+        else:
+            g_lp = None if g_log_prob is None else g_log_prob[chunk]
+            g_ent = None if g_entropy is None else g_entropy[chunk]
+            _backward_chunk(
+                logits, labels[chunk], lse[chunk], part(entropy, chunk), g_lp, g_ent, ignore_index, *head.maths
+            )
+        if need_hidden:
+            torch.mm(logits, head.weight, out=grad_hidden[chunk])
+        if need_weight:
+            # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
+            states = head.states(chunk).masked_fill((labels[chunk] == ignore_index)[:, None], 0)
+            _add_matmul(grad_weight, logits.t(), states)
+        if need_bias:
+            grad_bias += logits.sum(0, dtype=wide)
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
+
+
+def _backward_chunk(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_log_prob: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+) -> None:
+    """``_backward_kernel`` in PyTorch."""
+    ignored = labels == ignore_index
+    z, tanh = _transform(logits.to(lse.dtype), softcap, logit_scale, temperature)
+    log_p = z - lse[:, None]
+    p = log_p.exp()
+    dr = torch.zeros_like(p)
+    if grad_log_prob is not None:
+        dr.addcmul_(p, grad_log_prob[:, None], value=-1)
+        dr.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], grad_log_prob[:, None])
+    if grad_entropy is not None:
+        dr -= grad_entropy[:, None] * (p * (log_p + entropy[:, None])).masked_fill_(p == 0, 0)
+    dr *= logit_scale / temperature
+    if tanh is not None:
+        dr *= 1 - tanh * tanh
+    logits.copy_(dr.masked_fill_(ignored[:, None], 0))
+
+
+def _backward_fake(
+    grad_log_prob: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return (
+        hidden.new_empty((hidden.shape[0] if need_hidden else 0, hidden.shape[1])),
+        weight.new_empty((weight.shape[0] if need_weight else 0, weight.shape[1])),
+        weight.new_empty((weight.shape[0] if need_bias else 0,), dtype=bias_dtype),
+    )
+
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
+_MATHS = "int ignore_index, float? softcap, float logit_scale, float temperature, ScalarType dtype"
+
+_forward_op = raw_op(
+    f"linear_log_prob({_HEAD}, {_MATHS}, bool entropy, bool is_top1, bool mean_logits, bool log_sum_sq_probs, "
+    "bool unit_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = raw_op(
+    f"linear_log_prob_backward(Tensor? grad_log_prob, Tensor? grad_entropy, {_HEAD}, Tensor lse, Tensor entropy, "
+    f"{_MATHS}, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+# ----------------------------------------------------------------------------------------------- autograd and functions
+
+
+class _LinearLogProb(torch.autograd.Function):
+    """Frozen head: the unit gradient comes out of forward. Otherwise backward computes the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        maths: tuple[int, float | None, float, float, torch.dtype],
+        wanted: tuple[bool, bool, bool, bool],
+        entropy_gradient: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        entropy_gradient = entropy_gradient and wanted[0]
+        ctx.recompute = need_weight or need_bias or entropy_gradient
+        *outputs, unit = _forward_op(hidden, weight, bias, labels, *maths, *wanted, need_hidden and not ctx.recompute)
+        log_prob, lse, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
+        ctx.maths = maths
+        if ctx.recompute:
+            ctx.save_for_backward(hidden, weight, bias, labels, lse, entropy)
+        else:
+            ctx.hidden_dtype = hidden.dtype
+            ctx.save_for_backward(unit, labels)
+        constant = [lse, is_top1, mean_logits, log_sum_sq_probs]
+        ctx.mark_non_differentiable(*constant, *([] if entropy_gradient else [entropy]))
+        return log_prob, entropy, is_top1, mean_logits, log_sum_sq_probs, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_log_prob: Any, grad_entropy: Any, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        none = (None,) * 7
+        if grad_log_prob is None and grad_entropy is None:
+            return none
+        if not ctx.recompute:
+            unit, labels = ctx.saved_tensors
+            # Plain PyTorch, so that Inductor fuses the scaling with what follows. An ignored token's g may be inf or
+            # NaN (a division by no tokens under "mean").
+            g = grad_log_prob.masked_fill(labels == ctx.maths[0], 0)
+            return (unit * g[:, None]).to(ctx.hidden_dtype), *none[1:]
+        needs = ctx.needs_input_grad[:3]
+        grads = _backward_op(grad_log_prob, grad_entropy, *ctx.saved_tensors, *ctx.maths, *needs)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *none[3:]
+
+
+def linear_log_prob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    is_top1: bool = False,
+    mean_logits: bool = False,
+    log_sum_sq_probs: bool = False,
+    entropy_gradient: bool = True,
+    dtype: torch.dtype | None = None,
+) -> LogProb:
+    """Per-token log-probability of ``labels`` under ``softcap(logit_scale * linear(hidden, weight, bias)) /
+    temperature``.
+
+    ``hidden`` [tokens, hidden], ``weight`` [vocab, hidden], ``bias`` [vocab] or None, ``labels`` int64 [tokens].
+    ``dtype`` is what the head multiplies in and its logits are rounded to (default: as ``F.linear``, i.e. autocast's
+    dtype or the hidden states' own); the maths after it is fp32. Returns :class:`LogProb`. ``entropy_gradient=False``
+    makes the entropy a constant, which keeps the cheap backward of a frozen head.
+
+    Raises ``ValueError`` for a temperature or softcap that is not positive; ``IndexError`` on the CPU for a label
+    outside [0, vocab) that is not ``ignore_index`` (on a GPU such a label gives NaN).
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    maths = (ignore_index, softcap, logit_scale, temperature, _head_dtype(hidden, dtype))
+    wanted = (entropy, is_top1, mean_logits, log_sum_sq_probs)
+    if not torch.is_grad_enabled():
+        # autograd.Function reports needs_input_grad even here, and would compute the gradient for nothing.
+        log_prob, lse, *rest, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted, False)
+        return LogProb(log_prob, *rest, lse)
+    return LogProb(*_LinearLogProb.apply(hidden, weight, bias, labels, maths, wanted, entropy_gradient))
+
+
+def _reduce(log_prob: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:
+    if reduction == "none":
+        return -log_prob
+    total = -log_prob.sum()
+    # No valid token: 0 / 0 = NaN under "mean", as F.cross_entropy has it.
+    return total if reduction == "sum" else total / (labels != ignore_index).sum()
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def linear_cross_entropy_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """:func:`linear_cross_entropy` as transformers has it: the linear layer, ``.float()``, ``F.cross_entropy``."""
+    _check_reduction(reduction)
+    dtype = _head_dtype(hidden, dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        raw = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(_wide(dtype))
+    z, _ = _transform(raw, softcap, logit_scale, 1.0)
+    z = z.flatten(0, -2)
+    loss = F.cross_entropy(z, labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
+    return loss.view(labels.shape) if reduction == "none" else loss
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``F.cross_entropy(softcap(logit_scale * linear(hidden, weight, bias)).float(), labels)`` without the logits.
+
+    ``hidden`` [..., hidden], ``labels`` int64 [...], already shifted; the rest as in :func:`linear_log_prob`.
+    ``reduction`` "mean" is over the labels that are not ``ignore_index`` (NaN when there is none), "sum" gives 0 then,
+    "none" gives fp32 [...]. Raises ``ValueError`` for another reduction.
+    """
+    _check_reduction(reduction)
+    flat = labels.reshape(-1)
+    log_prob = linear_log_prob(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        flat,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        dtype=dtype,
+    ).log_prob
+    loss = _reduce(log_prob, flat, ignore_index, reduction)
+    return loss.view(labels.shape) if reduction == "none" else loss
+
+
+def supported(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, **options: Any
+) -> Reason | None:
+    """None, or why the head cannot be fused with its loss. Takes the arguments of either function; fake tensors will
+    do.
+    """
+    # Storage dtypes: the GEMM runs in ``dtype``, so that hidden states and head may differ (fp32 weights under
+    # autocast).
+    if reason := check_dtypes(hidden, weight, bias):
+        return reason
+    dtype = options.get("dtype")
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        return Reason("dtype", f"the head multiplies in {dtype}, not in float32, float16 or bfloat16")
+    # A quantised or sharded head is not a [vocab, hidden] matrix that torch.mm takes.
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        return Reason("shape", f"the head's weight {tuple(weight.shape)} is not [vocab, {hidden.shape[-1]}]")
+    # Class probabilities as targets need every log-probability, not one for each token.
+    if labels.dtype != torch.int64:
+        return Reason("labels", f"labels are {labels.dtype}; the loss is fused for int64 class indices")
+    # The raw ops are registered for these two.
+    if hidden.device.type not in ("cpu", "cuda"):
+        return Reason("device", f"device {hidden.device.type!r} has no kernel; cuda and cpu have")
+    if options.get("reduction", "mean") not in ("mean", "sum", "none"):
+        return Reason("reduction", f"reduction {options['reduction']!r} is not 'mean', 'sum' or 'none'")
+    return None
+
+
+def cost(hidden: Any, weight: Any, bias: Any, labels: Any, **options: Any) -> Cost:
+    """Cost of a frozen head's forward and backward together, in the symbols tokens N, hidden H and vocabulary V (bytes
+    of bf16).
+
+    FLOPs: two GEMMs. Moved: W twice for each chunk at least once, the logits written by one GEMM, read, overwritten and
+    read by the other, hidden states and their gradient. Kept: the unit gradient and the labels.
+    """
+    N, H, V = sympy.symbols("N H V", integer=True, positive=True)
+    return Cost(flops=4 * N * H * V, bytes_moved=2 * (2 * H * V + 4 * N * V + 4 * N * H), bytes_kept=2 * N * H + 8 * N)
+
+
+register(
+    Op(
+        name="linear_log_prob",
+        call=linear_log_prob,
+        reference=linear_log_prob_reference,
+        supported=supported,
+        raw=("linear_log_prob", "linear_log_prob_backward"),
+        recompute=Recompute.KEEP,
+        cost=cost,
+    )
+)
+register(
+    Op(
+        name="linear_cross_entropy",
+        call=linear_cross_entropy,
+        reference=linear_cross_entropy_reference,
+        supported=supported,
+        raw=("linear_log_prob", "linear_log_prob_backward"),
+        recompute=Recompute.KEEP,
+        cost=cost,
+    )
+)
