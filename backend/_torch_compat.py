@@ -1,0 +1,84 @@
+"""The only file that imports what torch does not promise to keep. Supported: torch 2.11 to 2.15; a test imports every name here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._inductor.config as inductor_config
+from torch._guards import CompileContext
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.checkpoint import CheckpointPolicy
+
+__all__ = [
+    "PREFER_RECOMPUTE", "autocast_nodes", "cache_stamp", "compile_with_inductor", "dynamo_counters", "fake_mode_of",
+    "is_checkpoint", "is_recompile", "no_side_effect_calls", "qualified_name", "version",
+]  # fmt: skip
+
+PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def version() -> tuple[int, int]:
+    """torch's (major, minor)."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def is_checkpoint(target: Any) -> bool:
+    """Whether a graph node's target is the higher-order op that gradient checkpointing traces to."""
+    return target is tag_activation_checkpoint
+
+
+def autocast_nodes() -> tuple[Any, Any]:
+    """The graph targets that enter and leave an autocast region."""
+    return torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+
+
+def no_side_effect_calls() -> tuple[Any, ...]:
+    """Calls that Dynamo leaves in graphs and that do nothing to tensors."""
+    return (torch._C._log_api_usage_once,)
+
+
+def fake_mode_of(gm: torch.fx.GraphModule) -> Any:
+    """The FakeTensorMode of the tensors in a Dynamo graph's metadata (Dynamo hands backends a fresh one for the inputs), or None."""
+    for node in gm.graph.nodes:
+        if isinstance(node.meta.get("example_value"), FakeTensor):
+            return node.meta["example_value"].fake_mode
+    return None
+
+
+def compile_with_inductor(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
+    """Inductor's ``compile_fx`` with config patches that hold for the lazily compiled backward too."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+
+
+@contextlib.contextmanager
+def cache_stamp(functions: Mapping[str, str]) -> Iterator[None]:
+    """Let AOTAutograd's cache hold graphs that call ``functions`` (qualified name → hash of what they do): the hash becomes part of the key."""
+    merged = {**inductor_config.unsafe_marked_cacheable_functions, **functions}
+    with inductor_config.patch(unsafe_marked_cacheable_functions=merged):
+        yield
+
+
+def dynamo_counters() -> dict[str, dict[str, int]]:
+    """Dynamo's own counters (graph breaks by reason, recompilations, cache hits)."""
+    return {k: dict(v) for k, v in torch._dynamo.utils.counters.items()}
+
+
+
+
+def is_recompile() -> bool:
+    """Whether the frame that is being compiled was compiled before (another shape, another grad mode)."""
+    compile_id = CompileContext.current_compile_id()
+    return compile_id is not None and bool(getattr(compile_id, "frame_compile_id", 0))
+
+
+def qualified_name(function: Callable[..., Any]) -> str:
+    """The name by which AOTAutograd's cache knows a function in a graph."""
+    return f"{function.__module__}.{function.__name__}"

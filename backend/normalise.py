@@ -1,0 +1,94 @@
+"""Step 2 of the pipeline: one flat graph, without what does nothing.
+
+Gradient checkpointing traces to a higher-order op with the layer as its body. Executed as it is, it would run with ``preserve_rng_state=False``
+(dropout gets another mask in the backward: silently wrong gradients), and no rule could look across its boundary. So each body is inlined, and its nodes
+remember that the user allowed recomputation there: AOTAutograd's partitioner reads the same two tags that it writes itself for the higher-order op.
+A body with a selective-checkpointing context function of the user's stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import fx
+
+from fastft import _torch_compat as compat
+
+
+def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
+    """Inline checkpoint bodies and drop calls without effect, in place. ``recompute=False`` forgets that the user allowed recomputation.
+
+    Returns counts for the report: ``checkpoints`` inlined, ``kept`` (a user's own checkpoint policy).
+    """
+    counts = {"checkpoints": 0, "kept": 0}
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in compat.no_side_effect_calls() and not node.users:
+            gm.graph.erase_node(node)
+        elif compat.is_checkpoint(node.target):
+            body = getattr(gm, node.args[0].target)
+            if body.meta.get("_checkpoint_context_fn") is not None:
+                counts["kept"] += 1
+                continue
+            counts["checkpoints"] += 1
+            _inline(gm, node, body, layer=counts["checkpoints"] if recompute else None)
+    gm.graph.lint()
+    return counts
+
+
+def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, layer: int | None) -> None:
+    """Replace ``call`` by the nodes of ``body``, tagged as recomputable region number ``layer``."""
+    holder, *operands = call.args
+    placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+    mapped: dict[fx.Node, Any] = dict(zip(placeholders, operands, strict=True))
+    result: Any = None
+    with gm.graph.inserting_before(call):
+        for node in body.graph.nodes:
+            if node.op == "placeholder" or (node.op == "call_function" and node.target in compat.no_side_effect_calls()):
+                continue
+            if node.op == "output":
+                result = fx.map_arg(node.args[0], lambda n: mapped[n])
+                break
+            if node.op == "get_attr":
+                mapped[node] = _move_attribute(gm, body, node)
+                continue
+            new = gm.graph.node_copy(node, lambda n: mapped[n])
+            new.meta = copy.copy(node.meta)
+            if layer is not None:
+                new.meta["recompute"] = compat.PREFER_RECOMPUTE
+                new.meta["ac_graph_id"] = layer
+            mapped[node] = new
+    _replace_outputs(gm, call, result)
+    if isinstance(holder, fx.Node) and not holder.users:
+        gm.graph.erase_node(holder)
+
+
+def _move_attribute(gm: fx.GraphModule, body: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Give the outer module what a body's ``get_attr`` refers to (another higher-order op's body), under a free name."""
+    name = base = str(node.target).replace(".", "_")
+    number = 0
+    while hasattr(gm, name):
+        number += 1
+        name = f"{base}_{number}"
+    thing: Any = body
+    for part in str(node.target).split("."):
+        thing = getattr(thing, part)
+    setattr(gm, name, thing)
+    new = gm.graph.get_attr(name)
+    new.meta = copy.copy(node.meta)
+    return new
+
+
+def _replace_outputs(gm: fx.GraphModule, call: fx.Node, result: Any) -> None:
+    """Point the users of the higher-order op (getitems of its tuple) at the inlined values."""
+    for user in list(call.users):
+        if user.op == "call_function" and getattr(user.target, "__name__", "") == "getitem" and isinstance(result, (tuple, list)):
+            user.replace_all_uses_with(result[user.args[1]])
+            gm.graph.erase_node(user)
+        elif isinstance(result, fx.Node):
+            user.replace_input_with(call, result)
+        else:
+            raise RuntimeError(f"checkpointed region {call.name} is used as a whole by {user.name}, not item by item")
+    gm.graph.erase_node(call)

@@ -1,0 +1,93 @@
+"""The options of ``torch.compile(model, backend="fastft", options={...})``: one frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: ``mode=`` values and what they mean here; the others are refused with a reason.
+MODES = ("default", "max-autotune-no-cudagraphs")
+
+
+class OptionError(ValueError):
+    """An option or mode that fastft does not know, or a value outside of what is allowed."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user can ask of the backend.
+
+    ``residual``: who compiles what no rule replaced: ``"inductor"`` (default), or ``"eager"``, which runs it op by op, for debugging.
+    ``fuel``: only the first so many rewrites are made, in graph order of the tables; None: all. For finding a wrong rewrite by bisection.
+    ``disable``: patterns that are left alone (``["rotary", "attention"]`` or ``"rotary,attention"``); names as in the report.
+    ``lazy_logits``: the model's logits output is computed only when somebody reads it (default True).
+    ``recompute``: ``"asked"`` (default) recomputes the layers that the user put under gradient checkpointing; ``"never"`` keeps everything.
+    ``strict``: an internal error is raised instead of leaving that graph to Inductor alone.
+    ``inductor``: config patches for Inductor (``{"max_autotune": True}``), as ``torch.compile(options=...)`` takes them without us.
+    """
+
+    residual: str = "inductor"
+    fuel: int | None = None
+    disable: tuple[str, ...] = ()
+    lazy_logits: bool = True
+    recompute: str = "asked"
+    strict: bool = False
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+        """Read what ``torch.compile`` was given. Raises :class:`OptionError`, naming what was asked, what is allowed, and the nearest known name."""
+        given = dict(options or {})
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in given:
+            if key not in known:
+                raise OptionError(f"fastft has no option {key!r}{_nearest(key, known)}; it has {', '.join(sorted(known))}")
+        if isinstance(given.get("disable"), str):
+            given["disable"] = tuple(n.strip() for n in given["disable"].split(",") if n.strip())
+        elif "disable" in given:
+            given["disable"] = tuple(given["disable"])
+        result = cls(**given)
+        result._check()
+        return result._with_mode(mode)
+
+    def _check(self) -> None:
+        _one_of("residual", self.residual, ("inductor", "eager"))
+        _one_of("recompute", self.recompute, ("asked", "never"))
+        if self.fuel is not None and (isinstance(self.fuel, bool) or not isinstance(self.fuel, int) or self.fuel < 0):
+            raise OptionError(f"option fuel is {self.fuel!r}; it is a number of rewrites, 0 or more, or None for all of them")
+        for name in ("lazy_logits", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"option {name} is {getattr(self, name)!r}; it is True or False")
+        if not isinstance(self.inductor, Mapping):
+            raise OptionError(f"option inductor is {self.inductor!r}; it is a dict of Inductor config patches")
+        from fastft.patterns import table_names
+
+        names = table_names()
+        for name in self.disable:
+            if name not in names:
+                raise OptionError(f"option disable names {name!r}{_nearest(name, names)}; the patterns are {', '.join(names)}")
+
+    def _with_mode(self, mode: str | None) -> Options:
+        if mode in (None, "default"):
+            return self
+        if mode == "max-autotune-no-cudagraphs":
+            return dataclasses.replace(self, inductor={"max_autotune": True, **self.inductor})
+        if mode in ("reduce-overhead", "max-autotune"):
+            raise OptionError(
+                f"mode={mode!r} captures CUDA graphs, which fastft's reused dequantisation buffers do not allow; use "
+                f'mode="max-autotune-no-cudagraphs" or leave mode out'
+            )
+        raise OptionError(f"fastft has no mode {mode!r}{_nearest(str(mode), MODES)}; it has {', '.join(MODES)}")
+
+
+def _one_of(name: str, got: Any, allowed: tuple[str, ...]) -> None:
+    if got not in allowed:
+        raise OptionError(f"option {name} is {got!r}{_nearest(str(got), allowed)}; it is one of {', '.join(map(repr, allowed))}")
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,143 @@
+"""What the backend did: one :class:`Report` for each graph compiled in this process, and all of them merged."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastft.bridges import Bridge
+
+REPLACED, MISSED, SKIPPED = "replaced", "missed", "skipped"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a graph that is, or looks like, one that fastft knows.
+
+    ``status``: ``"replaced"``; ``"missed"`` (recognised, but left as it was: ``reason``); ``"skipped"`` (switched off by an option).
+    ``module``: path of the module it belongs to; ``rule``: ``file:line`` of the rule; ``node``: its name in the graph.
+    """
+
+    pattern: str
+    module: str
+    status: str
+    reason: str = ""
+    rule: str = ""
+    node: str = ""
+    notes: str = ""
+
+
+@dataclass
+class Report:
+    """What happened to one graph, or to all of them."""
+
+    sites: list[Site] = field(default_factory=list)
+    graphs: int = 0
+    breaks: int = 0
+    recompiles: int = 0
+    bridges: list[Bridge] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    break_reasons: dict[str, int] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Replaced sites by pattern."""
+        return dict(Counter(s.pattern for s in self.sites if s.status == REPLACED))
+
+    @property
+    def missed(self) -> list[Site]:
+        """Sites that were recognised and left as they were."""
+        return [s for s in self.sites if s.status == MISSED]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "counts": self.counts,
+            "sites": [vars(s) for s in self.sites],
+            "graphs": self.graphs,
+            "breaks": self.breaks,
+            "break_reasons": dict(self.break_reasons),
+            "recompiles": self.recompiles,
+            "bridges": [vars(b) for b in self.bridges],
+            "plan": dict(self.plan),
+            "timings": dict(self.timings),
+            "errors": list(self.errors),
+        }
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        out = io.StringIO()
+        console = Console(file=out, width=140, force_terminal=False)
+        rows: dict[tuple[str, str, str], list[Site]] = {}
+        for site in self.sites:
+            rows.setdefault((site.pattern, site.status, site.reason), []).append(site)
+        table = Table(title="fastft: sites", title_justify="left")
+        for name, justify in (("pattern", "left"), ("status", "left"), ("sites", "right"), ("why / rule", "left"), ("where", "left")):
+            table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for (pattern, status, reason), sites in sorted(rows.items(), key=lambda r: (r[0][1] != REPLACED, r[0])):
+            rules = ", ".join(sorted({s.rule for s in sites if s.rule}))
+            table.add_row(pattern, status, str(len(sites)), reason or rules, _where(sites))
+        if not rows:
+            table.add_row("none", "", "0", "no graph with a known site was compiled", "")
+        console.print(table)
+        console.print(f"graphs {self.graphs}, graph breaks {self.breaks}, recompilations {self.recompiles}")
+        for reason, times in self.break_reasons.items():
+            console.print(f"  break ×{times}: {reason.splitlines()[0]}", markup=False)
+        if self.timings:
+            console.print("time: " + ", ".join(f"{k} {v:.2f} s" for k, v in self.timings.items()))
+        for key, what in self.plan.items():
+            console.print(f"plan: {key}: {what}", markup=False)
+        for bridge in self.bridges:
+            console.print(f"bridge {bridge.name}: {bridge.status}" + (f" ({bridge.reason})" if bridge.reason else ""), markup=False)
+        for error in self.errors:
+            console.print(f"error: {error}", markup=False)
+        return out.getvalue()
+
+
+def _where(sites: list[Site]) -> str:
+    paths = list(dict.fromkeys(s.module for s in sites if s.module))
+    return ", ".join(paths[:2]) + (f", … ({len(paths)} modules)" if len(paths) > 2 else "")
+
+
+_REPORTS: list[Report] = []
+
+
+def add(report: Report) -> None:
+    """Keep the report of a graph that was just compiled."""
+    _REPORTS.append(report)
+
+
+def reports() -> list[Report]:
+    """One report for each graph that this process compiled with fastft, oldest first."""
+    return list(_REPORTS)
+
+
+def report() -> Report:
+    """All graphs' reports merged into one, with Dynamo's count of graph breaks and recompilations, and the bridges."""
+    from fastft import bridges
+    from fastft._torch_compat import dynamo_counters
+
+    counters = dynamo_counters()
+    breaks = counters.get("graph_break", {})
+    merged = Report(bridges=bridges.rows(), breaks=sum(breaks.values()), break_reasons=breaks)
+    for one in _REPORTS:
+        merged.sites += one.sites
+        merged.graphs += one.graphs
+        merged.errors += one.errors
+        merged.recompiles += one.recompiles
+        for key, seconds in one.timings.items():
+            merged.timings[key] = merged.timings.get(key, 0.0) + seconds
+        merged.plan.update(one.plan)
+    return merged
+
+
+def reset() -> None:
+    """Forget all reports (for tests and for one benchmark after the other)."""
+    _REPORTS.clear()

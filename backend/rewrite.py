@@ -1,0 +1,255 @@
+"""Steps 3 and 4: try every table of rules on a graph, make the rewrites, check each, and say what was left.
+
+A rewrite is made only when it is safe to make: every consumed value that somebody else uses is free to compute, no in-place op stands between what is
+read and where it is read, and the op's result (run on fake tensors) has the shape, dtype and device of what it replaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastft import _torch_compat as compat
+from fastft.kernels._op import Reason, Recompute
+from fastft.options import Options
+from fastft.patterns import _see, tables
+from fastft.patterns._match import Match, Rewrite, Rule, Table
+from fastft.reporting import MISSED, REPLACED, SKIPPED, Site
+
+#: Recomputing or keeping these costs nothing worth a refusal.
+_FREE = _see.VIEWS | {"cast", "contiguous", "size", "input"}
+
+
+@dataclass
+class Rewritten:
+    """What the rewriting of one graph did: the sites, and the graph outputs that are to be lazy (node → operands of ``lazy_logits``)."""
+
+    sites: list[Site] = field(default_factory=list)
+    lazy: dict[fx.Node, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Fuel:
+    """Consulted before each rewrite: only the first ``limit`` are made."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.left = limit
+
+    def spend(self) -> bool:
+        if self.left is None:
+            return True
+        self.left -= 1
+        return self.left >= 0
+
+
+def rewrite(gm: fx.GraphModule, options: Options, fake_mode: Any) -> Rewritten:
+    """Replace every site that a rule recognises, in place."""
+    done = Rewritten()
+    fuel = Fuel(options.fuel)
+    for table in tables():
+        start = time.perf_counter()
+        _apply(gm, table, options, fuel, fake_mode, done)
+        done.seconds[table.name] = time.perf_counter() - start
+    gm.graph.lint()
+    gm.recompile()
+    return done
+
+
+def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_mode: Any, done: Rewritten) -> None:
+    """One table over the whole graph, last node first, so that the largest pattern that ends at a value is seen before its parts."""
+    refused: dict[fx.Node, Site] = {}
+    consumed: set[fx.Node] = set()
+    by_op: dict[str, list[Rule]] = {}
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    barriers = [n for n in gm.graph.nodes if _see.in_place(n)]
+    for node in reversed(list(gm.graph.nodes)):
+        if node._erased or node in consumed or node.op in ("output", "placeholder"):
+            continue
+        name = _see.see(node).op
+        rules = by_op.get(name)
+        if rules is None:
+            rules = by_op[name] = table.rules_for(name)
+        for rule, match, answer in _answers(rules, node):
+            site = Site(table.name, module_path(node), MISSED, rule=rule.where, node=node.name)
+            if isinstance(answer, Rewrite):
+                answer.outputs = answer.outputs or (match.anchor,)
+                answer.inside = answer.inside or match.inside
+                if table.name in options.disable:
+                    refused.setdefault(node, _but(site, SKIPPED, "switched off by options={'disable': ...}"))
+                    consumed |= answer.inside
+                    break
+                problem = _unsafe(answer, order, barriers)
+                if problem is None and not fuel.spend():
+                    refused.setdefault(node, _but(site, SKIPPED, "out of fuel"))
+                    consumed |= answer.inside
+                    break
+                problem = problem or _replace(gm, answer, fake_mode, order)
+                if problem is None:
+                    done.sites.append(_but(site, REPLACED, "", answer.notes))
+                    done.lazy.update(answer.lazy)
+                    consumed |= set(answer.outputs)
+                    refused.pop(node, None)
+                    break
+                answer = problem
+            refused.setdefault(node, _but(site, MISSED, f"{answer.code}: {answer.text}"))
+            consumed_by_reason = match.inside - {node}
+            if isinstance(answer, Reason) and answer.code != "escapes":
+                consumed |= consumed_by_reason
+    for node in gm.graph.nodes:
+        if node in refused or node in consumed:
+            continue
+        if node.op in ("call_function", "call_method") and (what := table.seed(node)) is not None:
+            status = SKIPPED if table.name in options.disable else MISSED
+            refused[node] = Site(table.name, module_path(node), status, f"no rule fits: {what}", node=node.name)
+    done.sites += [site for node, site in refused.items() if not node._erased]
+
+
+def _answers(rules: Sequence[Rule], node: fx.Node) -> Iterator[tuple[Rule, Match, Rewrite | Reason]]:
+    for rule in rules:
+        for match in rule.tries(node):
+            answer = rule.build(match)
+            if answer is not None:
+                yield rule, match, answer
+
+
+def _but(site: Site, status: str, reason: str, notes: str = "") -> Site:
+    return Site(site.pattern, site.module, status, reason, site.rule, site.node, notes)
+
+
+def _unsafe(answer: Rewrite, order: dict[fx.Node, int], barriers: list[fx.Node]) -> Reason | None:
+    """Why this rewrite must not be made, if so."""
+    inside = answer.inside | set(answer.outputs)
+    for node in inside:
+        if node in answer.outputs or node in answer.may_escape or _see.see(node).op in _FREE:
+            continue
+        for user in node.users:
+            if user not in inside:
+                return Reason("escapes", f"the intermediate {node.name} is also used by {user.name}")
+    last = max(answer.outputs, key=lambda n: order[n])
+    for output in answer.outputs:
+        for user in output.users:
+            if user not in inside and order.get(user, len(order)) < order[last]:
+                return Reason("order", f"{output.name} is used before {last.name} is computed")
+    if barriers:
+        reads = _reads(answer)
+        first = min(order[n] for n in inside if n in order)
+        for barrier in barriers:
+            if first < order[barrier] < order[last] and _base(barrier.args[0]) in {_base(r) for r in reads | inside}:
+                return Reason("in_place", f"{barrier.name} writes to one of its values in between")
+    return None
+
+
+def _reads(answer: Rewrite) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    fx.map_arg((answer.args, answer.kwargs), lambda n: found.add(n))
+    return found
+
+
+def _base(node: Any) -> Any:
+    """The node whose memory ``node`` is a view of."""
+    return _see.through(node, *_see.VIEWS, "contiguous")
+
+
+def _replace(gm: fx.GraphModule, answer: Rewrite, fake_mode: Any, order: dict[fx.Node, int]) -> Reason | None:
+    """Insert the op after the last replaced value, check it, move the users over and erase what nobody uses any more."""
+    last = max(answer.outputs, key=lambda n: order[n])
+    values = _run_fake(answer, fake_mode)
+    if isinstance(values, Reason):
+        return values
+    results = values if len(answer.outputs) > 1 else [values]
+    for old, got in zip(answer.outputs, results, strict=False):
+        problem = _differs(old, got)
+        if problem is not None:
+            return problem
+    with gm.graph.inserting_after(last):
+        new = gm.graph.call_function(answer.target, answer.args, answer.kwargs)
+    _tag(new, last, values, answer)
+    replacements = [new]
+    if len(answer.outputs) > 1:
+        replacements = []
+        for index, got in reversed(list(enumerate(results[: len(answer.outputs)]))):
+            with gm.graph.inserting_after(new):
+                item = gm.graph.call_function(operator.getitem, (new, index))
+            _tag(item, last, got, answer)
+            replacements.insert(0, item)
+    order[new] = order[last]
+    for item in replacements:
+        order[item] = order[last]
+    for old, item in zip(answer.outputs, replacements, strict=True):
+        old.replace_all_uses_with(item, delete_user_cb=lambda user, new=new: user is not new)
+        item.meta.setdefault("nn_module_stack", old.meta.get("nn_module_stack"))
+    for old in answer.outputs:
+        sweep(gm.graph, old)
+    return None
+
+
+def _run_fake(answer: Rewrite, fake_mode: Any) -> Any:
+    """The op's result on the fake tensors of the trace, or the reason it could not run."""
+    args, kwargs = fx.map_arg((answer.args, answer.kwargs), _see.value)
+    guard = fake_mode if fake_mode is not None else contextlib.nullcontext()
+    try:
+        with guard, torch.enable_grad():
+            return answer.target(*args, **kwargs)
+    except Exception as error:  # any failure on fake tensors would be one at run time: the site stays as it was
+        return Reason("op_failed", f"{getattr(answer.target, '__name__', answer.target)} on fake tensors: {type(error).__name__}: {error}")
+
+
+def _differs(old: fx.Node, got: Any) -> Reason | None:
+    """Why ``got`` cannot stand for ``old``, if so: shape, dtype and device must be the same."""
+    was = _see.value(old)
+    if not isinstance(was, torch.Tensor) or not isinstance(got, torch.Tensor):
+        return None if type(was) is type(got) else Reason("kind", f"{old.name} is {type(was).__name__}, the op gives {type(got).__name__}")
+    if len(was.shape) != len(got.shape) or not all(_see.same_size(a, b) for a, b in zip(was.shape, got.shape, strict=True)):
+        return Reason("shape", f"{old.name} has shape {tuple(was.shape)}, the op gives {tuple(got.shape)}")
+    if was.dtype != got.dtype:
+        return Reason("dtype", f"{old.name} is {was.dtype}, the op gives {got.dtype}")
+    if was.device != got.device:
+        return Reason("device", f"{old.name} is on {was.device}, the op gives {got.device}")
+    return None
+
+
+def _tag(new: fx.Node, old: fx.Node, got: Any, answer: Rewrite) -> None:
+    """Where the new node comes from, what it gives, and whether its result is cheap enough to be computed twice."""
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", "ac_graph_id"):
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
+    new.meta["example_value"] = got
+    if answer.kernel is not None and answer.kernel.recompute is Recompute.CHEAP and "recompute" not in new.meta:
+        new.meta["recompute"] = compat.PREFER_RECOMPUTE
+        new.meta["ac_graph_id"] = 0
+
+
+def sweep(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase ``node`` if nobody uses it, then its operands, and so on. Ops with an effect stay."""
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n._erased or n.users or n.op in ("placeholder", "output") or _has_effect(n):
+            continue
+        operands = list(n.all_input_nodes)
+        graph.erase_node(n)
+        stack += operands
+
+
+def _has_effect(node: fx.Node) -> bool:
+    if _see.in_place(node) or (node.op == "call_function" and node.target in compat.autocast_nodes()):
+        return True
+    return bool(node.is_impure()) and _see.see(node) is _see.UNKNOWN
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module that a node belongs to (``model.layers.0.mlp``), from Dynamo's module stack; empty when it has none."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    words = [quoted or name for quoted, name in re.findall(r"(\w+)'\]|(\w+)", path)]
+    return ".".join(w for w in words if w not in ("L", "self", "__dict__", "_modules", "_orig_mod", "G"))

@@ -1,0 +1,122 @@
+"""What every op's file is made of: raw ops in the dispatcher, and one record that says all there is to know about the op.
+
+The life of an op, in the order its file has it: the maths, the reference, the Triton kernels, the two raw ops (``torch.ops.fastft.<name>`` and
+``torch.ops.fastft.<name>_backward``), the ``autograd.Function`` that joins them, the differentiable function that a rewritten graph calls, and the
+:class:`Op` record.
+
+Raw ops are functional (no argument is written to), return what the backward needs as explicit outputs, and are opaque to Inductor. They are defined
+with ``torch.library.Library``, which costs 2 µs a call where ``torch.library.custom_op`` costs 7.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+
+LIBRARY = torch.library.Library("fastft", "FRAGMENT")
+
+#: True when Triton runs kernels in its interpreter, on CPU tensors: how the tests run the kernels themselves without a GPU.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether an op's body launches its Triton kernel for ``x`` (CUDA, or the interpreter) or runs its reference (any other CPU tensor)."""
+    return x.is_cuda or INTERPRET
+
+
+def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define ``torch.ops.fastft.<name>`` from ``schema`` (``"rms_norm(Tensor x, ...) -> (Tensor, Tensor)"``).
+
+    ``run`` is the body on every device; ambient autocast is switched off inside it, since it would turn fp32 maths into bf16 silently. ``fake`` gives
+    the outputs' shapes, dtypes and strides. Returns the op's default overload.
+    """
+    name = schema.split("(", 1)[0].strip()
+
+    @functools.wraps(run)
+    def body(*args: Any) -> Any:
+        device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return run(*args)
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, body, "CPU")
+    LIBRARY.impl(name, body, "CUDA")
+    torch.library.register_fake(f"fastft::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.fastft, name).default
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a site was left as it was. ``code`` is stable and short (``"dtype"``); ``text`` is one sentence for a person, with what was found."""
+
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Recompute(enum.Enum):
+    """What the backward should do about an op's outputs when the user allows no recomputation of whole layers."""
+
+    CHEAP = "cheap"  # memory-bound: computing it again costs less than keeping it
+    KEEP = "keep"  # matmuls, attention: keep what it saved
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Sympy expressions in the op's own symbols. FLOPs; bytes read and written; bytes kept for the backward."""
+
+    flops: sympy.Expr
+    bytes_moved: sympy.Expr
+    bytes_kept: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Op:
+    """Everything about one op.
+
+    ``call`` is what a rewritten graph calls: differentiable, functional, a module-level function (torch's caches find it by its name).
+    ``reference`` has the same signature and plain PyTorch inside: what tests and benchmarks compare with.
+    ``supported`` takes the same arguments (fake tensors will do) and returns None, or the :class:`Reason` the op cannot run.
+    ``cost`` takes the same arguments too, or sympy symbols where its docstring says so.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    reference: Callable[..., Any]
+    supported: Callable[..., Reason | None]
+    raw: tuple[str, ...]
+    recompute: Recompute
+    cost: Callable[..., Cost] | None = None
+    variants: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Enter ``op`` in the registry; a name can be taken once."""
+    if op.name in OPS:
+        raise ValueError(f"an op named {op.name!r} is registered already, by {OPS[op.name].call.__module__}")
+    OPS[op.name] = op
+    return op
+
+
+def check_dtypes(*tensors: torch.Tensor | None, allowed: Sequence[torch.dtype] = ()) -> Reason | None:
+    """A ``dtype`` reason when a tensor's dtype is not one the kernels know (default: fp32, fp16, bf16; fp64 runs on the CPU's reference)."""
+    known = tuple(allowed) or (torch.float32, torch.float16, torch.bfloat16)
+    for t in tensors:
+        if t is None or t.dtype in known or (t.dtype == torch.float64 and t.device.type == "cpu"):
+            continue
+        return Reason("dtype", f"dtype {t.dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in known)}")
+    return None
