@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from fastft.kernels._triton import jit, tl
+from fastft.kernels._triton import jit, tl, triton
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,21 @@ def rows_of(*tensors: torch.Tensor) -> Rows | None:
     merged += [(1, (0,) * len(tensors))] * (2 - len(merged))
     (outer, outer_strides), (inner, inner_strides) = merged
     return Rows(outer, inner, tuple(zip(outer_strides, inner_strides, strict=True)))
+
+
+def row_values(x: torch.Tensor) -> torch.Tensor:
+    """An uninitialised fp32 value for each row of x ``[..., N]``: ``[...]``, in x's memory order (fp64 for fp64)."""
+    return torch.empty_like(x.select(-1, 0), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def row_tile(n: int) -> tuple[int, int, int]:
+    """Rows and columns of the tile of a program that keeps whole rows of N = ``n`` in registers, and its warps.
+
+    About 4096 elements, so that a norm over 64-wide heads fills its program too.
+    """
+    columns = triton.next_power_of_2(n)
+    rows = max(1, 4096 // columns)
+    return rows, columns, min(16, max(4, rows * columns // 512))
 
 
 def size(n: int | torch.SymInt) -> sympy.Expr:

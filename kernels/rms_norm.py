@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
-from fastft.kernels._rows import processors, row_offset, rows_of, size, tile_at
+from fastft.kernels._rows import processors, row_offset, row_tile, row_values, rows_of, size, tile_at
 from fastft.kernels._triton import jit, tl, triton
 
 # ---------------------------------------------------------------- reference
@@ -47,14 +47,6 @@ def reference(
 
 #: Widest row that one program keeps in registers. The widest hidden size of a published model is 18432.
 MAX_N = 32768
-
-
-def _tile(n: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps: about 4096 elements, so that a 64-wide head norm still fills
-    its program."""
-    columns = triton.next_power_of_2(n)
-    rows = max(1, 4096 // columns)
-    return rows, columns, min(16, max(4, rows * columns // 512))
 
 
 # ---------------------------------------------------------------- forward kernel
@@ -120,11 +112,6 @@ def _backward_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-def _row_values(x: torch.Tensor) -> torch.Tensor:
-    """An uninitialised fp32 value for each row of x, ``[...]``, in x's memory order (fp64 for fp64)."""
-    return torch.empty_like(x.select(-1, 0), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
 def _forward(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, out_dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +128,7 @@ def _forward(
         dense_y, dense_r = _forward(x.contiguous(), weight, eps, offset, out_dtype)
         return y.copy_(dense_y), r.copy_(dense_r)
     n = x.shape[-1]
-    block_m, block_n, warps = _tile(n)
+    block_m, block_n, warps = row_tile(n)
     (x_outer, x_inner), (y_outer, y_inner), (r_outer, r_inner) = walk.strides
     _forward_kernel[(triton.cdiv(walk.count, block_m),)](
         x, x if weight is None else weight.contiguous(), y, r,
@@ -154,7 +141,7 @@ def _forward(
 def _forward_fake(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, out_dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x, dtype=out_dtype or x.dtype), _row_values(x)
+    return torch.empty_like(x, dtype=out_dtype or x.dtype), row_values(x)
 
 
 def _backward(
@@ -184,7 +171,7 @@ def _backward(
         )
         return (dx.copy_(dense) if want_dx else dx), dweight
     n = x.shape[-1]
-    block_m, block_n, warps = _tile(n)
+    block_m, block_n, warps = row_tile(n)
     programs = triton.cdiv(walk.count, block_m)
     if want_dweight:  # few enough partial rows that summing them is cheap, enough programs to fill the GPU
         programs = min(programs, 4 * processors(x.device))

@@ -1,0 +1,326 @@
+"""LayerNorm (Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450) over the last axis.
+
+Maths, for one row x of N elements, all of it in fp32 with one rounding at the end::
+
+    m = mean(x)    r = 1 / sqrt(mean((x − m)²) + eps)    x̂ = r (x − m)    y = x̂ w + b
+
+Backward, with g = dy w. x̂ depends on x directly, through m and through r; collecting the three::
+
+    dx = r (g − mean(g) − x̂ mean(g x̂))        dw = Σ_rows dy x̂        db = Σ_rows dy
+
+Shapes: x ``[..., N]``, weight and bias ``[N]`` or None, y ``[..., N]`` in ``out_dtype``. Saved: x itself, m and r,
+fp32, one number each a row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
+from fastft.kernels._rows import processors, row_offset, row_tile, row_values, rows_of, size, tile_at
+from fastft.kernels._triton import jit, tl, triton
+
+# ---------------------------------------------------------------- reference
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Plain PyTorch, differentiable; fp32 inside (fp64 for fp64)."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    w, b = (None if t is None else t.to(compute) for t in (weight, bias))
+    return torch.nn.functional.layer_norm(x.to(compute), x.shape[-1:], w, b, eps).to(out_dtype or x.dtype)
+
+
+# ---------------------------------------------------------------- configuration
+
+#: Widest row that one program keeps in registers.
+MAX_N = 32768
+
+
+# ---------------------------------------------------------------- forward kernel
+
+
+@jit
+def _forward_kernel(
+    x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr,
+    rows, inner, x_outer, x_inner, y_outer, y_inner, r_outer, r_inner,
+    N: tl.constexpr, EPS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.arange(0, BLOCK_N)
+    mask = (row < rows)[:, None] & (col < N)[None, :]
+    x = tl.load(tile_at(x_ptr, row, col, inner, x_outer, x_inner), mask=mask, other=0.0).to(tl.float32)
+    m = tl.sum(x, axis=1) / N
+    # The row is in registers: the variance is taken around the mean, not from mean(x²) − m², which cancels.
+    x = tl.where(mask, x - m[:, None], 0.0)
+    r = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + EPS)
+    y = x * r[:, None]
+    if HAS_WEIGHT:
+        y = y * tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        y = y + tl.load(b_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(m_ptr + row_offset(row, inner, r_outer, r_inner), m, mask=row < rows)
+    tl.store(r_ptr + row_offset(row, inner, r_outer, r_inner), r, mask=row < rows)
+    tl.store(tile_at(y_ptr, row, col, inner, y_outer, y_inner), y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+# ---------------------------------------------------------------- backward kernel
+
+
+@jit
+def _backward_kernel(
+    dy_ptr, x_ptr, w_ptr, m_ptr, r_ptr, dx_ptr, dw_ptr, db_ptr,
+    rows, inner, dy_outer, dy_inner, x_outer, x_inner, r_outer, r_inner, dx_outer, dx_inner,
+    N: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    WANT_DX: tl.constexpr, WANT_DWEIGHT: tl.constexpr, WANT_DBIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    col = tl.arange(0, BLOCK_N)
+    if HAS_WEIGHT:
+        w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+    # One partial row of dweight and dbias a program, over the same rows in the same order each time: no atomics.
+    if WANT_DWEIGHT:
+        dw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if WANT_DBIAS:
+        db = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (row < rows)[:, None] & (col < N)[None, :]
+        dy = tl.load(tile_at(dy_ptr, row, col, inner, dy_outer, dy_inner), mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(tile_at(x_ptr, row, col, inner, x_outer, x_inner), mask=mask, other=0.0).to(tl.float32)
+        m = tl.load(m_ptr + row_offset(row, inner, r_outer, r_inner), mask=row < rows, other=0.0)[:, None]
+        r = tl.load(r_ptr + row_offset(row, inner, r_outer, r_inner), mask=row < rows, other=0.0)[:, None]
+        # Beyond column N, x is −m r and not 0, but there dy is 0, and with it every product below.
+        x = (x - m) * r
+        if WANT_DWEIGHT:
+            dw += dy * x
+        if WANT_DBIAS:
+            db += dy
+        if WANT_DX:
+            g = dy
+            if HAS_WEIGHT:
+                g = dy * w[None, :]
+            dx = r * (g - (tl.sum(g, axis=1) / N)[:, None] - x * (tl.sum(g * x, axis=1) / N)[:, None])
+            dx_at = tile_at(dx_ptr, row, col, inner, dx_outer, dx_inner)
+            tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    partial = tl.program_id(0).to(tl.int64) * N + col
+    if WANT_DWEIGHT:
+        tl.store(dw_ptr + partial, tl.sum(dw, axis=0), mask=col < N)
+    if WANT_DBIAS:
+        tl.store(db_ptr + partial, tl.sum(db, axis=0), mask=col < N)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, m, r = _forward_fake(x, weight, bias, eps, out_dtype)
+    if y.numel() == 0:
+        return y, m, r
+    if not use_triton(x) or x.dtype == torch.float64:
+        h = x.to(r.dtype)
+        m.copy_(h.mean(-1))
+        h = h - m.unsqueeze(-1)
+        r.copy_(torch.rsqrt(h.square().mean(-1) + eps))
+        h = h * r.unsqueeze(-1)
+        h = h if weight is None else h * weight.to(r.dtype)
+        return y.copy_(h if bias is None else h + bias.to(r.dtype)), m, r
+    walk = rows_of(x, y, r.unsqueeze(-1))
+    if walk is None:
+        dense = _forward(x.contiguous(), weight, bias, eps, out_dtype)
+        return y.copy_(dense[0]), m.copy_(dense[1]), r.copy_(dense[2])
+    n = x.shape[-1]
+    block_m, block_n, warps = row_tile(n)
+    (x_outer, x_inner), (y_outer, y_inner), (r_outer, r_inner) = walk.strides
+    _forward_kernel[(triton.cdiv(walk.count, block_m),)](
+        x, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(), y, m, r,
+        walk.count, walk.inner, x_outer, x_inner, y_outer, y_inner, r_outer, r_inner,
+        N=n, EPS=eps, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+    )  # fmt: skip
+    return y, m, r
+
+
+def _forward_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x, dtype=out_dtype or x.dtype), row_values(x), row_values(x)
+
+
+def _backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    m: torch.Tensor,
+    r: torch.Tensor,
+    want_dx: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx, dweight, dbias = _backward_fake(dy, x, weight, m, r, want_dx, want_dweight, want_dbias)
+    if x.numel() == 0 or not (want_dx or want_dweight or want_dbias):
+        return dx, dweight.zero_(), dbias.zero_()
+    n = x.shape[-1]
+    if not use_triton(x) or x.dtype == torch.float64:
+        x_hat, g = (x.to(r.dtype) - m.unsqueeze(-1)) * r.unsqueeze(-1), dy.to(r.dtype)
+        if want_dweight:
+            dweight.copy_((g * x_hat).reshape(-1, n).sum(0))
+        if want_dbias:
+            dbias.copy_(g.reshape(-1, n).sum(0))
+        if want_dx:
+            g = g if weight is None else g * weight.to(r.dtype)
+            dx.copy_(r.unsqueeze(-1) * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True)))
+        return dx, dweight, dbias
+    walk = rows_of(x, dy, r.unsqueeze(-1), dx if want_dx else x)
+    if walk is None or m.stride() != r.stride():
+        dense = (dy.contiguous(), x.contiguous(), weight, m.contiguous(), r.contiguous())
+        dense_dx, dweight, dbias = _backward(*dense, want_dx, want_dweight, want_dbias)
+        return (dx.copy_(dense_dx) if want_dx else dx), dweight, dbias
+    block_m, block_n, warps = row_tile(n)
+    programs = triton.cdiv(walk.count, block_m)
+    if want_dweight or want_dbias:  # few enough partial rows that summing them is cheap, enough to fill the GPU
+        programs = min(programs, 4 * processors(x.device))
+    dw, db = (x.new_empty((programs, n) if want else (0,), dtype=torch.float32) for want in (want_dweight, want_dbias))
+    (x_outer, x_inner), (dy_outer, dy_inner), (r_outer, r_inner), (dx_outer, dx_inner) = walk.strides
+    _backward_kernel[(programs,)](
+        dy, x, x if weight is None else weight.contiguous(), m, r, dx, dw, db,
+        walk.count, walk.inner, dy_outer, dy_inner, x_outer, x_inner, r_outer, r_inner, dx_outer, dx_inner,
+        N=n, HAS_WEIGHT=weight is not None, WANT_DX=want_dx, WANT_DWEIGHT=want_dweight, WANT_DBIAS=want_dbias,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+    )  # fmt: skip
+    return dx, dweight.copy_(dw.sum(0)) if want_dweight else dweight, dbias.copy_(db.sum(0)) if want_dbias else dbias
+
+
+def _backward_fake(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    m: torch.Tensor,
+    r: torch.Tensor,
+    want_dx: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx = torch.empty_like(x) if want_dx else x.new_empty(0)
+    dweight = weight.new_empty(x.shape[-1:]) if want_dweight else x.new_empty(0)
+    # The bias has the weight's dtype (`supported` sees to it); without a weight it has dy's.
+    dbias = (dy if weight is None else weight).new_empty(x.shape[-1:]) if want_dbias else x.new_empty(0)
+    return dx, dweight, dbias
+
+
+# ---------------------------------------------------------------- op
+
+_raw = raw_op(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType? out_dtype) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_raw_backward = raw_op(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd,"
+    " bool want_dx, bool want_dweight, bool want_dbias) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, out_dtype):
+        y, m, r = _raw(x, weight, bias, eps, out_dtype)
+        ctx.save_for_backward(x, weight, m, r)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, m, r = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        dx, dweight, dbias = _raw_backward(dy, x, weight, m, r, *wanted)
+        return (
+            dx if wanted[0] else None,
+            dweight if wanted[1] else None,
+            dbias.to(ctx.bias_dtype) if wanted[2] else None,
+            None,
+            None,
+        )
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``(x − mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the last axis, differentiable in x, weight and bias.
+
+    x: ``[..., N]``, fp32, fp16 or bf16, any strides (a copy is made unless rows are contiguous and lie at two strides
+    or fewer). weight, bias: ``[N]`` or None. out_dtype: dtype of the result, x's own by default. The result has x's
+    memory order, as PyTorch's elementwise ops have.
+    """
+    return _LayerNorm.apply(x, weight, bias, eps, out_dtype)
+
+
+def supported(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> Reason | None:
+    """None, or why this call cannot run as one kernel."""
+    # The kernels' arithmetic is fp32: fp64 would lose digits on a GPU, and integers and fp8 are not norms' inputs.
+    if reason := check_dtypes(x, weight, bias):
+        return reason
+    # One output element comes from one rounding of an fp32 value.
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        return Reason("dtype", f"the result is {out_dtype}, and a norm's result is floating point")
+    # dbias is written in the weight's dtype.
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        return Reason(
+            "dtype", f"the weight is {weight.dtype} and the bias {bias.dtype}; one dtype for both is supported"
+        )
+    if x.dim() < 1:
+        return Reason("shape", "x has no axis to normalise")
+    # Weight and bias are read as one row of N.
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and tuple(t.shape) != (x.shape[-1],):
+            return Reason("shape", f"the {name} has shape {tuple(t.shape)}; one axis of {x.shape[-1]} is supported")
+    # One program holds a whole row in registers.
+    if x.shape[-1] > MAX_N:
+        return Reason("size", f"a row has {x.shape[-1]} elements; up to {MAX_N} are supported")
+    return None
+
+
+def cost(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+) -> Cost:
+    """Forward: x in, y out; kept: x and 8 bytes a row."""
+    elements, rows = size(x.numel()), size(x.numel() // max(x.shape[-1], 1))
+    out = (out_dtype or x.dtype).itemsize
+    return Cost(8 * elements, elements * (x.element_size() + out) + 8 * rows, elements * x.element_size() + 8 * rows)
+
+
+register(
+    Op("layer_norm", layer_norm, reference, supported, ("layer_norm", "layer_norm_backward"), Recompute.CHEAP, cost)
+)

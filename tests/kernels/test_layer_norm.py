@@ -1,0 +1,107 @@
+"""LayerNorm: kernel against fp64, layouts, raw ops, the formula itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastft.kernels._op import OPS
+from fastft.kernels.layer_norm import MAX_N, layer_norm, reference, supported
+from tests.kernels._check import check_op
+
+OP = OPS["layer_norm"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def inputs(shape, dtype, device, weight=True, bias=True, shift=0.0):
+    x = (torch.randn(shape, dtype=dtype, device=device) + shift).requires_grad_()
+    w = torch.randn(shape[-1], dtype=dtype, device=device, requires_grad=True) if weight else None
+    b = torch.randn(shape[-1], dtype=dtype, device=device, requires_grad=True) if bias else None
+    return x, w, b
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 5, 64), (3, 7, 4, 96), (65, 1), (1, 3, 4100), (300, 33)])
+def test_matches_reference(shape, dtype, device):
+    check_op(OP, inputs(shape, dtype, device), 1e-5, length=max(shape[-1], 700))
+
+
+def test_large_mean_does_not_cancel(device):
+    x, w, b = inputs((4, 50), torch.float32, device, shift=1000.0)
+    check_op(OP, (x, w, b), 1e-5, length=50)
+
+
+@pytest.mark.parametrize("weight, bias", [(True, False), (False, True), (False, False)])
+def test_without_weight_or_bias(weight, bias, device):
+    check_op(OP, inputs((2, 9, 80), torch.float16, device, weight, bias), 1e-5, length=80)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_weight_and_result_in_other_dtypes(out_dtype, device):
+    x = torch.randn(2, 6, 48, dtype=torch.float16, device=device, requires_grad=True)
+    w, b = (torch.randn(48, dtype=torch.float32, device=device, requires_grad=True) for _ in range(2))
+    check_op(OP, (x, w, b), 1e-6, out_dtype, length=48)
+
+
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
+def test_only_what_is_asked_for(wanted, device):
+    tensors = inputs((4, 32), torch.float32, device)
+    everything = torch.autograd.grad(layer_norm(*tensors, 1e-6).square().sum(), tensors)
+    leaves = [t if want else t.detach() for t, want in zip(tensors, wanted, strict=True)]
+    asked = torch.autograd.grad(layer_norm(*leaves, 1e-6).square().sum(), [t for t in leaves if t.requires_grad])
+    expected = [g for g, want in zip(everything, wanted, strict=True) if want]
+    assert all(torch.equal(a, e) for a, e in zip(asked, expected, strict=True))
+
+
+LAYOUTS = {
+    "heads transposed": lambda d: torch.randn(2, 5, 4, 32, device=d).transpose(1, 2),
+    "slice of a fused projection": lambda d: torch.randn(2, 5, 12 * 32, device=d)[..., 64:192].view(2, 5, 4, 32),
+    "three strides": lambda d: torch.randn(3, 5, 6, 32, device=d)[:, ::2, ::2],
+    "rows not contiguous": lambda d: torch.randn(2, 32, 7, device=d).transpose(1, 2),
+    "one row": lambda d: torch.randn(32, device=d),
+    "empty": lambda d: torch.randn(2, 0, 32, device=d),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strided_grads", [False, True])
+def test_layouts(layout, strided_grads, device):
+    x = LAYOUTS[layout](device).requires_grad_()
+    w, b = (torch.randn(32, device=device, requires_grad=True) for _ in range(2))
+    check_op(OP, (x, w, b), 1e-6, length=32, strided_grads=strided_grads)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_raw_ops(layout, device):
+    x = LAYOUTS[layout](device)
+    w, b = torch.randn(32, device=device), torch.randn(32, device=device)
+    torch.library.opcheck(torch.ops.fastft.layer_norm.default, (x, w, b, 1e-6, torch.float16))
+    y, m, r = torch.ops.fastft.layer_norm(x, w, b, 1e-6, None)
+    for want in [(True, True, True), (True, False, False), (False, True, True)]:
+        torch.library.opcheck(torch.ops.fastft.layer_norm_backward.default, (torch.randn_like(y), x, w, m, r, *want))
+
+
+@pytest.mark.parametrize("fn", [layer_norm, reference])
+def test_gradcheck(fn, device):
+    x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    w, b = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda x, w, b: fn(x, w, b, 1e-6), (x, w, b))
+    assert torch.autograd.gradcheck(lambda x: fn(x, None, None, 1e-6), (x,))
+
+
+@pytest.mark.parametrize(
+    "x, weight, bias, out_dtype, code",
+    [
+        (torch.empty(2, 8), torch.empty(8), torch.empty(8), None, None),
+        (torch.empty(2, 8, dtype=torch.int32), torch.empty(8), None, None, "dtype"),
+        (torch.empty(2, 8), torch.empty(8), None, torch.int32, "dtype"),
+        (torch.empty(2, 8), torch.empty(8), torch.empty(8, dtype=torch.float16), None, "dtype"),
+        (torch.empty(2, 8), torch.empty(4), None, None, "shape"),
+        (torch.empty(2, 8), torch.empty(8), torch.empty(2, 8), None, "shape"),
+        (torch.empty(()), None, None, None, "shape"),
+        (torch.empty(1, MAX_N + 1), None, None, None, "size"),
+    ],
+)
+def test_supported(x, weight, bias, out_dtype, code):
+    reason = supported(x, weight, bias, 1e-6, out_dtype)
+    assert (reason and reason.code) == code
