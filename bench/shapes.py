@@ -181,9 +181,11 @@ def linears(model: str) -> list[tuple[str, int, int]]:
             ("gate_up_proj", 2 * intermediate, hidden),
             ("down_proj", hidden, intermediate),
         ]
-    mlp = [("up_proj", intermediate, hidden), ("down_proj", hidden, intermediate)]
-    if config["model_type"] != "starcoder2":
-        mlp.insert(0, ("gate_proj", intermediate, hidden))
+    if config["model_type"] == "starcoder2":
+        mlp = [("c_fc", intermediate, hidden), ("c_proj", hidden, intermediate)]
+    else:
+        mlp = [("gate_proj", intermediate, hidden), ("up_proj", intermediate, hidden)]
+        mlp.append(("down_proj", hidden, intermediate))
     return [
         ("q_proj", attention, hidden),
         ("k_proj", kv_heads * head_dim, hidden),

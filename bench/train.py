@@ -1,0 +1,795 @@
+"""Training steps of one implementation in one process, and several implementations beside each other.
+
+    python bench/train.py run --impl fastft --model llama-3.1-8b --quant nf4 --out fastft.json
+    python bench/train.py compare --impls eager,inductor,unsloth,fastft --model llama-3.1-8b --quant nf4 --out all.json
+
+What a row means: an architecture of ``bench/shapes.py`` with random weights, read by every implementation from the same
+checkpoint folder. NF4 is bitsandbytes' nf4 with double quantisation and bf16 compute. LoRA sits on every linear of the
+decoder layers (alpha 16, dropout 0, PEFT's fp32 adapters). A step is
+``loss = model(input_ids=x, labels=x).loss; loss.backward(); optimizer.step()`` on fresh random tokens, with fused AdamW
+on what is trained and the forward under bf16 autocast (what ``Trainer(bf16=True)`` does). Checkpointing is
+``gradient_checkpointing_enable(use_reentrant=False)``; for Unsloth its own, ``use_gradient_checkpointing="unsloth"``.
+``--train full`` trains bf16 weights with bf16 optimizer state.
+
+Only stock code is driven here: nothing of fastft but ``backend="fastft"`` and its report. Times are wall clock between
+device synchronisations; the peak is ``torch.cuda.max_memory_allocated`` over the measured steps (None on a CPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# Run as a script, Python puts bench/ first on the path, where kernels.py would pass for the Hub's package of that name.
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+from bench.shapes import MODELS, linears  # noqa: E402
+
+if __name__ == "__main__":
+    del sys.path[0]
+
+SCHEMA = 1
+GIB = 2**30
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "trl",
+    "liger-kernel",
+    "unsloth",
+    "fastft",
+)
+#: Environment of every run: no network, nothing sent anywhere, no unasked threads of the tokenizer.
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DO_NOT_TRACK": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One run's setting. ``batch`` and ``seq`` in sequences and tokens; ``options`` go to ``torch.compile``."""
+
+    impl: str
+    model: str = "llama-3.1-8b"
+    quant: str = "nf4"
+    train: str = "lora"
+    rank: int = 16
+    batch: int = 4
+    seq: int = 2048
+    checkpointing: bool = True
+    steps: int = 5
+    warmup: int = 3
+    seed: int = 0
+    lr: float = 1e-4
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for what cannot be run, naming what was asked and what there is."""
+        _one_of("--impl", self.impl, IMPLEMENTATIONS)
+        _one_of("--model", self.model, MODELS)
+        _one_of("--quant", self.quant, ("nf4", "bf16"))
+        _one_of("--train", self.train, ("lora", "full"))
+        if self.quant == "nf4" and self.train == "full":
+            raise ValueError(
+                "--quant nf4 with --train full: NF4 weights have no gradient; use --train lora or --quant bf16"
+            )
+        for name in ("rank", "batch", "seq", "steps", "warmup"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name} is {getattr(self, name)}; it is 1 or more (the first warm-up step compiles)"
+                )
+        if self.options and IMPLEMENTATIONS[self.impl].compile is None:
+            raise ValueError(f"--options go to torch.compile, which --impl {self.impl} does not call")
+
+
+def _one_of(name: str, got: str, allowed: Any) -> None:
+    if got not in allowed:
+        raise ValueError(f"{name} is {got!r}; it is one of {', '.join(allowed)}")
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_root() -> Path:
+    """Where checkpoints go: ``FASTFT_BENCH_CHECKPOINTS``, /dev/shm where 40 GiB are free, or the temporary folder."""
+    if asked := os.environ.get("FASTFT_BENCH_CHECKPOINTS"):
+        return Path(asked)
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 40 * GIB
+    return (memory if roomy else Path(tempfile.gettempdir())) / "fastft-bench"
+
+
+def write_checkpoint(model: str, folder: Path) -> None:
+    """Write a bf16 checkpoint of ``model`` with random weights to ``folder``, with a tokenizer beside it.
+
+    Made on the GPU where there is one. Nobody reads text here, but Unsloth's loader asks for a tokenizer, so a small
+    one is trained in memory.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    fields = dict(MODELS[model])
+    config = AutoConfig.for_model(
+        fields.pop("model_type"), **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, **fields}
+    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        built = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<s>", "</s>", "<pad>", "<unk>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([__doc__ or ""], trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        built.save_pretrained(partial, max_shard_size="2GB")
+        wrapped.save_pretrained(partial)
+        partial.chmod(0o755)
+        os.replace(partial, folder)  # whole or not at all
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def checkpoint(model: str, root: Path) -> Path:
+    """The folder of ``model``'s checkpoint under ``root``, written first, by another process, if it is not there."""
+    folder = root / model
+    if not (folder / "config.json").exists():
+        say(f"writing a checkpoint of {model} to {folder}")
+        subprocess.run(
+            [sys.executable, __file__, "checkpoint", "--model", model, "--checkpoints", str(root)],
+            check=True,
+            env={**os.environ, **QUIET},
+        )
+    return folder
+
+
+def _arguments(setup: Setup) -> dict[str, Any]:
+    """What ``from_pretrained`` gets."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    arguments: dict[str, Any] = {"dtype": torch.bfloat16}
+    if torch.cuda.is_available():
+        arguments["device_map"] = {"": 0}
+    if setup.quant == "nf4":
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return arguments
+
+
+def _targets(setup: Setup) -> list[str]:
+    return [name for name, _, _ in linears(setup.model)]
+
+
+def _prepare(model: Any, setup: Setup) -> Any:
+    """Checkpointing and LoRA on a stock transformers model, in the order in which TRL does them."""
+    model.config.use_cache = False
+    if setup.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if setup.train == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=setup.rank,
+            lora_alpha=16,
+            lora_dropout=0.0,
+            target_modules=_targets(setup),
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
+    return model.train()
+
+
+def load_stock(setup: Setup, folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return _prepare(AutoModelForCausalLM.from_pretrained(folder, **_arguments(setup)), setup)
+
+
+def load_liger(setup: Setup, folder: Path) -> Any:
+    from liger_kernel.transformers import AutoLigerKernelForCausalLM
+
+    return _prepare(AutoLigerKernelForCausalLM.from_pretrained(folder, **_arguments(setup)), setup)
+
+
+def load_unsloth(setup: Setup, folder: Path) -> Any:
+    import torch
+    from unsloth import FastLanguageModel
+
+    checkpointing = "unsloth" if setup.checkpointing else False
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(folder),
+        max_seq_length=setup.seq,
+        dtype=torch.bfloat16,
+        load_in_4bit=setup.quant == "nf4",
+        full_finetuning=setup.train == "full",
+        use_gradient_checkpointing=checkpointing,
+        use_exact_model_name=True,  # the folder, not a name of a repository that the folder's name resembles
+    )
+    if setup.train == "lora":
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=setup.rank,
+            target_modules=_targets(setup),
+            lora_alpha=16,
+            lora_dropout=0.0,
+            bias="none",
+            use_gradient_checkpointing=checkpointing,
+            max_seq_length=setup.seq,
+            random_state=setup.seed,
+        )
+    return FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    yield from base.model.layers
+
+
+def compile_inductor(model: Any, options: dict[str, Any]) -> None:
+    model.compile(options=options or None)
+
+
+def compile_layers(model: Any, options: dict[str, Any]) -> None:
+    for layer in _layers(model):
+        layer.compile(options=options or None)
+
+
+def compile_fastft(model: Any, options: dict[str, Any]) -> None:
+    model.compile(backend="fastft", options=options or None)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How an implementation loads a model and, if it does, compiles it in place. ``peer``: it has packages of its own."""
+
+    load: Callable[[Setup, Path], Any]
+    compile: Callable[[Any, dict[str, Any]], None] | None = None
+    peer: bool = False
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "eager": Implementation(load_stock),
+    "inductor": Implementation(load_stock, compile_inductor),
+    "inductor_layers": Implementation(load_stock, compile_layers),
+    "liger": Implementation(load_liger, peer=True),
+    "liger_inductor_layers": Implementation(load_liger, compile_layers, peer=True),
+    "unsloth": Implementation(load_unsloth, peer=True),
+    "fastft": Implementation(load_stock, compile_fastft),
+}
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    print(f"[bench {time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _timed(result: dict[str, Any], key: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    result[key] = round(time.perf_counter() - start, 3)
+    say(f"{key} {result[key]}")
+
+
+def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = False) -> None:
+    """Load, compile, warm up, measure. Figures go into ``result`` as they come, so that a failure keeps what it had."""
+    if setup.impl == "unsloth":
+        import unsloth  # noqa: F401  (it must come before transformers)
+    import torch
+
+    implementation = IMPLEMENTATIONS[setup.impl]
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    result["device"] = _device()
+    result["versions"] = _versions()
+    torch.manual_seed(setup.seed)
+
+    with _timed(result, "load_s"):
+        model = implementation.load(setup, folder)
+    if implementation.compile is not None:
+        implementation.compile(model, setup.options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=setup.lr, weight_decay=0.0, fused=True)
+    result["trained_parameters"] = sum(p.numel() for p in trained)
+    result["weights_bytes"] = torch.cuda.memory_allocated() if cuda else None
+
+    tokens = torch.Generator().manual_seed(setup.seed + 1)
+    vocabulary = MODELS[setup.model]["vocab_size"]
+
+    def batch() -> torch.Tensor:
+        # Ids 0 to 3 are the tokenizer's special tokens.
+        return torch.randint(4, vocabulary, (setup.batch, setup.seq), generator=tokens).to(device)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def synchronize() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
+    losses: list[torch.Tensor] = []
+
+    def timed_step() -> float:
+        x = batch()
+        synchronize()
+        start = time.perf_counter()
+        losses.append(step(x))
+        synchronize()
+        return time.perf_counter() - start
+
+    with _timed(result, "first_step_s"):
+        timed_step()
+    result["first_step_peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+    result["warmup_ms"] = [round(timed_step() * 1e3, 3) for _ in range(setup.warmup - 1)]
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times = [timed_step() * 1e3 for _ in range(setup.steps)]
+    result["step_ms"] = _spread(times)
+    result["tokens_per_s"] = round(setup.batch * setup.seq / (statistics.median(times) / 1e3), 2)
+    result["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+    result["peak_reserved_bytes"] = torch.cuda.max_memory_reserved() if cuda else None
+    result["loss"] = [round(float(x), 6) for x in losses]
+    say(f"{result['tokens_per_s']:.0f} tokens/s, step {result['step_ms']['median']:.1f} ms, losses {result['loss']}")
+    if setup.impl == "fastft":
+        import fastft
+
+        result["report"] = fastft.report().to_dict()
+        print(fastft.report(), file=sys.stderr, flush=True)
+    if profile:
+        result["kernels"] = _profile(lambda: timed_step(), cuda)
+
+
+def _spread(times: Sequence[float]) -> dict[str, Any]:
+    """Milliseconds: the median, the fastest and the slowest step, and all of them."""
+    return {
+        "median": round(statistics.median(times), 3),
+        "min": round(min(times), 3),
+        "max": round(max(times), 3),
+        "all": [round(t, 3) for t in times],
+    }
+
+
+def _profile(step: Callable[[], float], cuda: bool) -> list[dict[str, Any]]:
+    """One more step's 60 kernels with most device time (on a CPU: operators): name, calls, milliseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        step()
+    rows = [
+        {
+            "name": e.key,
+            "calls": e.count,
+            "ms": round((e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3, 3),
+        }
+        for e in profiler.key_averages()
+    ]
+    return sorted((r for r in rows if r["ms"] > 0), key=lambda r: -r["ms"])[:60]
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {"host": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    if not torch.cuda.is_available():
+        return {"name": "cpu", **found}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        **found,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """The commit measured, ``-dirty`` where the tree differs from it; ``FASTFT_COMMIT`` where there is no repository."""
+    if known := os.environ.get("FASTFT_COMMIT"):
+        return known
+    try:
+        head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def run(setup: Setup, root: Path, profile: bool = False) -> dict[str, Any]:
+    """Measure one implementation in this process. A failure is a result too: ``status`` is ``failed``, with ``error``."""
+    setup.check()
+    os.environ.update(QUIET)
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "impl": setup.impl,
+        "setup": asdict(setup),
+        "status": "failed",
+        "error": None,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _commit(),
+        "argv": sys.argv,
+    }
+    try:
+        measure(setup, checkpoint(setup.model, root), result, profile)
+        result["status"] = "ok"
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+        result["traceback"] = traceback.format_exc()[-4000:]
+        traceback.print_exc()
+    return result
+
+
+# -- several beside each other -----------------------------------------------------------------------------------------
+
+
+def run_apart(
+    arguments: Sequence[str], impl: str, *, peers: str | None, caches: Path, timeout: float, log: Any
+) -> dict[str, Any]:
+    """One run in a process and with compiler caches of its own, killed after ``timeout`` s. A failure is a result."""
+    out = caches / "result.json"
+    out.unlink(missing_ok=True)
+    environment = {**os.environ, **QUIET, **{k: str(caches / v) for k, v in CACHES.items()}, "PYTHONUNBUFFERED": "1"}
+    # A container's NVIDIA_VISIBLE_DEVICES alone makes Unsloth compile with a single worker.
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if impl.partition(":")[0] != "fastft":
+        environment["FASTFT_AUTOLOAD"] = "0"
+    if peers and IMPLEMENTATIONS[impl.partition(":")[0]].peer:
+        environment["PYTHONPATH"] = peers
+    command = [sys.executable, str(Path(__file__).resolve()), "run", *arguments, "--out", str(out)]
+    failed = {"schema": SCHEMA, "impl": impl, "status": "failed", "argv": command}
+    if timeout < 5:
+        return {**failed, "error": "not started: the time of this comparison (--budget) is used up"}
+    print(f"\n===== {impl} =====", file=log, flush=True)
+    # A session of its own, so that compile workers go with it.
+    process = subprocess.Popen(
+        command, cwd=caches, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return {**failed, "error": f"timed out after {timeout:.0f} s"}
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if out.exists():
+        return {**json.loads(out.read_text()), "impl": impl}
+    return {**failed, "error": f"the process ended with code {code} and wrote no result; its output is in the log"}
+
+
+#: Caches that a run fills, as environment variable → folder: fresh ones make the first step a cold one.
+CACHES = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "UNSLOTH_COMPILE_LOCATION": "unsloth",
+    "XDG_CACHE_HOME": "xdg",
+}
+
+
+def compare(
+    specs: Sequence[str],
+    arguments: Sequence[str],
+    *,
+    model: str,
+    root: Path,
+    rounds: int = 1,
+    baseline: str | None = None,
+    peers: str | None = None,
+    timeout: float = 300.0,
+    budget: float = 3600.0,
+    log: Any = sys.stderr,
+) -> dict[str, Any]:
+    """Run ``specs`` (``name`` or ``name:key=value;key=value``) ``rounds`` times, interleaved; merge each one's rounds.
+
+    The first round of an implementation starts with empty compiler caches, so its first step is a cold one; later
+    rounds keep them. ``budget`` seconds hold for all runs together, ``timeout`` for each.
+    """
+    for spec in specs:
+        _one_of("--impls", spec.partition(":")[0], IMPLEMENTATIONS)
+    baseline = baseline or specs[0]
+    _one_of("--baseline", baseline, specs)
+    deadline = time.monotonic() + budget
+    checkpoint(model, root)
+    results: dict[str, list[dict[str, Any]]] = {spec: [] for spec in specs}
+    with tempfile.TemporaryDirectory(prefix="fastft-bench-") as scratch:
+        for round_ in range(rounds):
+            for i, spec in enumerate(specs):
+                caches = Path(scratch) / str(i)
+                caches.mkdir(exist_ok=True)
+                name, _, options = spec.partition(":")
+                chosen = [word for option in options.split(";") if option for word in ("--options", option)]
+                say(f"round {round_ + 1} of {rounds}: {spec}")
+                result = run_apart(
+                    ["--impl", name, "--model", model, "--checkpoints", str(root), *arguments, *chosen],
+                    spec,
+                    peers=peers,
+                    caches=caches,
+                    timeout=min(timeout, deadline - time.monotonic()),
+                    log=log,
+                )
+                say(f"{spec}: {_in_short(result)}")
+                results[spec].append(result)
+    rows = [merge(spec, runs) for spec, runs in results.items()]
+    base = next(r for r in rows if r["impl"] == baseline)
+    for row in rows:
+        row["speed_ratio"] = _ratio(row.get("tokens_per_s"), base.get("tokens_per_s"))
+        row["peak_ratio"] = _ratio(row.get("peak_bytes"), base.get("peak_bytes"))
+    good = [r for r in rows if r["status"] == "ok"]
+    return {
+        "schema": SCHEMA,
+        "device": good[0]["runs"][0].get("device") if good else None,
+        "commit": _commit(),
+        "argv": sys.argv,
+        "rounds": rounds,
+        "baseline": baseline,
+        "rows": rows,
+    }
+
+
+def _in_short(result: dict[str, Any]) -> str:
+    if result["status"] != "ok":
+        return f"failed: {result['error']}"
+    speed, peak = f"{result['tokens_per_s']:.0f} tokens/s", f"{_gib(result.get('peak_bytes'))} GiB"
+    return f"{speed}, {peak}, first step {result['first_step_s']:.1f} s"
+
+
+def merge(impl: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row from an implementation's rounds: steps of all rounds together, the largest peak, the cold first step."""
+    good = [r for r in runs if r["status"] == "ok"]
+    row: dict[str, Any] = {"impl": impl, "status": "ok" if good else "failed", "runs": list(runs)}
+    row["error"] = next((r["error"] for r in runs if r["status"] != "ok"), None)
+    if good:
+        setup = good[0]["setup"]
+        row["step_ms"] = _spread([t for r in good for t in r["step_ms"]["all"]])
+        row["tokens_per_s"] = round(setup["batch"] * setup["seq"] / (row["step_ms"]["median"] / 1e3), 2)
+        peaks = [r["peak_bytes"] for r in good if r["peak_bytes"] is not None]
+        row["peak_bytes"] = max(peaks) if peaks else None
+        row["first_step_s"] = good[0]["first_step_s"]
+        row["loss_first"], row["loss_last"] = good[0]["loss"][0], good[0]["loss"][-1]
+    return row
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return round(value / base, 4) if value and base else None
+
+
+def _gib(size: int | None) -> str:
+    return f"{size / GIB:.2f}" if size else "–"
+
+
+def table(compared: dict[str, Any], title: str) -> Any:
+    """A ``rich`` table of what :func:`compare` returned, with the errors of failed runs under it."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    errors = [f"{r['impl']}: {str(r['error']).strip().splitlines()[0][:300]}" for r in compared["rows"] if r["error"]]
+    shown = Table(title=title, title_justify="left", caption=escape("\n".join(errors)) or None, caption_justify="left")
+    ratios = (f"speed / {compared['baseline']}", f"peak / {compared['baseline']}")
+    for column in (
+        "implementation",
+        "tokens/s",
+        "step ms",
+        "± ms",
+        "peak GiB",
+        "first step s",
+        "loss first",
+        "last",
+        *ratios,
+    ):
+        shown.add_column(column, justify="left" if column == "implementation" else "right")
+    for row in compared["rows"]:
+        if row["status"] != "ok":
+            shown.add_row(row["impl"], "failed")
+            continue
+        ms = row["step_ms"]
+        shown.add_row(
+            row["impl"],
+            f"{row['tokens_per_s']:,.0f}",
+            f"{ms['median']:.1f}",
+            f"{(ms['max'] - ms['min']) / 2:.1f}",
+            _gib(row["peak_bytes"]),
+            f"{row['first_step_s']:.1f}",
+            f"{row['loss_first']:.4f}",
+            f"{row['loss_last']:.4f}",
+            f"{row['speed_ratio']:.3f}" if row["speed_ratio"] else "–",
+            f"{row['peak_ratio']:.3f}" if row["peak_ratio"] else "–",
+        )
+    return shown
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """``key=value``; a value that reads as JSON is that (numbers, true, null, {...}), any other is the text itself."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"an option is key=value, not {text!r}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _specs(words: Sequence[str]) -> list[str]:
+    """``eager,inductor fastft`` → three; a word with options (``fastft:disable=rotary,attention``) is one."""
+    return [name for word in words for name in ([word] if "=" in word else word.split(",")) if name]
+
+
+def _parser() -> argparse.ArgumentParser:
+    setting = argparse.ArgumentParser(add_help=False)
+    setting.add_argument("--model", default="llama-3.1-8b", help=f"architecture, random weights: {', '.join(MODELS)}")
+    setting.add_argument("--quant", default="nf4", help="nf4 or bf16 (default nf4)")
+    setting.add_argument("--train", default="lora", help="lora or full (default lora)")
+    setting.add_argument("--rank", type=int, default=16, help="LoRA rank (default 16)")
+    setting.add_argument("--batch", type=int, default=4, help="sequences in a step (default 4)")
+    setting.add_argument("--seq", type=int, default=2048, help="tokens in a sequence (default 2048)")
+    setting.add_argument(
+        "--checkpointing", choices=("on", "off"), default="on", help="gradient checkpointing (default on)"
+    )
+    setting.add_argument("--steps", type=int, default=5, help="measured steps (default 5)")
+    setting.add_argument(
+        "--warmup", type=int, default=3, help="steps before them, the first of which compiles (default 3)"
+    )
+    setting.add_argument("--seed", type=int, default=0)
+    setting.add_argument(
+        "--profile", action="store_true", help="one more step under the profiler: kernels by time in the JSON"
+    )
+    setting.add_argument(
+        "--checkpoints", type=Path, default=None, help="folder of checkpoints (default: see checkpoint_root)"
+    )
+    setting.add_argument("--out", type=Path, default=None, help="JSON file (default: standard output)")
+
+    parser = argparse.ArgumentParser(prog="bench/train.py", description=(__doc__ or "").split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", parents=[setting], help="one implementation in this process")
+    one.add_argument("--impl", required=True, help=", ".join(IMPLEMENTATIONS))
+    one.add_argument(
+        "--options", type=_option, action="append", default=[], metavar="KEY=VALUE", help="for torch.compile"
+    )
+    several = commands.add_parser("compare", parents=[setting], help="several beside each other, a process for each")
+    several.add_argument("--impls", nargs="+", default=["eager,fastft"], help="names, or name:key=value;key=value")
+    several.add_argument("--rounds", type=int, default=1, help="each this many times, interleaved (default 1)")
+    several.add_argument("--baseline", default=None, help="whom the ratios refer to (default: the first)")
+    several.add_argument("--timeout", type=float, default=300.0, help="seconds for one run (default 300)")
+    several.add_argument("--budget", type=float, default=3600.0, help="seconds for all runs together (default 3600)")
+    several.add_argument("--peers", default=None, help="PYTHONPATH of liger's and unsloth's runs")
+    several.add_argument("--log", type=Path, default=None, help="file for the runs' output (default: standard error)")
+    prepare = commands.add_parser("checkpoint", help="write a random-weight checkpoint, if it is not there")
+    prepare.add_argument("--model", required=True)
+    prepare.add_argument("--checkpoints", type=Path, default=None)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 if a run worked (``compare``: any of them), 1 if none did, 2 for arguments that cannot be."""
+    parser = _parser()
+    a = parser.parse_args(argv)
+    root = a.checkpoints or checkpoint_root()
+    if a.command == "checkpoint":
+        if a.model not in MODELS:
+            parser.error(f"--model is {a.model!r}; it is one of {', '.join(MODELS)}")
+        os.environ.update(QUIET)
+        if not (root / a.model / "config.json").exists():
+            write_checkpoint(a.model, root / a.model)
+        return 0
+    common = {k: getattr(a, k) for k in ("model", "quant", "train", "rank", "batch", "seq", "steps", "warmup", "seed")}
+    if a.command == "run":
+        setup = Setup(impl=a.impl, checkpointing=a.checkpointing == "on", options=dict(a.options), **common)
+        try:
+            setup.check()
+        except ValueError as error:
+            parser.error(str(error))
+        result = run(setup, root, a.profile)
+        ok = result["status"] == "ok"
+    else:
+        specs = _specs(a.impls)
+        try:
+            for spec in specs:
+                Setup(impl=spec.partition(":")[0], **common).check()
+            if a.baseline is not None:
+                _one_of("--baseline", a.baseline, specs)
+        except ValueError as error:
+            parser.error(str(error))
+        del common["model"]
+        arguments = [w for k, v in common.items() for w in (f"--{k}", str(v))] + ["--checkpointing", a.checkpointing]
+        log = open(a.log, "a") if a.log else sys.stderr  # noqa: SIM115  (the runs write to it, closed at exit)
+        result = compare(
+            specs,
+            [*arguments, *(["--profile"] if a.profile else [])],
+            model=a.model,
+            root=root,
+            rounds=a.rounds,
+            baseline=a.baseline,
+            peers=a.peers,
+            timeout=a.timeout,
+            budget=a.budget,
+            log=log,
+        )
+        ok = any(r["status"] == "ok" for r in result["rows"])
+        checkpointing = "checkpointing" if a.checkpointing == "on" else "no checkpointing"
+        adapters = f"LoRA r={a.rank}" if a.train == "lora" else "full"
+        device = (result["device"] or {}).get("name", "no device")
+        title = f"{a.model}, {a.quant}, {adapters}, {checkpointing}, {a.batch}×{a.seq}, {device}"
+        from rich.console import Console
+
+        Console(width=150).print(table(result, title))
+    text = json.dumps(result, indent=1) + "\n"
+    if a.out:
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        a.out.write_text(text)
+    elif a.command == "run":
+        sys.stdout.write(text)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
