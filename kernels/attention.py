@@ -1,0 +1,1094 @@
+"""Scaled dot-product attention with a structured mask, and with un-repeated keys and values (grouped-query attention).
+
+Maths, for each batch b, query head h and its key head h' = h // (Hq / Hk), with s = scale · q kᵀ::
+
+    s ← softcap · tanh(s / softcap)     (softcap > 0)
+    s ← −∞ where the mask hides         p = softmax(s)         out = p v
+
+The mask is a conjunction, of which a query q and a key k (positions in the sequence) must pass every part:
+
+* ``causal``: k ≤ q;
+* ``window`` w > 0: k > q − w (Mistral, Gemma);
+* ``chunk`` c > 0: ⌊(k − l) / c⌋ = ⌊(q − l) / c⌋, l being the row's left padding (Llama 4);
+* ``padding`` ``[B, Sk]``: key k is no padding;
+* ``positions`` ``[B, S]``: q and k lie in the same document; a new one starts where ``diff(position_ids) != 1`` (packing);
+* ``dense``, broadcastable to ``[B, Hq, Sq, Sk]``: boolean (True: visible), or additive.
+
+A query that sees no key gives 0, as PyTorch's own attention does.
+
+Except for padding and dense, every causal mask lets a query see one interval of keys: from ``start(q)``, which never decreases, to q itself. So a key is
+seen by the queries from itself to before ``stop(k)``, which never decreases either. The kernel skips every tile outside these intervals and masks only
+tiles on their edges; packed documents therefore cost what they would cost apart. Whether there is any real padding, or more than one document, is known
+on the device only: ``attention_mask`` finds out once for a step, for all layers, and says it in a boolean on the CPU (the step's one synchronisation).
+When the answer is no, attention is plainly causal and goes to cuDNN, the fastest there is on Hopper (measured, H100, 32 heads of 128, 4×2048: 520
+TFLOP/s forward, 391 backward). Everything else goes to the Triton kernels here.
+
+Backward, from the saved out and logsumexp L, with do the gradient of out (FlashAttention 2, https://arxiv.org/abs/2307.08691, appendix B)::
+
+    p = exp(s − L)      dv = pᵀ do      dp = do vᵀ      δ = Σ_d do · out      ds = p (dp − δ)
+
+times ``1 − tanh²(s / softcap)`` with a softcap; then ``dq = scale · ds k``, ``dk = scale · dsᵀ q``, summed over the query heads of a key head. The
+probabilities are never in memory. dq has its own kernel, dk and dv another that owns a tile of keys for all query heads of the group: no atomics.
+
+Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hk, Sk, D]``, v ``[B, Hk, Sk, Dv]``, out ``[B, Hq, Sq, Dv]``, of any strides; out and the gradients lie in memory
+as ``[B, S, H, D]``, which is what the projections around attention read and write. Saved: q, k, v, out, and one fp32 number for each query and head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import sympy
+import torch
+
+from fastft.kernels._op import INTERPRET, Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
+from fastft.kernels._rows import size
+from fastft.kernels._triton import HAS_TRITON, jit, tl, triton
+
+LOG2E = 1.4426950408889634  # exp(x) = exp2(x log₂e): the GPU has exp2 only
+
+# ---------------------------------------------------------------- reference
+
+
+def visible(
+    q_length: int,
+    k_length: int,
+    device: torch.device | str,
+    *,
+    causal: bool = False,
+    window: int = 0,
+    chunk: int = 0,
+    padding: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """The mask as a dense boolean ``[B or 1, 1, Sq, Sk]``, True where a query sees a key; None when every query sees every key."""
+    q = torch.arange(q_length, device=device)[:, None]
+    k = torch.arange(k_length, device=device)[None, :]
+    parts = []
+    if causal:
+        parts.append((k <= q)[None])
+    if window:
+        parts.append((k > q - window)[None])
+    if chunk:
+        left = 0 if padding is None else (padding.to(torch.int64).cumsum(-1) == 0).sum(-1)[:, None, None]
+        parts.append(
+            torch.div(k[None] - left, chunk, rounding_mode="floor")
+            == torch.div(q[None] - left, chunk, rounding_mode="floor")
+        )
+    if padding is not None:
+        parts.append(padding.to(torch.bool)[:, None, :])
+    if positions is not None:
+        document = _documents(positions).cumsum(-1)
+        parts.append(document[:, :, None] == document[:, None, :])
+    return functools.reduce(torch.logical_and, parts)[:, None] if parts else None
+
+
+def _documents(positions: torch.Tensor) -> torch.Tensor:
+    """``[B, S]`` position_ids → True at the first token of every document but the first."""
+    return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1
+
+
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: int = 0,
+    chunk: int = 0,
+    padding: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    dense: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Plain PyTorch, differentiable; fp32 inside (fp64 for fp64). Arguments as :func:`attention`'s."""
+    mask = visible(
+        q.shape[2],
+        k.shape[2],
+        q.device,
+        causal=causal,
+        window=window,
+        chunk=chunk,
+        padding=padding,
+        positions=positions,
+    )
+    compute = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    s = _scores(
+        q.to(compute),
+        k.to(compute).repeat_interleave(group, 1),
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap,
+    )[0]
+    s = _hide(_hide(s, mask), dense)
+    p = torch.softmax(s, -1).masked_fill(s.amax(-1, keepdim=True) == -math.inf, 0.0)
+    return (torch.dropout(p, dropout_p, True) @ v.to(compute).repeat_interleave(group, 1)).to(q.dtype)
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scores before the mask, and tanh(s / softcap), which their derivative needs."""
+    s = (q @ k.transpose(-1, -2)) * scale
+    if not softcap:
+        return s, None
+    tanh = torch.tanh(s / softcap)
+    return tanh * softcap, tanh
+
+
+def _hide(s: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if mask is None:
+        return s
+    return s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask.to(s.dtype)
+
+
+# ---------------------------------------------------------------- configuration
+
+#: Widest head the kernels hold in registers and shared memory: Gemma's 256.
+MAX_D = 256
+
+
+def _tiles(kernel: str, d: int, dtype: torch.dtype) -> dict[str, int]:
+    """Queries and keys in a tile, warps and pipeline stages of ``kernel`` ("forward", "dq", "dkdv") for heads of size ``d`` (rounded up to 2ⁿ)."""
+    if INTERPRET:  # several tiles at the tests' small sizes
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    if dtype == torch.float32:  # no tensor cores, and twice the shared memory
+        small = 32 if d > 64 else 64
+        return {
+            "BLOCK_M": small,
+            "BLOCK_N": small if d <= 128 else 16,
+            "num_warps": 4 if d <= 64 else 8,
+            "num_stages": 1,
+        }
+    if d > 128:
+        m, n, warps, stages = {"forward": (128, 64, 8, 2), "dq": (64, 32, 4, 2), "dkdv": (32, 64, 8, 1)}[kernel]
+    else:
+        m, n, warps, stages = {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2)}[kernel]
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+# ---------------------------------------------------------------- device functions
+
+
+@jit
+def _first_key(q, start_ptr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr):
+    """start(q): the first key that query q sees."""
+    first = q * 0
+    if HAS_START:
+        first = tl.load(start_ptr + q)
+    if WINDOW > 0:
+        first = tl.maximum(first, q - (WINDOW - 1))
+    if CHUNK > 0:
+        first = tl.maximum(first, q // CHUNK * CHUNK)
+    return first
+
+
+@jit
+def _past_query(k, stop_ptr, Sq, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr):
+    """stop(k): one past the last query that sees key k."""
+    past = k * 0 + Sq
+    if HAS_START:
+        past = tl.load(stop_ptr + k)
+    if WINDOW > 0:
+        past = tl.minimum(past, k + WINDOW)
+    if CHUNK > 0:
+        past = tl.minimum(past, k // CHUNK * CHUNK + CHUNK)
+    return past
+
+
+@jit
+def _softcap(s, scale, SOFTCAP: tl.constexpr):
+    """Raw products → scaled (and capped) scores in units of log₂e, and tanh(s / softcap)."""
+    if SOFTCAP > 0:
+        tanh = 2 * tl.sigmoid(s * (scale * (2 / SOFTCAP))) - 1
+        return tanh * (SOFTCAP * 1.4426950408889634), tanh
+    return s * (scale * 1.4426950408889634), s
+
+
+@jit
+def _dense_mask(s, mask, DENSE: tl.constexpr):
+    """Apply a tile of a dense mask: boolean (1) or additive (2)."""
+    if DENSE == 1:
+        s = tl.where(mask != 0, s, float("-inf"))
+    if DENSE == 2:
+        # finfo.min times log₂e would be −∞: a row that a finite mask hides everywhere keeps PyTorch's uniform weights instead.
+        bias = mask.to(tl.float32)
+        s += tl.where(bias == float("-inf"), float("-inf"), tl.maximum(bias * 1.4426950408889634, -1e38))
+    return s
+
+
+# ---------------------------------------------------------------- forward kernel
+
+
+@jit
+def _forward_tiles(
+    acc, m_i, l_i, q, rows, first, lo, hi, k_ptr, v_ptr, keep_ptr, dense_ptr, scale, Sk,
+    k_s, v_s, dense_n, d, dv, D: tl.constexpr, DV: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add keys lo..hi to a tile of queries. ``EDGE``: some pairs in these tiles are outside the mask or the sequence."""
+    for n in range(lo, hi, BLOCK_N):
+        cols = n + tl.arange(0, BLOCK_N)
+        inside = cols < Sk
+        k_at = k_ptr + d[:, None] + cols.to(tl.int64)[None, :] * k_s
+        v_at = v_ptr + dv[None, :] + cols.to(tl.int64)[:, None] * v_s
+        if EDGE or BLOCK_D != D:
+            k = tl.load(k_at, mask=inside[None, :] & (d < D)[:, None], other=0.0)
+        else:
+            k = tl.load(k_at)
+        if EDGE or BLOCK_DV != DV:
+            v = tl.load(v_at, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
+        else:
+            v = tl.load(v_at)
+        s, _ = _softcap(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
+        if DENSE:
+            s = _dense_mask(
+                s,
+                tl.load(dense_ptr[:, None] + cols.to(tl.int64)[None, :] * dense_n, mask=inside[None, :], other=0),
+                DENSE,
+            )
+        if HAS_PADDING:
+            s = tl.where((tl.load(keep_ptr + cols, mask=inside, other=0) != 0)[None, :], s, float("-inf"))
+        if EDGE:
+            seen = inside[None, :] & (cols[None, :] >= first[:, None])
+            if CAUSAL:
+                seen = seen & (cols[None, :] <= rows[:, None])
+            s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - m_safe[:, None])
+        alpha = tl.exp2(m_i - m_safe)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        m_i = m_new
+    return acc, m_i, l_i
+
+
+@jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, start_ptr, keep_ptr, dense_ptr, out_ptr, lse_ptr,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, dense_b, dense_h, dense_m, dense_n,
+    Hq, Sq, Sk, tiles, scale,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles
+    if CAUSAL:  # the longest rows first
+        tile = tiles - 1 - tile
+    b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
+    m0 = tile * BLOCK_M
+    rows = m0 + tl.arange(0, BLOCK_M)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    start_ptr += b * Sq
+    keep_ptr += b * Sk
+    k_ptr += b * k_b + h // GROUP * k_h
+    v_ptr += b * v_b + h // GROUP * v_h
+    valid = rows < Sq
+    at = rows.to(tl.int64)
+    q = tl.load(
+        q_ptr + b * q_b + h * q_h + at[:, None] * q_s + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0
+    )
+    dense_rows = dense_ptr + b * dense_b + h * dense_h + tl.minimum(at, Sq - 1) * dense_m
+
+    clamped = tl.minimum(rows, Sq - 1)
+    first = _first_key(clamped, start_ptr, WINDOW, CHUNK, HAS_START)
+    lo = 0
+    inner = 0
+    hi = Sk
+    outer = Sk // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        hi = tl.minimum(Sk, m0 + BLOCK_M)
+        outer = tl.minimum(Sk, m0 + 1) // BLOCK_N * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    # Keys in three runs: tiles on the left edge of the interval, tiles that every query of the tile sees whole, tiles on the right edge.
+    if BOUNDED:
+        lo = tl.maximum(_first_key(m0, start_ptr, WINDOW, CHUNK, HAS_START), 0) // BLOCK_N * BLOCK_N
+        last = _first_key(tl.minimum(m0 + BLOCK_M, Sq) - 1, start_ptr, WINDOW, CHUNK, HAS_START)
+        inner = tl.cdiv(tl.maximum(last, 0), BLOCK_N) * BLOCK_N
+        acc, m_i, l_i = _forward_tiles(
+            acc, m_i, l_i, q, rows, first, lo, tl.minimum(inner, hi), k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
+            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    acc, m_i, l_i = _forward_tiles(
+        acc, m_i, l_i, q, rows, first, inner, outer, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    acc, m_i, l_i = _forward_tiles(
+        acc, m_i, l_i, q, rows, first, tl.maximum(inner, outer), hi, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+    )  # fmt: skip
+
+    # A query that saw no key: out = 0, and L = +∞ makes its p, and so its gradients, 0 in the backward.
+    blind = l_i == 0.0
+    acc = acc / tl.where(blind, 1.0, l_i)[:, None]
+    lse = tl.where(blind, float("inf"), m_i + tl.log2(tl.where(blind, 1.0, l_i)))
+    tl.store(lse_ptr + head.to(tl.int64) * Sq + rows, lse, mask=valid)
+    out_at = out_ptr + b * o_b + h * o_h + at[:, None] * o_s + dv[None, :]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (dv < DV)[None, :])
+
+
+# ---------------------------------------------------------------- backward kernels
+
+
+@jit
+def _delta_kernel(
+    do_ptr, out_ptr, delta_ptr, do_b, do_h, do_s, o_b, o_h, o_s, Hq, Sq, tiles,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """δ = Σ_d do · out, one fp32 number for each query and head."""
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles
+    b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = rows.to(tl.int64)
+    dv = tl.arange(0, BLOCK_DV)
+    mask = (rows < Sq)[:, None] & (dv < DV)[None, :]
+    do = tl.load(do_ptr + b * do_b + h * do_h + at[:, None] * do_s + dv[None, :], mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + b * o_b + h * o_h + at[:, None] * o_s + dv[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + head.to(tl.int64) * Sq + rows, tl.sum(do * out, 1), mask=rows < Sq)
+
+
+@jit
+def _dq_tiles(
+    dq, q, do, lse, delta, rows, first, lo, hi, k_ptr, v_ptr, keep_ptr, dense_ptr, scale, Sk,
+    k_s, v_s, dense_n, d, dv, D: tl.constexpr, DV: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    for n in range(lo, hi, BLOCK_N):
+        cols = n + tl.arange(0, BLOCK_N)
+        inside = cols < Sk
+        k_at = k_ptr + d[:, None] + cols.to(tl.int64)[None, :] * k_s
+        v_at = v_ptr + dv[:, None] + cols.to(tl.int64)[None, :] * v_s
+        if EDGE or BLOCK_D != D:
+            k = tl.load(k_at, mask=inside[None, :] & (d < D)[:, None], other=0.0)
+        else:
+            k = tl.load(k_at)
+        if EDGE or BLOCK_DV != DV:
+            v = tl.load(v_at, mask=inside[None, :] & (dv < DV)[:, None], other=0.0)
+        else:
+            v = tl.load(v_at)
+        s, tanh = _softcap(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
+        if DENSE:
+            s = _dense_mask(
+                s,
+                tl.load(dense_ptr[:, None] + cols.to(tl.int64)[None, :] * dense_n, mask=inside[None, :], other=0),
+                DENSE,
+            )
+        if HAS_PADDING:
+            s = tl.where((tl.load(keep_ptr + cols, mask=inside, other=0) != 0)[None, :], s, float("-inf"))
+        if EDGE:
+            seen = inside[None, :] & (cols[None, :] >= first[:, None])
+            if CAUSAL:
+                seen = seen & (cols[None, :] <= rows[:, None])
+            s = tl.where(seen, s, float("-inf"))
+        ds = tl.exp2(s - lse[:, None]) * (tl.dot(do, v, input_precision=PRECISION) - delta[:, None])
+        if SOFTCAP > 0:
+            ds *= 1 - tanh * tanh
+        dq += tl.dot(ds.to(k.dtype), tl.trans(k), input_precision=PRECISION)
+    return dq
+
+
+@jit
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, start_ptr, keep_ptr, dense_ptr, dq_ptr,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dq_b, dq_h, dq_s, dense_b, dense_h, dense_m, dense_n,
+    Hq, Sq, Sk, tiles, scale,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries: walks over keys as the forward does."""
+    BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
+    m0 = tile * BLOCK_M
+    rows = m0 + tl.arange(0, BLOCK_M)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    start_ptr += b * Sq
+    keep_ptr += b * Sk
+    k_ptr += b * k_b + h // GROUP * k_h
+    v_ptr += b * v_b + h // GROUP * v_h
+    valid = rows < Sq
+    at = rows.to(tl.int64)
+    q = tl.load(
+        q_ptr + b * q_b + h * q_h + at[:, None] * q_s + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0
+    )
+    do = tl.load(
+        do_ptr + b * do_b + h * do_h + at[:, None] * do_s + dv[None, :],
+        mask=valid[:, None] & (dv < DV)[None, :],
+        other=0.0,
+    )
+    lse = tl.load(lse_ptr + head.to(tl.int64) * Sq + rows, mask=valid, other=float("inf"))
+    delta = tl.load(delta_ptr + head.to(tl.int64) * Sq + rows, mask=valid, other=0.0)
+    dense_rows = dense_ptr + b * dense_b + h * dense_h + tl.minimum(at, Sq - 1) * dense_m
+
+    first = _first_key(tl.minimum(rows, Sq - 1), start_ptr, WINDOW, CHUNK, HAS_START)
+    inner = 0
+    hi = Sk
+    outer = Sk // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        hi = tl.minimum(Sk, m0 + BLOCK_M)
+        outer = tl.minimum(Sk, m0 + 1) // BLOCK_N * BLOCK_N
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if BOUNDED:
+        lo = tl.maximum(_first_key(m0, start_ptr, WINDOW, CHUNK, HAS_START), 0) // BLOCK_N * BLOCK_N
+        last = _first_key(tl.minimum(m0 + BLOCK_M, Sq) - 1, start_ptr, WINDOW, CHUNK, HAS_START)
+        inner = tl.cdiv(tl.maximum(last, 0), BLOCK_N) * BLOCK_N
+        dq = _dq_tiles(
+            dq, q, do, lse, delta, rows, first, lo, tl.minimum(inner, hi), k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
+            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    dq = _dq_tiles(
+        dq, q, do, lse, delta, rows, first, inner, outer, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    dq = _dq_tiles(
+        dq, q, do, lse, delta, rows, first, tl.maximum(inner, outer), hi, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    dq_at = dq_ptr + b * dq_b + h * dq_h + at[:, None] * dq_s + d[None, :]
+    tl.store(dq_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
+
+
+@jit
+def _dkdv_tiles(
+    dk, dv, k, v, cols, past, lo, hi, q_ptr, do_ptr, lse_ptr, delta_ptr, dense_ptr, scale, Sq,
+    q_s, do_s, dense_m, d, e, D: tl.constexpr, DV: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add queries lo..hi of one head to a tile of keys; scores are kept transposed, [keys, queries]."""
+    for m in range(lo, hi, BLOCK_M):
+        rows = m + tl.arange(0, BLOCK_M)
+        inside = rows < Sq
+        at = rows.to(tl.int64)
+        q_at = q_ptr + d[:, None] + at[None, :] * q_s
+        do_at = do_ptr + e[None, :] + at[:, None] * do_s
+        if EDGE or BLOCK_D != D:
+            q = tl.load(q_at, mask=inside[None, :] & (d < D)[:, None], other=0.0)
+        else:
+            q = tl.load(q_at)
+        if EDGE or BLOCK_DV != DV:
+            do = tl.load(do_at, mask=inside[:, None] & (e < DV)[None, :], other=0.0)
+        else:
+            do = tl.load(do_at)
+        if EDGE:
+            lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
+            delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
+        else:
+            lse = tl.load(lse_ptr + rows)
+            delta = tl.load(delta_ptr + rows)
+        s, tanh = _softcap(tl.dot(k, q, input_precision=PRECISION), scale, SOFTCAP)
+        if DENSE:
+            s = _dense_mask(
+                s, tl.load(dense_ptr[:, None] + at[None, :] * dense_m, mask=inside[None, :], other=0), DENSE
+            )
+        if EDGE:
+            seen = rows[None, :] < past[:, None]
+            if CAUSAL:
+                seen = seen & (cols[:, None] <= rows[None, :])
+            s = tl.where(seen, s, float("-inf"))
+        p = tl.exp2(s - lse[None, :])
+        dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
+        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+        if SOFTCAP > 0:
+            ds *= 1 - tanh * tanh
+        dk += tl.dot(ds.to(q.dtype), tl.trans(q), input_precision=PRECISION)
+    return dk, dv
+
+
+@jit
+def _dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, stop_ptr, keep_ptr, dense_ptr, dk_ptr, dv_ptr,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
+    dense_b, dense_h, dense_m, dense_n, Hq, Sq, Sk, tiles, scale,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys: walks over the queries that see them, in every query head of the group."""
+    BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles
+    heads = Hq // GROUP
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    n0 = tile * BLOCK_N
+    cols = n0 + tl.arange(0, BLOCK_N)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    valid = cols < Sk
+    at = cols.to(tl.int64)
+    k = tl.load(
+        k_ptr + b * k_b + h * k_h + at[:, None] * k_s + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0
+    )
+    v = tl.load(
+        v_ptr + b * v_b + h * v_h + at[:, None] * v_s + e[None, :], mask=valid[:, None] & (e < DV)[None, :], other=0.0
+    )
+    stop_ptr += b * Sk
+
+    past = _past_query(tl.minimum(cols, Sk - 1), stop_ptr, Sq, WINDOW, CHUNK, HAS_START)
+    lo = 0
+    inner = 0
+    hi = Sq
+    outer = Sq // BLOCK_M * BLOCK_M
+    if BOUNDED:
+        hi = tl.minimum(Sq, _past_query(tl.minimum(n0 + BLOCK_N, Sk) - 1, stop_ptr, Sq, WINDOW, CHUNK, HAS_START))
+        outer = tl.minimum(Sq, _past_query(n0, stop_ptr, Sq, WINDOW, CHUNK, HAS_START)) // BLOCK_M * BLOCK_M
+    if CAUSAL:
+        lo = n0 // BLOCK_M * BLOCK_M
+        inner = tl.cdiv(n0 + BLOCK_N - 1, BLOCK_M) * BLOCK_M
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for g in range(GROUP):
+        hq = h * GROUP + g
+        q_at = q_ptr + b * q_b + hq * q_h
+        do_at = do_ptr + b * do_b + hq * do_h
+        lse_at = lse_ptr + (b * Hq + hq) * Sq
+        delta_at = delta_ptr + (b * Hq + hq) * Sq
+        dense_at = dense_ptr + b * dense_b + hq * dense_h + tl.minimum(at, Sk - 1) * dense_n
+        # Queries in three runs, as the forward's keys: the diagonal, those that see the whole tile, the far edge.
+        if CAUSAL:
+            dk, dv = _dkdv_tiles(
+                dk, dv, k, v, cols, past, lo, tl.minimum(inner, hi), q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s,
+                dense_m, d, e, D, DV, CAUSAL, SOFTCAP, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+            )  # fmt: skip
+        dk, dv = _dkdv_tiles(
+            dk, dv, k, v, cols, past, inner, outer, q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s,
+            dense_m, d, e, D, DV, CAUSAL, SOFTCAP, DENSE, False, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+        )  # fmt: skip
+        dk, dv = _dkdv_tiles(
+            dk, dv, k, v, cols, past, tl.maximum(inner, outer), hi, q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s,
+            dense_m, d, e, D, DV, CAUSAL, SOFTCAP, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+        )  # fmt: skip
+    dk *= scale
+    if HAS_PADDING:  # a hidden key reached no output: what was summed for it is not its gradient
+        keep = (tl.load(keep_ptr + b * Sk + cols, mask=valid, other=0) != 0)[:, None]
+        dk = tl.where(keep, dk, 0.0)
+        dv = tl.where(keep, dv, 0.0)
+    dk_at = dk_ptr + b * dk_b + h * dk_h + at[:, None] * dk_s + d[None, :]
+    tl.store(dk_at, dk.to(dk_ptr.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
+    dv_at = dv_ptr + b * dv_b + h * dv_h + at[:, None] * dv_s + e[None, :]
+    tl.store(dv_at, dv.to(dv_ptr.dtype.element_ty), mask=valid[:, None] & (e < DV)[None, :])
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def _bshd(b: int, h: int, s: int, d: int, like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised ``[b, h, s, d]`` that lies in memory as ``[b, s, h, d]``."""
+    return like.new_empty((b, s, h, d)).transpose(1, 2)
+
+
+def _as_bshd(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with the memory layout of :func:`_bshd`; itself when it has it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with elements of a head side by side, which the kernels read without a stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _Call:
+    """What forward and backward work out from the same arguments: the mask that is left at run time, and who computes it."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        start: torch.Tensor | None,
+        stop: torch.Tensor | None,
+        keep: torch.Tensor | None,
+        dense: torch.Tensor | None,
+        plain: torch.Tensor | None,
+        causal: bool,
+        window: int,
+        chunk: int,
+        scale: float,
+        softcap: float,
+    ) -> None:
+        self.batch, self.heads, self.q_length, self.d = q.shape
+        self.k_length, self.d_v = k.shape[2], v.shape[3]
+        self.group = self.heads // k.shape[1]
+        self.causal, self.scale, self.softcap = causal, scale, softcap
+        if plain is not None and bool(plain):
+            start = stop = keep = None
+        # start and stop have the chunks in them; a window or chunk as long as the sequence hides nothing
+        self.chunk = 0 if start is not None or chunk >= self.k_length else chunk
+        self.window = 0 if window >= self.k_length else window
+        self.start, self.stop, self.keep, self.dense = start, stop, keep, dense
+        bare = start is None and keep is None and dense is None and not (self.window or self.chunk)
+        if not use_triton(q) or q.dtype == torch.float64:
+            self.backend = "math" if softcap or self.d != self.d_v else "cpu"
+        elif bare and not softcap and q.is_cuda and _cudnn_takes(q, k, v, causal):
+            self.backend = "cudnn"
+        else:
+            self.backend = "triton"
+
+    def mask(self, device: torch.device) -> torch.Tensor | None:
+        """The structured part, dense and boolean, ``[B or 1, 1, Sq, Sk]``."""
+        mask = visible(
+            self.q_length,
+            self.k_length,
+            device,
+            causal=self.causal,
+            window=self.window,
+            chunk=self.chunk,
+            padding=self.keep,
+        )
+        if self.start is None:
+            return mask
+        return mask & (torch.arange(self.k_length, device=device) >= self.start[:, None, :, None])
+
+    def bias(self, q: torch.Tensor) -> torch.Tensor | None:
+        """The whole mask as an additive one of q's dtype, ``[B or 1, Hq or 1, Sq, Sk]``."""
+        mask = self.mask(q.device)
+        if mask is None and self.dense is None:
+            return None
+        return _hide(_hide(q.new_zeros((1, 1, self.q_length, self.k_length)), mask), self.dense)
+
+    def constants(self, kernel: str, q: torch.Tensor) -> dict[str, Any]:
+        """What a kernel is specialised on."""
+        d = triton.next_power_of_2(max(self.d, 16))
+        d_v = triton.next_power_of_2(max(self.d_v, 16))
+        return {
+            "D": self.d, "DV": self.d_v, "GROUP": self.group, "CAUSAL": self.causal, "WINDOW": self.window, "CHUNK": self.chunk,
+            "HAS_START": self.start is not None, "HAS_PADDING": self.keep is not None,
+            "DENSE": 0 if self.dense is None else 1 if self.dense.dtype == torch.bool else 2, "SOFTCAP": self.softcap,
+            "BLOCK_D": d, "BLOCK_DV": d_v, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+            **_tiles(kernel, max(d, d_v), q.dtype),
+        }  # fmt: skip
+
+    def dense_operand(self, q: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """The dense mask as a kernel reads it (booleans as bytes), and its strides over ``[B, Hq, Sq, Sk]``."""
+        if self.dense is None:
+            return q, (0, 0, 0, 0)
+        dense = self.dense.expand(self.batch, self.heads, self.q_length, self.k_length)
+        return (dense.view(torch.uint8) if dense.dtype == torch.bool else dense), dense.stride()
+
+
+def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> bool:
+    """Whether cuDNN computes this call: what PyTorch itself checks (device, dtype, shapes, versions, the user's switches)."""
+    if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128:  # wider heads have no backward in every cuDNN
+        return False
+    # Its backward adds up dq in whatever order tiles finish.
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
+    return torch.backends.cuda.can_use_cudnn_attention(params)
+
+
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _forward_fake(q, k, v, *mask)
+    if out.numel() == 0:
+        return out, lse
+    if k.shape[2] == 0:  # nothing to see
+        return out.zero_(), lse.fill_(math.inf)
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    call = _Call(q, k, v, *mask)
+    if call.backend == "cudnn":
+        got, stats, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, call.causal, False, scale=call.scale
+        )
+        return _as_bshd(got), stats.reshape(lse.shape)
+    if call.backend == "cpu":
+        bias = call.bias(q) if not _only_causal(call) else None
+        got, stats = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q,
+            k.repeat_interleave(call.group, 1),
+            v.repeat_interleave(call.group, 1),
+            0.0,
+            call.causal and bias is None,
+            attn_mask=bias,
+            scale=call.scale,
+        )
+        return out.copy_(got), lse.copy_(stats)
+    if call.backend == "math":
+        return _forward_math(call, q, k, v, out, lse)
+    constants = call.constants("forward", q)
+    tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])
+    dense, dense_strides = call.dense_operand(q)
+    _forward_kernel[(tiles * call.batch * call.heads,)](
+        q, k, v, call.start if call.start is not None else q, call.keep if call.keep is not None else q, dense, out, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *dense_strides,
+        call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
+    )  # fmt: skip
+    return out, lse
+
+
+def _only_causal(call: _Call) -> bool:
+    """Causal from the first query and key, and nothing else: what PyTorch's own ``is_causal`` says."""
+    bare = call.start is None and call.keep is None and call.dense is None and not (call.window or call.chunk)
+    return bare and (not call.causal or call.q_length == call.k_length)
+
+
+def _forward_math(
+    call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formulas of the module's docstring, in PyTorch."""
+    s, _ = _masked_scores(call, q, k, lse.dtype)
+    blind = s.amax(-1) == -math.inf
+    lse.copy_(torch.logsumexp(s, -1).masked_fill(blind, math.inf))
+    p = torch.exp(s - lse.unsqueeze(-1))
+    return out.copy_(p @ v.to(lse.dtype).repeat_interleave(call.group, 1)), lse
+
+
+def _masked_scores(
+    call: _Call, q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    s, tanh = _scores(q.to(dtype), k.to(dtype).repeat_interleave(call.group, 1), call.scale, call.softcap)
+    return _hide(_hide(s, call.mask(q.device)), call.dense), tanh
+
+
+def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    b, h, s, _ = q.shape
+    lse = q.new_empty((b, h, s), dtype=torch.promote_types(q.dtype, torch.float32))
+    return _bshd(b, h, s, v.shape[3], q), lse
+
+
+def _backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    want_q: bool,
+    want_kv: bool,
+    *mask: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = _backward_fake(do, q, k, v, out, lse, want_q, want_kv, *mask)
+    if out.numel() == 0 or k.shape[2] == 0 or not (want_q or want_kv):
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    do, q, k, v = _unit(do), _unit(q), _unit(k), _unit(v)
+    call = _Call(q, k, v, *mask)
+    if call.backend == "cudnn":
+        seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            _as_bshd(do), q, k, v, out, lse.unsqueeze(-1), seed, seed, None, None, None, call.q_length, call.k_length, 0.0,
+            call.causal, scale=call.scale,
+        )  # fmt: skip
+        return tuple(
+            _as_bshd(g) if w else n for g, w, n in zip(grads, (want_q, want_kv, want_kv), (dq, dk, dv), strict=True)
+        )
+    if call.backend == "cpu":
+        bias = call.bias(q) if not _only_causal(call) else None
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, q, k.repeat_interleave(call.group, 1), v.repeat_interleave(call.group, 1), out, lse, 0.0,
+            call.causal and bias is None, attn_mask=bias, scale=call.scale,
+        )  # fmt: skip
+        if want_q:
+            dq.copy_(grads[0])
+        if want_kv:
+            dk.copy_(_group_sum(grads[1], call.group))
+            dv.copy_(_group_sum(grads[2], call.group))
+        return dq, dk, dv
+    if call.backend == "math":
+        return _backward_math(call, do, q, k, v, out, lse, dq, dk, dv)
+    start = call.start if call.start is not None else q
+    stop = call.stop if call.stop is not None else q
+    keep = call.keep if call.keep is not None else q
+    dense, dense_strides = call.dense_operand(q)
+    delta = torch.empty_like(lse)
+    block = 64
+    tiles = triton.cdiv(call.q_length, block)
+    _delta_kernel[(tiles * call.batch * call.heads,)](
+        do, out, delta, *do.stride()[:3], *out.stride()[:3], call.heads, call.q_length, tiles,
+        DV=call.d_v, BLOCK_DV=triton.next_power_of_2(call.d_v), BLOCK_M=block,
+    )  # fmt: skip
+    if want_q:
+        constants = call.constants("dq", q)
+        tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])
+        _dq_kernel[(tiles * call.batch * call.heads,)](
+            q, k, v, do, lse, delta, start, keep, dense, dq,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dq.stride()[:3], *dense_strides,
+            call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
+        )  # fmt: skip
+    if want_kv:
+        constants = call.constants("dkdv", q)
+        tiles = triton.cdiv(call.k_length, constants["BLOCK_N"])
+        _dkdv_kernel[(tiles * call.batch * k.shape[1],)](
+            q, k, v, do, lse, delta, stop, keep, dense, dk, dv,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+            *dense_strides, call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _group_sum(x: torch.Tensor, group: int) -> torch.Tensor:
+    """``[B, Hq, S, D]`` → ``[B, Hk, S, D]``: the gradient of one key head is the sum over its query heads."""
+    return x.unflatten(1, (-1, group)).sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _backward_math(
+    call: _Call,
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The formulas of the module's docstring, in PyTorch."""
+    compute = lse.dtype
+    s, tanh = _masked_scores(call, q, k, compute)
+    p = torch.exp(s - lse.unsqueeze(-1))
+    do = do.to(compute)
+    delta = (do * out.to(compute)).sum(-1, keepdim=True)
+    ds = p * (do @ v.to(compute).repeat_interleave(call.group, 1).transpose(-1, -2) - delta)
+    if tanh is not None:
+        ds = ds * (1 - tanh * tanh)
+    if dq.numel():
+        dq.copy_(ds @ k.to(compute).repeat_interleave(call.group, 1) * call.scale)
+    if dk.numel():
+        dk.copy_(_group_sum(ds.transpose(-1, -2) @ q.to(compute), call.group) * call.scale)
+        dv.copy_(_group_sum(p.transpose(-1, -2) @ do, call.group))
+    return dq, dk, dv
+
+
+def _backward_fake(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    want_q: bool,
+    want_kv: bool,
+    *mask: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def grad(x: torch.Tensor, want: bool) -> torch.Tensor:
+        b, h, s, d = x.shape
+        return _bshd(b, h, s, d, x) if want else x.new_empty(0)
+
+    return grad(q, want_q), grad(k, want_kv), grad(v, want_kv)
+
+
+def _mask(
+    padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    start, stop, keep, plain = _mask_fake(padding, positions, chunk)
+    shown = positions if positions is not None else padding
+    length = shown.shape[1]
+    order = torch.arange(length, device=shown.device)
+    simple = torch.ones((), dtype=torch.bool, device=shown.device)
+    first = torch.zeros(shown.shape, dtype=torch.int64, device=shown.device)
+    if padding is not None:
+        visible_keys = padding.to(torch.bool)
+        keep.copy_(visible_keys)
+        simple &= visible_keys.all()
+    if positions is not None and length:
+        new = _documents(positions)
+        simple &= ~new.any()
+        first = torch.where(new, order, 0).cummax(-1).values
+    if chunk:
+        left = 0 if padding is None else (visible_keys.cumsum(-1) == 0).sum(-1, keepdim=True)
+        first = torch.maximum(first, torch.div(order - left, chunk, rounding_mode="floor") * chunk + left)
+    if start.numel():
+        start.copy_(first)
+        stop.copy_(torch.searchsorted(start, order.to(torch.int32).expand_as(start).contiguous(), right=True))
+    # Under CUDA graph capture the answer cannot be waited for: the kernels then look at the mask itself.
+    capturing = shown.is_cuda and torch.cuda.is_current_stream_capturing()
+    return start, stop, keep, plain.fill_(False) if capturing else plain.copy_(simple)
+
+
+def _mask_fake(
+    padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    shown = positions if positions is not None else padding
+    assert shown is not None, "attention_mask needs a padding mask or position ids"
+    bounded = positions is not None or chunk > 0
+    shape = tuple(shown.shape) if bounded else (0,)
+    start, stop = (shown.new_empty(shape, dtype=torch.int32) for _ in range(2))
+    keep = shown.new_empty((0,) if padding is None else tuple(padding.shape), dtype=torch.uint8)
+    return start, stop, keep, torch.empty((), dtype=torch.bool, device="cpu")
+
+
+# ---------------------------------------------------------------- op
+
+_MASK = (
+    "Tensor? start, Tensor? stop, Tensor? keep, Tensor? dense, Tensor? plain, "
+    "bool causal, SymInt window, SymInt chunk, float scale, float softcap"
+)
+_raw_mask = raw_op(
+    "attention_mask(Tensor? padding, Tensor? positions, SymInt chunk) -> (Tensor, Tensor, Tensor, Tensor)",
+    _mask,
+    _mask_fake,
+)
+_raw = raw_op(f"attention(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor, Tensor)", _forward, _forward_fake)
+_raw_backward = raw_op(
+    "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool want_q, bool want_kv, "
+    f"{_MASK}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, start, stop, keep, dense, plain, *constants):
+        out, lse = _raw(q, k, v, start, stop, keep, dense, plain, *constants)
+        ctx.save_for_backward(q, k, v, out, lse, start, stop, keep, dense, plain)
+        ctx.constants = constants
+        return out
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, out, lse, *mask = ctx.saved_tensors
+        want_q, want_k, want_v = ctx.needs_input_grad[:3]
+        dq, dk, dv = _raw_backward(do, q, k, v, out, lse, want_q, want_k or want_v, *mask, *ctx.constants)
+        return (dq if want_q else None, dk if want_k else None, dv if want_v else None, *(None,) * 10)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: int = 0,
+    chunk: int = 0,
+    padding: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    dense: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """``softmax(mask(scale · q kᵀ)) v``, differentiable in q, k and v; see the module for the mask's parts.
+
+    q: ``[B, Hq, Sq, D]``; k: ``[B, Hk, Sk, D]``, v: ``[B, Hk, Sk, Dv]``, with Hk dividing Hq; fp32, fp16 or bf16, all
+    of one dtype. window, chunk: in tokens, 0 for none; these and positions need ``causal``. padding: ``[B, Sk]``,
+    boolean or integer, nonzero for a real token. positions: ``[B, S]`` integers. dense: broadcastable to
+    ``[B, Hq, Sq, Sk]``, boolean or additive, not differentiated. scale: 1/√D by default. Returns ``[B, Hq, Sq, Dv]``,
+    which lies in memory as ``[B, Sq, Hq, Dv]``.
+    """
+    start = stop = keep = plain = None
+    if padding is not None or positions is not None:
+        start, stop, keep, plain = _raw_mask(padding, positions, chunk)
+        if positions is None and not chunk:
+            start = stop = None
+        if padding is None:
+            keep = None
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _Attention.apply(
+        q, k, v, start, stop, keep, dense, plain, causal, window, chunk, float(scale), float(softcap)
+    )
+
+
+def supported(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: int = 0,
+    chunk: int = 0,
+    padding: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    dense: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float = 0.0,
+) -> Reason | None:
+    """None, or why this call cannot run as the op."""
+    # fp32, fp16 and bf16 kernels; one dtype goes into a tile product.
+    if reason := check_dtypes(q, k, v):
+        return reason
+    if not q.dtype == k.dtype == v.dtype:
+        return Reason("dtype", f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: they must have one dtype")
+    if not all(t.dim() == 4 for t in (q, k, v)):
+        return Reason(
+            "shape", f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} axes: [batch, heads, seq, head] is needed"
+        )
+    if q.device.type not in ("cpu", "cuda"):
+        return Reason("device", f"device {q.device.type} has no kernel: cpu and cuda have")
+    # A whole number of query heads shares a key head.
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] or k.shape[1] != v.shape[1]:
+        return Reason(
+            "shape", f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads and {v.shape[1]} value heads"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[0] != v.shape[0] or q.shape[3] != k.shape[3] or k.shape[2] != v.shape[2]:
+        return Reason("shape", f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
+    # A head is kept whole, in registers and shared memory.
+    if q.is_cuda and max(q.shape[3], v.shape[3]) > MAX_D:
+        return Reason("head_size", f"heads of {q.shape[3]} and {v.shape[3]}: at most {MAX_D} fit the kernel")
+    # The kernels do not draw random numbers.
+    if dropout_p:
+        return Reason("dropout", f"attention dropout is {dropout_p}: the kernels have none, set attention_dropout=0")
+    # Positions of queries and keys are counted from the same token.
+    structured = causal or window or chunk or positions is not None
+    if structured and q.shape[2] != k.shape[2]:
+        return Reason("shape", f"{q.shape[2]} queries see {k.shape[2]} keys: a structured mask needs as many")
+    # Without causality what a query sees is no interval that ends at itself.
+    if not causal and (window or chunk or positions is not None):
+        return Reason("mask", "a window, chunk or packed mask that is not causal has no kernel")
+    if padding is not None and tuple(padding.shape) != (k.shape[0], k.shape[2]):
+        return Reason("shape", f"padding is {tuple(padding.shape)}: [batch, seq] is {(k.shape[0], k.shape[2])}")
+    if positions is not None and tuple(positions.shape) != (q.shape[0], q.shape[2]):
+        return Reason("shape", f"positions are {tuple(positions.shape)}: [batch, seq] is {(q.shape[0], q.shape[2])}")
+    # A learned bias (T5, ALiBi with a gradient) would need its own gradient.
+    if dense is not None and dense.requires_grad:
+        return Reason("mask", "the additive mask requires a gradient, and the kernels give none")
+    if dense is not None and not (dense.dtype == torch.bool or dense.dtype.is_floating_point):
+        return Reason("mask", f"the mask is {dense.dtype}: boolean or floating point is needed")
+    # CUDA without Triton (Windows wheels): PyTorch's own attention stays.
+    if q.is_cuda and not HAS_TRITON:
+        return Reason("triton", "Triton is not installed: pip install triton")
+    return None
+
+
+def cost(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: int = 0,
+    chunk: int = 0,
+    padding: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    dense: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float = 0.0,
+) -> Cost:
+    """The forward's. A window counts as its own length, documents as one: their number is known at run time only."""
+    b, h, s, d = (size(n) for n in q.shape)
+    k_heads, k_length, d_v = (size(n) for n in (k.shape[1], k.shape[2], v.shape[3]))
+    seen = k_length / 2 if causal else k_length
+    for limit in (window, chunk):
+        seen = sympy.Min(seen, limit) if limit else seen
+    item = sympy.Integer(q.element_size())
+    out = b * h * s * d_v * item
+    moved = b * (h * s * d + k_heads * k_length * (d + d_v)) * item + out
+    return Cost(2 * b * h * s * seen * (d + d_v), moved, out + b * h * s * 4)
+
+
+OP = register(
+    Op(
+        name="attention",
+        call=attention,
+        reference=reference,
+        supported=supported,
+        raw=("attention_mask", "attention", "attention_backward"),
+        recompute=Recompute.KEEP,
+        cost=cost,
+    )
+)

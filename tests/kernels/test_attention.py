@@ -1,0 +1,375 @@
+"""Attention: every mask against dense SDPA, forward and gradients; run as is (PyTorch bodies) and under TRITON_INTERPRET=1 (the kernels)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastft.compare import assert_within
+from fastft.kernels import attention as module
+from fastft.kernels._op import INTERPRET
+from fastft.kernels.attention import attention, reference, supported, visible
+
+CUDA = torch.cuda.is_available() and not INTERPRET
+DEVICE = "cuda" if CUDA else "cpu"
+HALF = torch.bfloat16 if CUDA else torch.float16  # Triton's interpreter has bf16 wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call: sizes, and the names of the mask's parts."""
+
+    b: int = 2
+    hq: int = 4
+    hk: int = 2
+    sq: int = 50
+    sk: int = 50
+    d: int = 16
+    dv: int = 16
+    causal: bool = True
+    window: int = 0
+    chunk: int = 0
+    padding: str = ""
+    packed: bool = False
+    dense: str = ""
+    softcap: float = 0.0
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        default = Case()
+        return (
+            ",".join(
+                f"{f.name}={getattr(self, f.name)}"
+                for f in dataclasses.fields(self)
+                if getattr(self, f.name) != getattr(default, f.name)
+            )
+            or "causal"
+        )
+
+
+def padding_mask(kind: str, b: int, s: int) -> torch.Tensor | None:
+    if not kind:
+        return None
+    mask = torch.ones(b, s, dtype=torch.int64)
+    if kind == "left":
+        mask[-1, : s // 3] = 0
+    if kind == "right":
+        mask[-1, -(s // 3) :] = 0
+    if kind == "holes":
+        mask[0, 3:7] = 0
+        mask[-1, ::3] = 0
+    if kind == "all":
+        mask[-1] = 0
+    return mask  # "none": a mask that hides nothing
+
+
+def packed_positions(b: int, s: int) -> torch.Tensor:
+    """Row 0 holds three documents, row 1 one."""
+    rows = [torch.cat([torch.arange(s // 4), torch.arange(s // 3), torch.arange(s - s // 4 - s // 3)]), torch.arange(s)]
+    return torch.stack([rows[i % 2] for i in range(b)])
+
+
+def inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[list[torch.Tensor], dict]:
+    torch.manual_seed(seed)
+    # Memory as the projections leave it, [B, S, H, D].
+    q = torch.randn(case.b, case.sq, case.hq, case.d).transpose(1, 2)
+    k = torch.randn(case.b, case.sk, case.hk, case.d).transpose(1, 2)
+    v = torch.randn(case.b, case.sk, case.hk, case.dv).transpose(1, 2)
+    dense = None
+    if case.dense == "bool":
+        dense = torch.rand(case.b, 1, case.sq, case.sk) > 0.4
+        dense[0, :, 2] = False
+    elif case.dense == "additive":
+        dense = torch.randn(1, case.hq, case.sq, case.sk)
+    elif case.dense == "finite":  # what older transformers builds: finfo.min, not −∞
+        dense = torch.where(torch.rand(case.b, 1, case.sq, case.sk) > 0.4, 0.0, torch.finfo(torch.float32).min)
+        dense[..., 0] = 0.0
+    padding = padding_mask(case.padding, case.b, case.sk)
+    positions = packed_positions(case.b, case.sq) if case.packed else None
+    mask = {
+        "causal": case.causal, "window": case.window, "chunk": case.chunk, "scale": case.scale, "softcap": case.softcap,
+        "padding": None if padding is None else padding.to(DEVICE),
+        "positions": None if positions is None else positions.to(DEVICE),
+        "dense": None if dense is None else dense.to(DEVICE),
+    }  # fmt: skip
+    return [t.to(DEVICE, dtype) for t in (q, k, v)], mask
+
+
+def run(call, tensors: list[torch.Tensor], do: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = call(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, do)]
+
+
+def sdpa(q, k, v, *, scale, softcap, dense, **parts):
+    """What stock transformers runs: repeated keys and a dense mask."""
+    if softcap:
+        return reference(q, k, v, scale=scale, softcap=softcap, dense=dense, **parts)
+    group = q.shape[1] // k.shape[1]
+    mask = visible(q.shape[2], k.shape[2], q.device, **parts)
+    if dense is not None and dense.dtype != torch.bool:
+        mask = dense.to(q.dtype) if mask is None else torch.where(mask, dense, -torch.inf).to(q.dtype)
+    elif dense is not None:
+        mask = dense if mask is None else mask & dense
+    return F.scaled_dot_product_attention(
+        q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), attn_mask=mask, scale=scale
+    )
+
+
+CASES = [
+    Case(),
+    Case(hq=3, hk=3, sq=33, sk=33, scale=0.3),
+    Case(causal=False, sq=19, sk=45),
+    Case(causal=False, padding="right"),
+    Case(hk=1, d=24, dv=40, sq=37, sk=37),
+    Case(window=7),
+    Case(window=32, sq=70, sk=70),
+    Case(window=500),
+    Case(chunk=20, sq=70, sk=70),
+    Case(padding="left"),
+    Case(padding="right"),
+    Case(padding="holes"),
+    Case(padding="none"),
+    Case(padding="all"),
+    Case(packed=True),
+    Case(packed=True, window=9),
+    Case(packed=True, chunk=12),
+    Case(padding="left", window=9),
+    Case(padding="left", chunk=12),
+    Case(padding="none", chunk=12),
+    Case(padding="left", packed=True),
+    Case(causal=False, dense="bool"),
+    Case(causal=False, dense="additive"),
+    Case(causal=False, dense="finite"),
+    Case(dense="additive", padding="right"),
+    Case(softcap=3.0),
+    Case(softcap=3.0, window=9, padding="left"),
+    Case(d=64, dv=64, b=1, hq=2, hk=1),
+    Case(d=128, dv=128, b=1, hq=2, hk=1, packed=True, sq=40, sk=40),
+    Case(d=256, dv=256, b=1, hq=2, hk=1, window=9, sq=40, sk=40),
+    Case(sq=1, sk=1),
+]  # fmt: skip
+if CUDA:
+    CASES += [
+        Case(b=2, hq=8, hk=2, sq=1000, sk=1000, d=d, dv=d, **kwargs)
+        for d, kwargs in itertools.product(
+            (64, 96, 128, 256),
+            (
+                {},
+                {"window": 200},
+                {"chunk": 256},
+                {"padding": "left"},
+                {"padding": "none"},
+                {"packed": True},
+                {"packed": True, "window": 100},
+                {"causal": False},
+                {"causal": False, "dense": "bool"},
+                {"softcap": 30.0},
+            ),
+        )
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
+    tensors, mask = inputs(case, dtype)
+    assert supported(*tensors, **mask) is None
+    do = torch.randn(case.b, case.hq, case.sq, case.dv).to(DEVICE, dtype)
+    ours = run(lambda *t: attention(*t, **mask), tensors, do)
+    exact_dtype = torch.float32 if CUDA and case.sq > 500 else torch.float64
+    exact = run(lambda *t: reference(*t, **mask), [t.to(exact_dtype) for t in tensors], do.to(exact_dtype))
+    # PyTorch keeps the repeated keys' gradients in the same dtype before it adds them up.
+    torch_run = run(lambda *t: sdpa(*t, **mask), tensors, do)
+    for name, a, b, e in zip(("out", "dq", "dk", "dv"), ours, torch_run, exact, strict=True):
+        assert torch.isfinite(a).all()
+        assert_within(f"{name} ({case}, {dtype})", a, b, e, length=max(case.sk, case.d))
+    assert ours[0].transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("case", CASES[:25], ids=str)
+def test_reference_is_what_sdpa_computes(case: Case) -> None:
+    tensors, mask = inputs(case, torch.float64)
+    do = torch.randn(case.b, case.hq, case.sq, case.dv, dtype=torch.float64, device=DEVICE)
+    ours, theirs = (run(lambda *t, f=f: f(*t, **mask), tensors, do) for f in (reference, sdpa))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(INTERPRET, reason="fp64 runs the PyTorch body")
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(sq=9, sk=9, d=4, dv=4),
+        Case(sq=9, sk=9, d=4, dv=6, window=3, padding="left"),
+        Case(sq=12, sk=12, d=4, dv=4, packed=True, chunk=5),
+        Case(sq=5, sk=8, d=4, dv=4, causal=False, dense="bool"),
+    ],
+    ids=str,
+)
+def test_backward_by_finite_differences(case: Case, softcap: float) -> None:
+    """Both hand-derived bodies: PyTorch's CPU kernel (no softcap, one head size), and the formulas."""
+    tensors, mask = inputs(dataclasses.replace(case, b=2, hq=2, hk=1, softcap=softcap), torch.float64)
+    leaves = [t.cpu().requires_grad_() for t in tensors]
+    mask = {key: m.cpu() if isinstance(m, torch.Tensor) else m for key, m in mask.items()}
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, **mask), leaves)
+    assert torch.autograd.gradcheck(lambda *t: reference(*t, **mask), leaves)
+
+
+@pytest.mark.parametrize("case", [Case(), Case(padding="left", chunk=12), Case(packed=True)], ids=str)
+def test_opcheck(case: Case) -> None:
+    case = dataclasses.replace(case, b=1, hq=2, hk=1, sq=18, sk=18)
+    (q, k, v), mask = inputs(case, torch.float32)
+    start = stop = keep = plain = None
+    if mask["padding"] is not None or mask["positions"] is not None:
+        args = (mask["padding"], mask["positions"], mask["chunk"])
+        torch.library.opcheck(torch.ops.fastft.attention_mask.default, args)
+        start, stop, keep, plain = torch.ops.fastft.attention_mask(*args)
+        keep = keep if mask["padding"] is not None else None
+    rest = (start, stop, keep, mask["dense"], plain, case.causal, case.window, case.chunk, 0.25, 0.0)
+    torch.library.opcheck(torch.ops.fastft.attention.default, (q, k, v, *rest))
+    out, lse = torch.ops.fastft.attention(q, k, v, *rest)
+    for want_q, want_kv in ((True, True),) if case.packed else ((True, False), (False, True)):
+        args = (torch.randn_like(out), q, k, v, out, lse, want_q, want_kv, *rest)
+        torch.library.opcheck(torch.ops.fastft.attention_backward.default, args)
+
+
+def test_mask_op() -> None:
+    """start and stop describe the dense mask; plain says that nothing is hidden."""
+    s = 40
+    order = torch.arange(s, device=DEVICE)
+    for padding, packed, chunk in itertools.product(("", "left", "none"), (False, True), (0, 7)):
+        if not padding and not packed:
+            continue
+        pad = padding_mask(padding, 2, s)
+        positions = packed_positions(2, s) if packed else None
+        pad, positions = (t if t is None else t.to(DEVICE) for t in (pad, positions))
+        start, stop, keep, plain = torch.ops.fastft.attention_mask(pad, positions, chunk)
+        assert plain.device.type == "cpu" and bool(plain) == (padding != "left" and not packed)
+        if not packed and not chunk:
+            assert start.numel() == stop.numel() == 0
+            continue
+        seen = (order >= start[:, :, None].long()) & (order <= order[:, None])
+        if pad is not None:
+            seen &= keep.bool()[:, None, :]
+        wanted = visible(s, s, DEVICE, causal=True, chunk=chunk, padding=pad, positions=positions)[:, 0]
+        assert torch.equal(seen, wanted.expand_as(seen))
+        if pad is None:
+            assert torch.equal(stop.long() - 1, torch.where(seen, order[:, None], -1).amax(1))
+
+
+def test_strides_of_inputs_and_gradients() -> None:
+    """Heads first, sliced out of a fused projection, an expanded gradient, a frozen q."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 21, 3, 4, 16, device=DEVICE)
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    k = k.contiguous()
+    want = run(lambda *t: reference(*t, causal=True), [q, k, v], torch.ones_like(q))
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = attention(*leaves, causal=True)
+    out.sum().backward()
+    torch.testing.assert_close(out, want[0], rtol=1e-4, atol=1e-5)
+    for leaf, w in zip(leaves, want[1:], strict=True):
+        torch.testing.assert_close(leaf.grad, w, rtol=1e-4, atol=1e-5)
+    frozen = attention(q, leaves[1], v, causal=True)
+    (dk,) = torch.autograd.grad(frozen, leaves[1], torch.ones_like(q))
+    torch.testing.assert_close(dk, want[2], rtol=1e-4, atol=1e-5)
+
+
+def test_odd_strides_of_heads() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 16, 9, device=DEVICE).transpose(-1, -2) for _ in range(3))
+    torch.testing.assert_close(attention(q, k, v, causal=True), reference(q, k, v, causal=True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("b, sq, sk", [(0, 8, 8), (2, 0, 0), (2, 0, 5), (2, 4, 0)])
+def test_empty(b: int, sq: int, sk: int) -> None:
+    q = torch.randn(b, 4, sq, 16, device=DEVICE, requires_grad=True)
+    k, v = (torch.randn(b, 2, sk, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    out = attention(q, k, v)
+    out.sum().backward()
+    assert out.shape == q.shape and not out.any()
+    assert q.grad.shape == q.shape and not q.grad.any() and not k.grad.any()
+    if sq == sk:
+        positions = torch.zeros(b, sq, dtype=torch.int64, device=DEVICE)
+        assert attention(q, k, v, causal=True, positions=positions, padding=positions).shape == q.shape
+
+
+def test_repeats_bit_for_bit() -> None:
+    size = 500 if CUDA else 40
+    tensors, mask = inputs(Case(padding="left", window=9, sq=size, sk=size), HALF)
+    do = torch.randn(2, 4, size, 16).to(DEVICE, HALF)
+    once, again = (run(lambda *t: attention(*t, **mask), tensors, do) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_under_autocast() -> None:
+    """Ambient autocast does not reach the body."""
+    tensors, mask = inputs(Case(), torch.float32)
+    want = attention(*tensors, **mask)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(attention(*tensors, **mask), want)
+
+
+def test_compiles_without_a_break() -> None:
+    """Through AOT and with a dynamic length: what a rewritten graph does."""
+    case = Case(b=1, hq=2, hk=1, sq=18, sk=18, padding="left")
+    tensors, mask = inputs(case, torch.float32)
+
+    def step(q, k, v, padding):
+        return attention(q, k, v, causal=True, padding=padding)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    do = torch.randn(1, 2, 18, 16, device=DEVICE)
+    got = run(lambda *t: compiled(*t, mask["padding"]), tensors, do)
+    want = run(lambda *t: attention(*t, **mask), tensors, do)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    "code, change",
+    [
+        ("dropout", {"dropout_p": 0.1}),
+        ("mask", {"causal": False, "window": 4}),
+        ("dtype", {"k": torch.float64}),
+        ("shape", {"padding": torch.ones(2, 3)}),
+        ("shape", {"positions": torch.ones(1, 50)}),
+        ("mask", {"dense": torch.zeros(2, 1, 50, 50, requires_grad=True)}),
+        ("mask", {"dense": torch.zeros(2, 1, 50, 50, dtype=torch.int64)}),
+    ],
+)
+def test_reasons(code: str, change: dict) -> None:
+    (q, k, v), mask = inputs(Case(), torch.float32)
+    k = k.to(change.pop("k", k.dtype))
+    reason = supported(q, k, v, **{**mask, **change})
+    assert reason is not None and reason.code == code and str(reason)
+
+
+def test_reason_for_lengths() -> None:
+    (q, k, v), _ = inputs(Case(sq=3), torch.float32)
+    assert supported(q, k, v, causal=True).code == "shape"
+    assert supported(q, k[:, :, :, :8], v).code == "shape"
+    assert supported(q, torch.cat([k, k[:, :1]], 1), torch.cat([v, v[:, :1]], 1)).code == "shape"
+
+
+def test_cost_follows_the_window() -> None:
+    (q, k, v), _ = inputs(Case(), torch.float32)
+    full, causal, window = (module.cost(q, k, v, **m) for m in ({}, {"causal": True}, {"causal": True, "window": 5}))
+    assert full.flops == 4 * 2 * 4 * 50 * 50 * 16 and causal.flops * 2 == full.flops and window.flops * 10 == full.flops
+    assert causal.bytes_kept == 2 * 4 * 50 * (16 * 4 + 4)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_plain_causal_is_cudnn_on_cuda() -> None:
+    """A padding mask without padding costs one question, not another kernel."""
+    tensors, mask = inputs(Case(b=2, hq=4, hk=2, sq=256, sk=256, d=128, dv=128, padding="none"), torch.bfloat16)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        attention(*tensors, **mask)
+    assert any("_scaled_dot_product_cudnn_attention" in e.key for e in prof.key_averages())
