@@ -285,7 +285,7 @@ def compile_fastft(model: Any, options: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Implementation:
-    """How an implementation loads a model and, if it does, compiles it in place. ``peer``: it has packages of its own."""
+    """How an implementation loads a model and, if it does, compiles it in place. ``peer``: it has its own packages."""
 
     load: Callable[[Setup, Path], Any]
     compile: Callable[[Any, dict[str, Any]], None] | None = None
@@ -446,7 +446,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit measured, ``-dirty`` where the tree differs from it; ``FASTFT_COMMIT`` where there is no repository."""
+    """The commit measured, ``-dirty`` where the tree differs from it; without a repository, ``FASTFT_COMMIT``."""
     if known := os.environ.get("FASTFT_COMMIT"):
         return known
     try:
@@ -463,7 +463,7 @@ def _commit() -> str | None:
 
 
 def run(setup: Setup, root: Path, profile: bool = False) -> dict[str, Any]:
-    """Measure one implementation in this process. A failure is a result too: ``status`` is ``failed``, with ``error``."""
+    """Measure one implementation in this process. A failure is a result too: ``status`` ``failed``, and ``error``."""
     setup.check()
     os.environ.update(QUIET)
     result: dict[str, Any] = {
@@ -546,11 +546,13 @@ def compare(
     timeout: float = 300.0,
     budget: float = 3600.0,
     log: Any = sys.stderr,
+    save: Callable[[dict[str, Any]], None] = lambda compared: None,
 ) -> dict[str, Any]:
     """Run ``specs`` (``name`` or ``name:key=value;key=value``) ``rounds`` times, interleaved; merge each one's rounds.
 
     The first round of an implementation starts with empty compiler caches, so its first step is a cold one; later
-    rounds keep them. ``budget`` seconds hold for all runs together, ``timeout`` for each.
+    rounds keep them. ``budget`` seconds hold for all runs together, ``timeout`` for each. ``save`` is called after
+    every run with what there is so far: what a comparison that is cut short leaves behind.
     """
     for spec in specs:
         _one_of("--impls", spec.partition(":")[0], IMPLEMENTATIONS)
@@ -577,8 +579,13 @@ def compare(
                 )
                 say(f"{spec}: {_in_short(result)}")
                 results[spec].append(result)
-    rows = [merge(spec, runs) for spec, runs in results.items()]
-    base = next(r for r in rows if r["impl"] == baseline)
+                save(_compared(results, rounds, baseline))
+    return _compared(results, rounds, baseline)
+
+
+def _compared(results: dict[str, list[dict[str, Any]]], rounds: int, baseline: str) -> dict[str, Any]:
+    rows = [merge(spec, runs) for spec, runs in results.items() if runs]
+    base = next((r for r in rows if r["impl"] == baseline), {})
     for row in rows:
         row["speed_ratio"] = _ratio(row.get("tokens_per_s"), base.get("tokens_per_s"))
         row["peak_ratio"] = _ratio(row.get("peak_bytes"), base.get("peak_bytes"))
@@ -679,6 +686,12 @@ def _option(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def write(result: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def _specs(words: Sequence[str]) -> list[str]:
     """``eager,inductor fastft`` → three; a word with options (``fastft:disable=rotary,attention``) is one."""
     return [name for word in words for name in ([word] if "=" in word else word.split(",")) if name]
@@ -773,6 +786,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             timeout=a.timeout,
             budget=a.budget,
             log=log,
+            save=lambda compared: write(compared, a.out),
         )
         ok = any(r["status"] == "ok" for r in result["rows"])
         checkpointing = "checkpointing" if a.checkpointing == "on" else "no checkpointing"
@@ -782,12 +796,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rich.console import Console
 
         Console(width=150).print(table(result, title))
-    text = json.dumps(result, indent=1) + "\n"
-    if a.out:
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        a.out.write_text(text)
-    elif a.command == "run":
-        sys.stdout.write(text)
+    write(result, a.out)
+    if a.out is None and a.command == "run":
+        print(json.dumps(result, indent=1))
     return 0 if ok else 1
 
 

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Packs what the GPU machine lacks into .device/ (git-ignored), to be carried there beside the working tree:
+#   site.tar.xz    bitsandbytes, trl, datasets                 peers.tar.xz  the same in the versions that Unsloth takes, liger, unsloth
+#   fastft-*.whl   this tree, in case pip cannot build there   commit        what is measured
+# Run before every call (seconds; the archives are made once). Then, on the GPU machine: tests/gpu/run.sh, with .device carried.
+#   SITE=path/to/make_site.sh bench/device_pack.sh    the script that downloads the archives' packages
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+device=$root/.device
+python=${PYTHON:-python3}
+make_site=${SITE:-$root/../shared/device/make_site.sh}
+mkdir -p "$device"
+[[ -f $device/site.tar.xz ]] || bash "$make_site" "$device/site.tar.xz"
+[[ -f $device/peers.tar.xz ]] || bash "$make_site" "$device/peers.tar.xz" --peers
+
+# Built from a copy: a build/ folder left in the tree would put deleted files into the next wheel.
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -r "$root"/{pyproject.toml,backend,patterns,kernels,autotune} "$copy"
+for file in README.md LICENSE; do if [[ -f $root/$file ]]; then cp "$root/$file" "$copy"; else touch "$copy/$file"; fi; done
+find "$copy" -name __pycache__ -prune -exec rm -rf {} +
+rm -f "$device"/fastft-*.whl
+"$python" -m pip wheel -q --no-deps --no-build-isolation -w "$device" "$copy"
+
+commit=$(git -C "$root" rev-parse HEAD)
+[[ -z $(git -C "$root" status --porcelain --untracked-files=no) ]] || commit+=-dirty
+echo "$commit" >"$device/commit"
+ls -la "$device"
+total=$(du -sm "$device" | cut -f1)
+echo "$total MiB in .device; at most 64 MiB travel, the working tree included"
+((total < 56)) || { echo ".device is too large to travel" >&2; exit 1; }
