@@ -1,0 +1,46 @@
+"""One training step, eager or compiled, and the error rule over the loss and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import fastft
+from fastft import reporting
+from fastft.compare import Comparison, compare
+
+
+def step(model: torch.nn.Module, batch: dict[str, Any], seed: int = 0, call: Any = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step from a fixed random state (dropout)."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    loss = (call or model)(**batch).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def compiled_step(model: torch.nn.Module, batch: dict[str, Any], seed: int = 0, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], fastft.Report]:
+    """The same through fastft; residual ops run eagerly unless told otherwise. Also the report."""
+    torch._dynamo.reset()
+    reporting.reset()
+    options = {"residual": "eager", "strict": True, **options}
+    call = torch.compile(model, backend="fastft", options=options)
+    loss, grads = step(model, batch, seed, call)
+    return loss, grads, fastft.report()
+
+
+def check(ours: Any, eager: Any, exact: Any, *, relative: float | None = None) -> None:
+    """Loss and every gradient of ``ours`` by the error rule, or (fp32 models) within ``relative`` of eager's."""
+    assert ours[1].keys() == eager[1].keys()
+    wrong: list[Comparison | str] = []
+    for name, got, same, true in [("loss", ours[0], eager[0], exact[0]), *((n, ours[1][n], eager[1][n], exact[1][n]) for n in eager[1])]:
+        if relative is not None:
+            error = float((got.double() - same.double()).norm() / same.double().norm().clamp_min(1e-30))
+            if not error <= relative:
+                wrong.append(f"{name}: {error:.2e} from eager, allowed {relative:.0e}")
+            continue
+        result = compare(name, got, same, true)
+        if not result.ok:
+            wrong.append(result)
+    assert not wrong, "\n".join(map(str, wrong))
