@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python -m fastft demo $(ARGS)
+	$(BIN)/fastft demo $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -36,7 +36,7 @@ test: lint
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest -n $(TEST_WORKERS) tests
 
 bench: $(READY)
-	$(BIN)/python -m pytest bench $(ARGS)
+	$(BIN)/pytest bench $(ARGS)
 
 clean:
 	rm -rf .venv build out .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks *.egg-info
