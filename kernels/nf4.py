@@ -5,8 +5,8 @@ one scale for each block of ``blocksize`` consecutive weights of the flattened [
 
     w[i] = NF4[q[i]] · absmax[i // blocksize]                         (in fp32, then one rounding to ``dtype``)
 
-Two indices share a byte: weight 2i is its high nibble, weight 2i + 1 its low one. With double quantisation the scales are
-8-bit indices themselves::
+Two indices share a byte: weight 2i is its high nibble, weight 2i + 1 its low one. With double quantisation the scales
+are 8-bit indices themselves::
 
     absmax[j] = absmax_code[absmax8[j]] · absmax2[j // blocksize2] + absmax_offset
 
@@ -43,7 +43,7 @@ def _levels(device: torch.device) -> torch.Tensor:
     return torch.tensor(NF4, dtype=torch.float32, device=device)
 
 
-# ------------------------------------------------------------------------------------------------------------ reference
+# ---------------------------------------------------------------------------------------------------------- reference
 
 
 def nf4_absmax(
@@ -80,10 +80,10 @@ def nf4_dequantize_reference(
     return (weight * scale).to(dtype).view(*shape)
 
 
-# --------------------------------------------------------------------------------------------------------------- kernel
+# ------------------------------------------------------------------------------------------------------------- kernel
 
-#: A program's tile is GROUPS × 4 bytes: 8 weights a thread and step, so that each thread stores 16 bytes of bf16 at once,
-#: neighbours side by side.
+#: A program's tile is GROUPS × 4 bytes: 8 weights a thread and step, so that each thread stores 16 bytes of bf16 at
+#: once, neighbours side by side.
 GROUPS = 512
 
 
@@ -122,7 +122,7 @@ def _nf4_dequantize_kernel(
     tl.store(out_ptr + index, weight.to(out_ptr.dtype.element_ty), mask=index < size)
 
 
-# ------------------------------------------------------------------------------------------------------ launcher and op
+# ---------------------------------------------------------------------------------------------------- launcher and op
 
 
 def dequantize_into(
@@ -135,7 +135,7 @@ def dequantize_into(
     blocksize: int,
     blocksize2: int,
 ) -> torch.Tensor:
-    """Write the dequantised weight to ``out`` and return it; ``out`` is contiguous, its shape and dtype are those wanted.
+    """Write the dequantised weight to ``out`` (contiguous, of the wanted shape and dtype) and return it.
 
     For bodies of ops only: it writes to an argument.
     """
@@ -203,10 +203,10 @@ def nf4_dequantize(
 ) -> torch.Tensor:
     """The dense weight, [N, K] in ``dtype`` (fp32, fp16, bf16), of an NF4 weight as bitsandbytes stores it.
 
-    ``packed``: ⌈N·K / 2⌉ bytes in any shape and storage dtype. ``absmax``: [blocks] fp32, or uint8 when double quantised;
-    then ``absmax_code`` [256], ``absmax_offset`` [] and ``absmax2`` [⌈blocks / blocksize2⌉], all fp32, decode it.
-    ``blocksize``: weights for each scale, a power of two; ``blocksize2``: scales for each second-level scale.
-    Not differentiable: the weight is frozen.
+    ``packed``: ⌈N·K / 2⌉ bytes in any shape and storage dtype. ``absmax``: [blocks] fp32, or uint8 when double
+    quantised; then ``absmax_code`` [256], ``absmax_offset`` [] and ``absmax2`` [⌈blocks / blocksize2⌉], all fp32,
+    decode it. ``blocksize``: weights for each scale, a power of two; ``blocksize2``: scales for each second-level
+    scale. Not differentiable: the weight is frozen.
 
     Raises ValueError for another dtype, blocksize, or sizes that do not belong together.
     """

@@ -1,0 +1,314 @@
+"""LoRA linear over dense and NF4 weights: values, gradients, dtypes, what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastft.compare import assert_within
+from fastft.kernels import lora_linear as module
+from fastft.kernels.lora_linear import OP, lora_linear, release_scratch
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+#: Dtypes of x, dense weight, adapters, base product, adapters' products, output.
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+DTYPES = {
+    "fp32": (F32, F32, F32, F32, F32, F32),
+    "bf16": (BF16, BF16, BF16, BF16, BF16, BF16),
+    "fp16": (F16, F16, F16, F16, F16, F16),
+    "bf16-fp32-adapters": (BF16, BF16, F32, BF16, F32, BF16),  # PEFT's default without autocast
+    "fp16-fp32-adapters": (F16, F16, F32, F16, F32, F16),
+    "autocast": (BF16, F32, F32, BF16, BF16, BF16),  # fp32 parameters under autocast to bf16
+    "autocast-fp32-x": (F32, F32, F32, BF16, BF16, BF16),
+    "autocast-frozen-bf16": (BF16, BF16, F32, BF16, BF16, BF16),
+    "bf16-to-fp32": (BF16, BF16, F32, BF16, F32, F32),
+    "bf16-adapters-to-fp32": (BF16, BF16, BF16, BF16, BF16, F32),
+    "fp32-bf16-adapters": (F32, F32, BF16, F32, BF16, F32),
+    "fp32-x-bf16-base": (F32, BF16, F32, BF16, F32, F32),  # NF4 in a model whose other parameters are fp32
+}
+
+
+def make(
+    dtypes,
+    *,
+    n=24,
+    k=64,
+    lead=(3, 5),
+    ranks=(4,),
+    own=False,
+    bias=False,
+    b_bias=False,
+    quant=None,
+    device="cpu",
+    train=True,
+):
+    """Arguments of the op: positional ones, keyword ones, and all tensors that want gradients by name."""
+    generator = torch.Generator().manual_seed(0)
+    x_dtype, w_dtype, a_dtype, dtype, lora_dtype, out_dtype = dtypes
+
+    def tensor(*size, dtype, grad=True, scale=1.0):
+        t = (torch.randn(size, generator=generator) * scale).to(device=device, dtype=dtype)
+        return t.requires_grad_(grad)
+
+    x = tensor(*lead, k, dtype=x_dtype)
+    named = {"x": x}
+    kwargs = {"dtype": dtype, "lora_dtype": lora_dtype, "out_dtype": out_dtype}
+    if quant is None:
+        weight = named["weight"] = tensor(n, k, dtype=w_dtype, grad=train, scale=k**-0.5)
+    else:
+        functional = pytest.importorskip("bitsandbytes.functional")
+        dense = tensor(n, k, dtype=F32, grad=False, scale=k**-0.5)
+        weight, state = functional.quantize_4bit(dense, compress_statistics=quant == "double", quant_type="nf4")
+        extra = (state.state2.code, state.offset, state.state2.absmax) if quant == "double" else ()
+        kwargs |= {"quant": (state.absmax, *extra), "shape": (n, k)}
+    biases = None
+    if bias:
+        biases = named["bias"] = tensor(n, dtype=w_dtype)
+    a = [tensor(r, k, dtype=a_dtype, scale=k**-0.5) for r in ranks]
+    b = [tensor(n, r, dtype=a_dtype, scale=r**-0.5) for r in ranks]
+    named |= {f"a{i}": t for i, t in enumerate(a)} | {f"b{i}": t for i, t in enumerate(b)}
+    if own:
+        kwargs["x_lora"] = [tensor(*lead, k, dtype=lora_dtype) for _ in ranks]
+        named |= {f"x_lora{i}": t for i, t in enumerate(kwargs["x_lora"])}
+    if b_bias:
+        kwargs["b_bias"] = [tensor(n, dtype=a_dtype) for _ in ranks]
+        named |= {f"b_bias{i}": t for i, t in enumerate(kwargs["b_bias"])}
+    scaling = [2.0, 0.7071, 1.25][: len(ranks)]
+    return (x, weight, biases, a, b, scaling), kwargs, {n: t for n, t in named.items() if t.requires_grad}
+
+
+def convert(args, kwargs, named, dtype):
+    """The same arguments with every floating tensor in ``dtype``, as new leaves."""
+    seen = {}
+
+    def to(t):
+        if isinstance(t, (list, tuple)):
+            return type(t)(map(to, t))
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+            return t
+        return seen.setdefault(id(t), t.detach().to(dtype).requires_grad_(t.requires_grad))
+
+    args = tuple(map(to, args))
+    kwargs = {k: (dtype if isinstance(v, torch.dtype) else v if k == "quant" else to(v)) for k, v in kwargs.items()}
+    return args, kwargs, {n: seen[id(t)] for n, t in named.items()}
+
+
+def results(call, args, kwargs, named, dy):
+    """y and the gradients, by name."""
+    y = call(*args, **kwargs)
+    grads = torch.autograd.grad(y, list(named.values()), dy.to(y.dtype), allow_unused=True)
+    return {"y": y.detach()} | {f"d{n}": g for n, g in zip(named, grads, strict=True) if g is not None}
+
+
+def check(dtypes, device="cpu", strided=False, **options):
+    args, kwargs, named = make(dtypes, device=device, **options)
+    n = args[4][0].shape[0] if args[4] else kwargs.get("shape", args[1].shape)[0]
+    dy = torch.randn(*args[0].shape[:-1], n, generator=torch.Generator().manual_seed(1)).to(device).to(dtypes[5])
+    if strided:
+        dy = dy.transpose(0, 1).contiguous().transpose(0, 1)
+    ours = results(lora_linear, args, kwargs, named, dy)
+    stock = results(OP.reference, args, kwargs, named, dy)
+    high = convert(args, kwargs, named, F64)
+    if kwargs.get("quant"):  # the weight is what it is in x's dtype; the reference multiplies with it in fp64
+        weight = module.nf4.nf4_dequantize_reference(
+            args[1], *module._quant_args(kwargs["quant"]), 64, 256, kwargs["shape"], dtypes[3]
+        )
+        plain = {k: v for k, v in high[1].items() if k not in ("quant", "shape")}
+        high = ((high[0][0], weight.double(), *high[0][2:]), plain, high[2])
+    exact = results(OP.reference, *high, dy.double())
+    assert ours.keys() == stock.keys() == exact.keys()
+    for name, value in ours.items():
+        assert value.dtype == stock[name].dtype and value.shape == stock[name].shape, name
+        assert_within(name, value, stock[name], exact[name], length=max(value.shape[-1], args[0].numel()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("own", [False, True], ids=["x", "dropout"])
+def test_dtypes(dtypes, own, device):
+    check(dtypes, device, own=own, bias=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtypes", [DTYPES[n] for n in ("fp32", "bf16", "bf16-fp32-adapters", "autocast")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ranks": (4, 8)},
+        {"ranks": (3, 1, 5), "own": True, "b_bias": True},
+        {"b_bias": True},
+        {"b_bias": True, "bias": True, "train": False},
+        {"ranks": ()},
+        {"ranks": (), "bias": True, "train": False},
+        {"n": 7, "k": 13, "lead": (11,), "ranks": (2,)},
+        {"lead": (1,)},
+        {"lead": (2, 2, 3), "strided": True},
+    ],
+    ids=["two", "three-own-biased", "b-bias", "biases", "none", "none-bias-frozen", "odd", "one-token", "strided"],
+)
+def test_shapes(dtypes, options, device):
+    check(dtypes, device, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("quant", ["single", "double"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "bf16-fp32-adapters", "autocast", "fp16", "fp32-x-bf16-base"])
+@pytest.mark.parametrize("ranks", [(), (4,)], ids=["plain", "lora"])
+def test_nf4(name, quant, ranks, device):
+    check(DTYPES[name], device, quant=quant, ranks=ranks, own=name == "fp32", bias=True)
+
+
+@pytest.mark.parametrize("name", ["bf16-fp32-adapters", "fp16-fp32-adapters", "autocast"])
+def test_slabs(name, monkeypatch):
+    """Products of a half-precision matrix with an fp32 one, a few rows or columns at a time."""
+    monkeypatch.setattr(module, "SLAB", 100)
+    check(DTYPES[name], own=False, bias=True)
+
+
+def test_parts_carry_fp32():
+    """Three bf16 parts are an fp32 number, two are 16 bits of it."""
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sum(p.float() for p in module._bf16_parts(x, 3)), x)
+    two = sum(p.float() for p in module._bf16_parts(x, 2))
+    assert ((two - x).abs() <= x.abs() * 2.0**-16).all()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_gradcheck(own):
+    args, kwargs, named = convert(
+        *make(DTYPES["fp32"], n=3, k=4, lead=(2,), ranks=(2, 1), own=own, bias=True, b_bias=True), F64
+    )
+
+    def call(function):
+        def run(*tensors):
+            swap = dict(zip(map(id, named.values()), tensors, strict=True))
+
+            def pick(v):
+                return [swap.get(id(t), t) for t in v] if isinstance(v, list) else swap.get(id(v), v)
+
+            return function(*map(pick, args), **{k: pick(v) for k, v in kwargs.items()})
+
+        return run
+
+    assert torch.autograd.gradcheck(call(OP.reference), tuple(named.values()))
+    assert torch.autograd.gradcheck(call(lora_linear), tuple(named.values()))
+
+
+def test_only_what_is_asked_for():
+    """Frozen tensors get no gradient, nothing is computed for them, and their operands are not kept."""
+    args, kwargs, _ = make(DTYPES["fp32"], train=False)
+    x, _, _, (a,), (b,), _ = args
+    x.requires_grad_(False), a.requires_grad_(False)
+    y = lora_linear(*args, **kwargs)
+    assert not any(t.shape == x.shape for t in y.grad_fn.saved_tensors if t is not None)  # only h for dB
+    (db,) = torch.autograd.grad(y.sum(), b)
+    expected = 2.0 * torch.ones_like(y).view(-1, 24).t() @ (x @ a.t()).view(-1, 4)
+    torch.testing.assert_close(db, expected)
+    a.requires_grad_(True)
+    b.requires_grad_(False)
+    y = lora_linear(*args, **kwargs)
+    assert not any(t.shape == (15, 4) for t in y.grad_fn.saved_tensors if t is not None)  # no h without dB
+
+
+def test_frozen_adapter_on_an_input_of_its_own():
+    """An adapter whose own input needs no gradient adds nothing to dx."""
+    args, kwargs, _ = make(DTYPES["fp32"], own=True)
+    x, weight = args[:2]
+    for t in (*args[3], *kwargs["x_lora"]):
+        t.requires_grad_(False)
+    (dx,) = torch.autograd.grad(lora_linear(*args, **kwargs).sum(), x)
+    torch.testing.assert_close(dx, torch.ones(3, 5, 24) @ weight)
+
+
+def test_empty():
+    args, kwargs, named = make(DTYPES["bf16-fp32-adapters"], lead=(0, 5), bias=True)
+    y = lora_linear(*args, **kwargs)
+    assert y.shape == (0, 5, 24)
+    for name, grad in zip(named, torch.autograd.grad(y.sum(), list(named.values())), strict=True):
+        assert grad.shape == named[name].shape and not grad.any(), name
+
+
+def test_scratch_is_shared_and_grows():
+    release_scratch()
+    small, kw_small, _ = make(DTYPES["bf16"], n=8, quant="double")
+    large, kw_large, _ = make(DTYPES["bf16"], n=32, quant="double")
+    first = lora_linear(*large, **kw_large)
+    lora_linear(*small, **kw_small)
+    assert [t.numel() for t in module._scratch.values()] == [32 * 64]
+    assert torch.equal(lora_linear(*large, **kw_large), first)
+    assert release_scratch() == 32 * 64 * 2
+
+
+def test_autocast_does_not_reach_inside():
+    args, kwargs, _ = make(DTYPES["fp32"])
+    expected = lora_linear(*args, **kwargs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lora_linear(*args, **kwargs), expected)
+
+
+@pytest.mark.parametrize("quant", [None, "double"])
+@pytest.mark.parametrize("own", [False, True])
+def test_opcheck(quant, own):
+    args, kwargs, _ = make(DTYPES["bf16-fp32-adapters"], quant=quant, own=own, bias=True, ranks=(4, 2), train=False)
+    x, weight, bias, a, b, scaling = args
+    x_lora = list(kwargs.get("x_lora", (None, None)))
+    where = (weight, list(kwargs.get("quant", ())), list(kwargs.get("shape", ())), 64, 256)
+    raw = (x, *where, bias, a, b, [None, None], x_lora, scaling, F32, BF16)
+
+    def detach(v):
+        return [detach(t) for t in v] if isinstance(v, list) else v.detach() if isinstance(v, torch.Tensor) else v
+
+    raw = detach(list(raw))
+    torch.library.opcheck(torch.ops.fastft.lora_linear.default, tuple(raw), raise_exception=True)
+    y, h = torch.ops.fastft.lora_linear.default(*raw)
+    own_input = [t is not None for t in x_lora]
+    backward = (
+        torch.ones_like(y), x, *where, a, b, x_lora, own_input, h, scaling, BF16, F32,
+        True, quant is None, True, [True, False], [False, True], own_input,
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.fastft.lora_linear_backward.default, tuple(detach(list(backward))), raise_exception=True
+    )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("quant", [None, "double"])
+def test_compiled(backend, quant):
+    """As a node of a graph, through AOTAutograd and Inductor, with dynamic sizes."""
+    if backend == "inductor" and quant is None:
+        pytest.skip("one run of Inductor is enough")
+    args, kwargs, named = make(DTYPES["bf16-fp32-adapters"], quant=quant, own=True, bias=True, train=False)
+    for t in (args[0], kwargs["x_lora"][0]):
+        torch._dynamo.mark_dynamic(t, 0)
+    compiled = torch.compile(lambda *tensors: lora_linear(*tensors, args[5], **kwargs), backend=backend, fullgraph=True)
+    dy = torch.ones(3, 5, 24, dtype=BF16)
+    got = results(lambda *all_but, **_: compiled(*all_but[:5]), args, kwargs, named, dy)
+    for name, value in results(lora_linear, args, kwargs, named, dy).items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_refusals():
+    args, kwargs, _ = make(DTYPES["fp32"])
+    x, weight, _, a, b, scaling = args
+
+    def code(*changed, **more):
+        reason = OP.supported(*changed, **(kwargs | more))
+        with pytest.raises(ValueError, match="lora_linear"):
+            lora_linear(*changed, **(kwargs | more))
+        return None if reason is None else reason.code
+
+    assert code(x.to(torch.float8_e4m3fn), weight) == "dtype"
+    assert code(x, weight, None, a, b, []) == "shape"
+    assert code(x, weight, None, a, [b[0].t()], scaling) == "shape"
+    assert code(x[..., :5], weight, None, a, b, scaling) == "shape"
+    assert code(x, weight[0]) == "shape"
+    assert code(x, weight, dtype=F64) == "dtype"
+    assert code(x, weight, None, a, b, scaling, x_lora=[x[0]]) == "shape"
+    assert code(x, weight, quant=(a[0], a[0]), shape=(24, 64)) == "quantization"
+
+
+def test_cost():
+    c = OP.cost(8192, 14336, 4096, 16)
+    assert int(c.flops) == 2 * 8192 * 14336 * 4096 + 2 * 8192 * 16 * (14336 + 4096)
+    assert int(c.bytes_kept) == 2 * 8192 * 16
