@@ -1,0 +1,207 @@
+"""Rotary: every style against transformers' own spellings and fp64, layouts, raw ops, the formula itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastft.kernels._op import OPS
+from fastft.kernels.rotary import STYLES, reference, rotary, supported
+from tests.kernels._check import check_op
+
+OP = OPS["rotary"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def heads(batch, n, seq, dim, dtype=torch.float32, device="cpu"):
+    """As a projection gives them: ``[batch, n, seq, dim]``, a transposed view."""
+    x = torch.randn(batch, seq, n * dim, dtype=dtype, device=device).view(batch, seq, n, dim).transpose(1, 2)
+    return x.requires_grad_()
+
+
+def tables(batch, seq, width, dtype=torch.float32, device="cpu"):
+    """Unrelated numbers: halves that disagree, and no cos² + sin² = 1, show what the formula itself does."""
+    return [torch.randn(batch, seq, width, device=device).to(dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("width, rotary_dim", [(32, None), (16, None), (12, 12), (6, 12)])
+def test_matches_reference(width, rotary_dim, style, dtype, device):
+    q, k = heads(2, 4, 5, 32, dtype, device), heads(2, 2, 5, 32, dtype, device)
+    check_op(OP, (q, k, *tables(2, 5, width, dtype, device)), style, None, rotary_dim)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_heads_that_fill_no_tile(style, device):
+    q, k = heads(1, 7, 3, 80, device=device), heads(1, 1, 3, 80, device=device)
+    check_op(OP, (q, k, *tables(1, 3, 80, device=device)), style)
+
+
+def test_more_heads_than_a_tile(device):
+    q, k = heads(1, 37, 2, 128, device=device), heads(1, 3, 2, 128, device=device)
+    check_op(OP, (q, k, *tables(1, 2, 128, device=device)), "half")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_wider_result_and_shared_tables(out_dtype, batch, device):
+    q, k = (heads(3, n, 4, 16, torch.float16, device) for n in (4, 1))
+    check_op(OP, (q, k, *tables(batch, 4, 16, torch.float32, device)), "half", out_dtype)
+
+
+LAYOUTS = {
+    "contiguous": lambda d: [torch.randn(2, n, 5, 16, device=d) for n in (4, 2)],
+    "slices of a fused projection": lambda d: [
+        t.view(2, 5, -1, 16).transpose(1, 2) for t in torch.randn(2, 5, 128, device=d).split([64, 32, 32], -1)[:2]
+    ],
+    "part of a head": lambda d: [torch.randn(2, n, 5, 24, device=d)[..., 8:] for n in (4, 1)],
+    "rows not contiguous": lambda d: [torch.randn(2, n, 16, 5, device=d).transpose(2, 3) for n in (4, 2)],
+    "empty": lambda d: [torch.randn(0, n, 5, 16, device=d) for n in (4, 2)],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strided_grads", [False, True])
+def test_layouts(layout, strided_grads, device):
+    q, k = (t.requires_grad_() for t in LAYOUTS[layout](device))
+    check_op(OP, (q, k, *tables(1, 5, 16, device=device)), "half", strided_grads=strided_grads)
+
+
+@pytest.mark.parametrize("strided_grads", [False, True])
+def test_sequence_before_heads(strided_grads, device):
+    q, k = (torch.randn(2, 5, n, 16, device=device, requires_grad=True) for n in (4, 2))
+    cos, sin = tables(2, 5, 8, device=device)
+    check_op(OP, (q, k, cos, sin), "interleaved", None, None, 1, strided_grads=strided_grads)
+
+
+def test_strided_tables(device):
+    q, k = heads(2, 4, 5, 16, device=device), heads(2, 2, 5, 16, device=device)
+    polar = torch.view_as_real(torch.randn(2, 5, 8, dtype=torch.complex64, device=device))
+    check_op(OP, (q, k, polar[..., 0], polar[..., 1]), "interleaved")
+
+
+def test_q_alone(device):
+    q, k = heads(2, 4, 5, 16, device=device), heads(2, 2, 5, 16, device=device)
+    cos, sin = tables(1, 5, 16, device=device)
+    check_op(OP, (q, None, cos, sin), "half")
+    assert torch.equal(rotary(q, None, cos, sin), rotary(q, k, cos, sin)[0])
+
+
+def test_only_what_is_asked_for(device):
+    q, k = heads(2, 4, 5, 16, device=device), heads(2, 2, 5, 16, device=device)
+    cos, sin = tables(1, 5, 16, device=device)
+    both = torch.autograd.grad([y.square().sum() for y in rotary(q, k, cos, sin)], (q, k))
+    (dq,) = torch.autograd.grad([y.square().sum() for y in rotary(q, k.detach(), cos, sin)][:1], q)
+    (dk,) = torch.autograd.grad([y.square().sum() for y in rotary(q.detach(), k, cos, sin)][1:], k)
+    assert torch.equal(dq, both[0]) and torch.equal(dk, both[1])
+
+
+def spellings():
+    """transformers' own functions beside the arguments that say the same here."""
+    from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as cohere
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave as deepseek
+    from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as gpt_oss
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama
+    from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as phi3
+
+    return [
+        (llama, 16, dict(style="half")),
+        (phi3, 12, dict(style="half", rotary_dim=12)),
+        (gpt_oss, 8, dict(style="half")),
+        (cohere, 16, dict(style="interleaved")),
+        (deepseek, 16, dict(style="interleaved_to_half")),
+    ]
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_transformers_spellings(i, device):
+    pytest.importorskip("transformers")
+    fn, width, kwargs = spellings()[i]
+    q, k = heads(2, 4, 5, 16, device=device), heads(2, 2, 5, 16, device=device)
+    # transformers' own tables repeat each angle once (DeepSeek reads one half of them only).
+    angle = torch.randn(2, 5, width if fn.__module__.endswith("gpt_oss") else width // 2, device=device)
+    if fn.__module__.endswith("cohere"):
+        angle = angle.repeat_interleave(2, dim=-1)
+    elif not fn.__module__.endswith("gpt_oss"):
+        angle = torch.cat((angle, angle), dim=-1)
+    for ours, theirs in zip(
+        rotary(q, k, angle.cos(), angle.sin(), **kwargs), fn(q, k, angle.cos(), angle.sin()), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_complex_spelling(device):
+    pytest.importorskip("transformers")
+    from transformers.models.llama4.modeling_llama4 import apply_rotary_emb
+
+    q, k = (torch.randn(2, 5, n, 16, device=device) for n in (4, 2))
+    angle = torch.randn(2, 5, 8, device=device)
+    theirs = apply_rotary_emb(q, k, torch.polar(torch.ones_like(angle), angle))
+    for a, b in zip(rotary(q, k, angle.cos(), angle.sin(), "interleaved", seq_dim=1), theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("layout", ["contiguous", "slices of a fused projection", "empty"])
+def test_raw_ops(layout, style, device):
+    q, k = LAYOUTS[layout](device)
+    cos, sin = tables(1, 5, 8, device=device)
+    for second in (k, None):
+        torch.library.opcheck(torch.ops.fastft.rotary.default, (q, second, cos, sin, style, None, 16, 2))
+    for grads in ((q, k), (q, None), (None, k)):
+        args = (*grads, cos, sin, style, torch.float16, 16, 2)
+        torch.library.opcheck(torch.ops.fastft.rotary_backward.default, args)
+
+
+@pytest.mark.parametrize("fn", [rotary, reference])
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("width", [6, 3])
+def test_gradcheck(fn, style, width):
+    q, k = (torch.randn(2, n, 3, 8, dtype=torch.float64, requires_grad=True) for n in (2, 1))
+    cos, sin = (torch.randn(1, 3, width, dtype=torch.float64) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda q, k: fn(q, k, cos, sin, style, None, 6), (q, k))
+
+
+def test_compiles(device):
+    q, k = heads(2, 4, 5, 16, device=device), heads(2, 2, 5, 16, device=device)
+    cos, sin = tables(1, 5, 16, device=device)
+    compiled = torch.compile(lambda q, k: rotary(q, k, cos, sin), backend="aot_eager", fullgraph=True)
+    ours = torch.autograd.grad([y.square().sum() for y in compiled(q, k)], (q, k))
+    eager = torch.autograd.grad([y.square().sum() for y in rotary(q, k, cos, sin)], (q, k))
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
+def test_tables_that_require_a_gradient_are_refused(device):
+    q, k = heads(1, 2, 3, 8, device=device), heads(1, 2, 3, 8, device=device)
+    cos, sin = tables(1, 3, 8, device=device)
+    with pytest.raises(ValueError, match="gradients of cos and sin"):
+        rotary(q, k, cos.requires_grad_(), sin)
+
+
+def empty(*shape, dtype=torch.float32, grad=False):
+    return torch.empty(shape, dtype=dtype, requires_grad=grad)
+
+
+@pytest.mark.parametrize(
+    "args, code",
+    [
+        ((empty(2, 4, 5, 16), empty(2, 1, 5, 16), empty(1, 5, 16), empty(1, 5, 16)), None),
+        ((empty(2, 4, 5, 16), None, empty(2, 5, 8), empty(2, 5, 8), "interleaved"), None),
+        ((empty(2, 4, 5, 16), None, empty(2, 5, 4), empty(2, 5, 4), "half", None, 8), None),
+        ((empty(2, 4, 5, 16), None, empty(2, 5, 8), empty(2, 5, 8), "spiral"), "style"),
+        ((empty(2, 4, 5, 16, dtype=torch.int64), None, empty(2, 5, 8), empty(2, 5, 8)), "dtype"),
+        ((empty(2, 4, 5, 16), None, empty(2, 5, 8), empty(2, 5, 8), "half", torch.int32), "dtype"),
+        ((empty(2, 4, 5, 16), empty(2, 4, 5, 16, dtype=torch.half), empty(2, 5, 8), empty(2, 5, 8)), "dtype"),
+        ((empty(2, 4, 5, 16), None, empty(2, 5, 8, grad=True), empty(2, 5, 8)), "gradient"),
+        ((empty(2, 4, 16), None, empty(2, 5, 8), empty(2, 5, 8)), "shape"),
+        ((empty(2, 4, 5, 16), empty(2, 4, 6, 16), empty(2, 5, 8), empty(2, 5, 8)), "shape"),
+        ((empty(2, 4, 5, 16), None, empty(2, 6, 8), empty(2, 6, 8)), "shape"),
+        ((empty(2, 4, 5, 16), None, empty(2, 5, 4), empty(2, 5, 4)), "shape"),
+        ((empty(2, 4, 5, 15), None, empty(2, 5, 15), empty(2, 5, 15)), "shape"),
+        ((empty(2, 4, 5, 2048), None, empty(2, 5, 2048), empty(2, 5, 2048)), "size"),
+    ],
+)
+def test_supported(args, code):
+    reason = supported(*args)
+    assert (reason and reason.code) == code
