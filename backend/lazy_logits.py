@@ -85,7 +85,7 @@ class _Source:
             raise RuntimeError(
                 "these logits were not read before the head's weight or the hidden states changed (optimizer.step(), a "
                 "weight moved, merged or freed), so they cannot be computed any more: read outputs.logits before that "
-                "(outputs.logits + 0 is a plain copy), or compile with options={'disable': ['loss']}"
+                "(outputs.logits + 0 is a plain copy), or compile with options={'disable': ['linear_cross_entropy']}"
             )
         self.check_writes()
 
@@ -319,10 +319,12 @@ def lazy_logits(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
+    divisor: float = 1.0,
     dtype: torch.dtype | None = None,
     head_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Logits ``softcap(scale * linear(hidden, weight, bias))`` as a tensor [..., vocab] that is computed when read.
+    """Logits ``softcap(scale * linear(hidden, weight, bias) / divisor)`` as a tensor [..., vocab], computed when
+    read.
 
     ``hidden`` [..., hidden], ``weight`` [vocab, hidden], ``bias`` [vocab] or None. ``head_dtype`` is what the head
     multiplies in (default: that of ``hidden``), ``dtype`` the logits' own (default: ``head_dtype``). Its gradient flows
@@ -332,6 +334,8 @@ def lazy_logits(
         raise ValueError(f"hidden {tuple(hidden.shape)} does not fit a head of [vocab, hidden] = {tuple(weight.shape)}")
     head_dtype = head_dtype or hidden.dtype
     steps: list[Step] = [("mul", scale)] if scale != 1.0 else []
+    if divisor != 1.0:
+        steps.append(("div", divisor))
     if softcap is not None:
         steps += [("div", softcap), ("tanh", None), ("mul", softcap)]
     if dtype not in (None, head_dtype):

@@ -1,0 +1,276 @@
+"""The language model's head and its cross-entropy, as transformers and hand-written loops spell them::
+
+    linear → [× or / a scale] → [/ c → tanh → × c] → float → rows shifted, flattened → cross_entropy(labels)
+
+The labels' side (pad, shift, view) is integer work on [batch, seq] and stays as it is; the row operations on logits are
+made on hidden states instead. Logits that the model also returns become lazy: the graph returns hidden states in their
+place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastft.kernels._op import OPS
+from fastft.kernels.linear_cross_entropy import linear_cross_entropy
+from fastft.patterns._match import (
+    Match,
+    Reason,
+    Rewrite,
+    Table,
+    dtype,
+    is_noop,
+    is_widening,
+    op,
+    requires_grad,
+    row,
+    same_size,
+    see,
+    shape,
+    through,
+    value,
+)
+
+NAME = "linear_cross_entropy"
+
+
+def rows_linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    rows: tuple[Any, ...],
+    out_dtype: torch.dtype,
+    **options: Any,
+) -> torch.Tensor:
+    """:func:`linear_cross_entropy` of the rows ``hidden[rows[0]][rows[1]]...``, rounded to ``out_dtype`` (what the
+    uncompiled loss has).
+    """
+    for index in rows:
+        hidden = hidden[index]
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    return linear_cross_entropy(hidden, weight, bias, labels, **options).to(out_dtype)
+
+
+@dataclass(frozen=True)
+class _Maths:
+    """``softcap(raw * scale / divisor)``; ``tanh`` while the softcap's outer factor is still to come."""
+
+    scale: float = 1.0
+    divisor: float = 1.0
+    softcap: float | None = None
+    tanh: bool = False
+
+    def times(self, factor: float, over: float = 1.0) -> _Maths | None:
+        if self.softcap is None and not self.tanh:
+            return replace(self, scale=self.scale * factor, divisor=self.divisor * over)
+        if not self.tanh or not factor / over > 0:
+            return None
+        # cap · tanh(a r / b) = softcap(cap a r / b): the op divides by its cap again.
+        cap = factor / over
+        scale, divisor = self.scale * cap, self.divisor
+        return _Maths(1.0, 1.0, cap) if scale == divisor else _Maths(scale, divisor, cap)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """From the head's linear to the loss: ``maths`` in all, ``rows`` picked on the way, and for each node that still
+    has
+    every row (``logits``) what was computed up to it."""
+
+    linear: fx.Node
+    maths: _Maths
+    rows: tuple[Any, ...]
+    logits: dict[fx.Node, _Maths]
+    inside: frozenset[fx.Node]
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _walk(anchor: fx.Node, logits: Any) -> _Chain | Reason:
+    """Follow the loss's input up to a linear layer."""
+    path: list[fx.Node] = []
+    node = logits
+    while isinstance(node, fx.Node) and see(node).op != "linear":
+        seen = see(node)
+        step = seen.op in ("view", "flatten", "index", "mul", "div", "tanh") or is_noop(seen) or is_widening(seen)
+        if not step:
+            return _not_a_head(node)
+        path.append(node)
+        node = seen.args[1] if seen.op == "mul" and _number(seen.args[0]) else seen.args[0]
+    if not isinstance(node, fx.Node):
+        return Reason("head", "the logits are no tensor of this graph")
+    maths, found, rows, flat = _Maths(), {node: _Maths()}, [], False
+    vocab = shape(node)[-1]
+    for step in reversed(path):
+        seen = see(step)
+        if seen.op == "index" and not is_noop(seen):
+            index = seen.args[1] if isinstance(seen.args[1], tuple) else (seen.args[1],)
+            if flat or not _keeps_vocab(index, len(shape(seen.args[0]))):
+                return Reason("shape", f"{step.name} takes a part of the logits that is not whole rows")
+            rows.append(index)
+        elif seen.op in ("view", "flatten"):
+            if not same_size(shape(step)[-1], vocab):
+                return Reason("shape", f"{step.name} does not keep the vocabulary as last dimension")
+            flat = True
+        elif seen.op in ("mul", "div", "tanh") and not is_noop(seen):
+            more = _apply(maths, seen)
+            if more is None:
+                return Reason("maths", f"{step.name} is no scaling by a number and no softcap")
+            maths = more
+        if not rows and not flat:
+            found[step] = maths
+    if maths.tanh:
+        return Reason("maths", "a tanh of the logits is not scaled back")
+    return _Chain(node, maths, tuple(rows), found, frozenset((anchor, node, *path)))
+
+
+def _apply(maths: _Maths, seen: Any) -> _Maths | None:
+    if seen.op == "tanh":
+        return replace(maths, tanh=True) if maths.softcap is None and not maths.tanh else None
+    a, b = seen.args
+    if seen.op == "mul" and (_number(a) or _number(b)):
+        return maths.times(a if _number(a) else b)
+    return maths.times(1.0, b) if seen.op == "div" and _number(b) and b != 0 else None
+
+
+def _keeps_vocab(index: tuple[Any, ...], rank: int) -> bool:
+    """Whether ``x[index]`` takes whole rows, the vocabulary staying last; only slices and numbers."""
+    if not all(i is Ellipsis or isinstance(i, (int, slice, fx.Node)) for i in index):
+        return False
+    if any(isinstance(i, fx.Node) and not isinstance(value(i), (int, torch.SymInt)) for i in index):
+        return False
+    dots = [n for n, i in enumerate(index) if i is Ellipsis]
+    reaches_last = len(index) == rank if not dots else dots[0] < len(index) - 1
+    full = slice(None)
+    return not reaches_last or (isinstance(index[-1], slice) and index[-1] == full)
+
+
+def _not_a_head(node: fx.Node) -> Reason:
+    op_name = see(node).op
+    if op_name == "add":
+        return Reason(
+            "adapter",
+            f"the logits are a sum ({node.name}): an adapter wraps the head, or a bias is added apart from it",
+        )
+    if op_name == "cast":
+        return Reason("dtype", f"{node.name} rounds the logits to {dtype(node)} before the loss")
+    what = op_name if op_name not in ("unknown", "input") else f"{node.op} {node.target}"
+    return Reason("head", f"the logits come from {what}, not from a linear layer")
+
+
+class _Operands(dict[str, Any]):
+    """The operands of ``lazy_logits``. The tensors are read off the head's linear when the output is dropped from the
+    graph: until then, rules that come after this one replace what it reads (the last norm)."""
+
+    def __init__(self, linear: fx.Node, **constants: Any) -> None:
+        super().__init__(constants)
+        self.linear = linear
+
+    def items(self) -> Any:
+        x, weight, bias = see(self.linear).args
+        return {"hidden": through(x, "noop"), "weight": weight, "bias": bias, **self}.items()
+
+
+def _returned(chain: _Chain) -> dict[fx.Node, dict[str, Any]] | Reason:
+    """The logits that the graph returns, as operands of ``lazy_logits``; or the reason that others need them."""
+    lazy: dict[fx.Node, dict[str, Any]] = {}
+    for node in chain.inside:
+        if see(node).op == "cross_entropy":
+            continue
+        for user in node.users:
+            if user in chain.inside:
+                continue
+            result = _leads_out(node, user)
+            if result is None:
+                return Reason("escapes", f"the logits ({node.name}) are also used by {user.name}")
+            maths = chain.logits.get(node)
+            if maths is None or maths.tanh:
+                return Reason("escapes", f"{node.name}, a part of the logits, is an output of the graph")
+            lazy[result] = _Operands(
+                chain.linear,
+                softcap=maths.softcap,
+                scale=maths.scale,
+                divisor=maths.divisor,
+                dtype=dtype(result),
+                head_dtype=dtype(chain.linear),
+            )
+    return lazy
+
+
+def _leads_out(node: fx.Node, user: fx.Node) -> fx.Node | None:
+    """The graph output that ``user`` makes of ``node``: itself, or a cast of it that nobody else reads (accelerate's
+    ``float()``).
+    """
+    if user.op == "output":
+        return node
+    seen = see(user)
+    if (seen.op == "cast" or is_noop(seen)) and user.users and all(u.op == "output" for u in user.users):
+        return user
+    return None
+
+
+def _build(m: Match) -> Rewrite | Reason | None:
+    logits, labels, class_weight, size_average, ignore_index, reduce, reduction, smoothing = see(m.anchor).args
+    if class_weight is not None:
+        return Reason("class_weight", "the loss has class weights")
+    if smoothing != 0.0:
+        return Reason("label_smoothing", f"label_smoothing is {smoothing}")
+    if size_average is not None or reduce is not None:
+        return Reason("reduction", "the loss is called with the deprecated size_average or reduce")
+    if not isinstance(ignore_index, int) or reduction not in ("mean", "sum", "none"):
+        return Reason("reduction", f"ignore_index {ignore_index!r} or reduction {reduction!r} is no constant")
+    if len(shape(logits)) != 2 or len(shape(labels)) != 1:
+        return Reason(
+            "shape",
+            f"the loss is of logits {tuple(shape(logits))} and labels {tuple(shape(labels))}, not [tokens, vocab] and "
+            "[tokens]",
+        )
+    chain = _walk(m.anchor, logits)
+    if isinstance(chain, Reason):
+        return chain
+    x, w, b = see(chain.linear).args
+    lazy = _returned(chain)
+    if isinstance(lazy, Reason):
+        return lazy
+    if lazy and not requires_grad(chain.linear):
+        return Reason("no_grad", "without gradients (evaluation) the logits are returned as they are")
+    maths, hidden = chain.maths, through(x, "noop")
+    kernel = OPS[NAME]
+    options = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "softcap": maths.softcap,
+        "logit_scale": maths.scale / maths.divisor,
+        "dtype": dtype(chain.linear),
+    }
+    if reason := kernel.supported(value(hidden), value(w), value(b), value(labels), **options):
+        return reason
+    return Rewrite(
+        rows_linear_cross_entropy,
+        (hidden, w, b, labels),
+        {"rows": chain.rows, "out_dtype": dtype(m.anchor), **options},
+        inside=chain.inside,
+        may_escape=chain.inside,
+        lazy=lazy,
+        notes="logits are computed when read" if lazy else "",
+        kernel=kernel,
+    )
+
+
+def _seed(node: fx.Node) -> str | None:
+    return "cross_entropy" if see(node).op == "cross_entropy" else None
+
+
+TABLE = Table(
+    NAME,
+    (row(op("cross_entropy"), _build),),  # -log softmax(softcap(scale · W h))[label], reduced
+    _seed,
+)
