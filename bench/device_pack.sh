@@ -10,7 +10,16 @@ device=$root/.device
 python=${PYTHON:-python3}
 make_site=${SITE:-$root/../shared/device/make_site.sh}
 mkdir -p "$device"
-[[ -f $device/site.tar.xz ]] || bash "$make_site" "$device/site.tar.xz"
+# Pure Python that may be missing there: parallel tests, tables, the command line.
+extra=(pytest-xdist execnet hypothesis sortedcontainers rich markdown-it-py mdurl pygments typer shellingham click annotated-doc)
+if [[ ! -f $device/site.tar.xz ]]; then
+  bash "$make_site" "$device/base.tar.xz"
+  more=$(mktemp -d)
+  tar -C "$more" -xJf "$device/base.tar.xz"
+  "$python" -m pip install -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux2014_x86_64 \
+    --target "$more" "${extra[@]}"
+  tar -C "$more" -cJf "$device/site.tar.xz" . && rm -rf "$more" "$device/base.tar.xz"
+fi
 [[ -f $device/peers.tar.xz ]] || bash "$make_site" "$device/peers.tar.xz" --peers
 
 # Built from a copy: a build/ folder left in the tree would put deleted files into the next wheel.
