@@ -5,7 +5,7 @@
 #
 # Steps, in order, each within its SECONDS (default: what is left):
 #   kernels [pytest arguments]         tests/kernels on CUDA
-#   bench [pytest arguments]           bench/kernels.py, kernel times
+#   bench [pytest arguments]           bench/kernels.py, kernel times (-k llama-3.1-8b: about 2 minutes; all: long)
 #   compare [train.py arguments]       bench/train.py compare
 #   run [train.py arguments]           bench/train.py run
 #   checkpoint MODEL                   write a random-weight checkpoint
@@ -86,7 +86,7 @@ step() { # STEP[:SECONDS] ARGUMENTS...
   local command
   case $name in
     kernels) command=("$python" -m pytest tests/kernels -p no:cacheprovider --no-header --tb=short -rfE -n "$workers" --junitxml "$result.xml") ;;
-    bench) command=("$python" -m pytest bench/kernels.py -p no:cacheprovider --no-header --tb=short -rfE --benchmark-json "$result.json") ;;
+    bench) command=("$python" -m pytest bench/kernels.py -p no:cacheprovider --no-header --tb=short -rfE --benchmark-quiet --benchmark-json "$result.json") ;;
     compare) command=("$python" bench/train.py compare --peers "$peers" --budget $((seconds - 10)) --log "$log" --out "$result.json") ;;
     run) command=("$python" bench/train.py run --out "$result.json") ;;
     checkpoint) command=("$python" bench/train.py checkpoint --model) ;;
@@ -102,7 +102,8 @@ step() { # STEP[:SECONDS] ARGUMENTS...
   # What a reader wants of each: a compare's table, the short summary of tests, the end of anything else.
   case $name in
     compare) grep -v '^\[bench' "$output" | tail -40 ;;
-    kernels | pytest | bench) grep -E '^(FAILED|ERROR) |(passed|failed|error).* in |^[|+]|^name|^---' "$output" | cut -c1-220 | tail -60 ;;
+    kernels | pytest) grep -E '^(FAILED|ERROR) |(passed|failed|error).* in ' "$output" | cut -c1-220 | tail -40 ;;
+    bench) grep -E '^(FAILED|ERROR) |(passed|failed|error).* in |^µs|[│┃]' "$output" | cut -c1-400 | tail -60 ;;
     *) tail -25 "$output" | cut -c1-300 ;;
   esac >>"$summary"
   rm -f "$output"

@@ -1,0 +1,199 @@
+"""The benchmarks work: every model of the list can be built, a run gives its JSON, a failure is a row, not the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+import fastft.kernels
+from bench import train
+from bench.shapes import MODELS, PRIMARY, SHAPES, linears, shapes
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+SMALL = ["--model", "tiny", "--quant", "bf16", "--batch", "2", "--seq", "16", "--steps", "2", "--warmup", "1"]
+#: What both a finished and a failed run say; and what only a finished one does.
+ALWAYS = {"schema", "impl", "setup", "status", "error", "started", "commit", "argv"}
+FIGURES = {"load_s", "first_step_s", "step_ms", "tokens_per_s", "peak_bytes", "loss", "device", "versions"}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    train.write_checkpoint("tiny", root / "tiny")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    with mock.patch.dict(os.environ):
+        yield
+
+
+def setup(impl: str, **changes) -> train.Setup:
+    return train.Setup(
+        impl=impl, **{"model": "tiny", "quant": "bf16", "batch": 2, "seq": 16, "steps": 2, "warmup": 1, **changes}
+    )
+
+
+# -- shapes
+
+
+def test_shapes_are_named_apart():
+    assert len({str(s) for s in SHAPES}) == len(SHAPES)
+
+
+def test_every_op_of_the_list_has_small_and_primary_shapes():
+    for op in {s.op for s in SHAPES}:
+        assert shapes(op, tag="test"), op
+        assert shapes(op, tag="primary"), op
+
+
+def test_unknown_names_are_answered_with_the_known_ones():
+    with pytest.raises(KeyError, match=r"no shapes for op 'rmsnorm'.*rms_norm"):
+        shapes("rmsnorm")
+    with pytest.raises(KeyError, match=r"no shapes for model 'llama'.*llama-3.1-8b"):
+        shapes(model="llama")
+    with pytest.raises(KeyError, match="have no size 'width'"):
+        shapes("rms_norm")[0]["width"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_linears_are_those_of_the_model(model):
+    """The sizes in the list are what transformers builds from the same row (one layer, no memory)."""
+    fields = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1, **MODELS[model], "num_hidden_layers": 1}
+    with torch.device("meta"):
+        built = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+        )
+    layer = built.model.layers[0]
+    found = sorted(
+        (n.split(".")[-1], m.out_features, m.in_features)
+        for n, m in layer.named_modules()
+        if isinstance(m, torch.nn.Linear)
+    )
+    assert found == sorted(linears(model))
+
+
+def test_every_op_is_benchmarked():
+    from bench.kernels import MAKERS
+
+    assert set(fastft.kernels.load()) <= set(MAKERS)
+    assert set(PRIMARY) <= set(MODELS)
+
+
+# -- one run
+
+
+@pytest.mark.parametrize(("impl", "options"), [("eager", {}), ("fastft", {"residual": "eager", "strict": True})])
+def test_run(impl, options, checkpoints):
+    result = train.run(setup(impl, options=options), checkpoints)
+    assert result["status"] == "ok", result["error"]
+    assert set(result) >= ALWAYS | FIGURES
+    assert json.loads(json.dumps(result)) == result
+    assert len(result["loss"]) == 3 and len(result["step_ms"]["all"]) == 2
+    # Random weights know nothing: the first loss is that of a uniform guess, about.
+    assert result["loss"][0] == pytest.approx(torch.tensor(512.0).log().item(), abs=0.1)
+    assert result["setup"]["checkpointing"] is True
+    if impl == "fastft":
+        assert result["report"]["graphs"] > 0
+        assert any(site["status"] == "replaced" for site in result["report"]["sites"])
+
+
+def test_implementations_see_the_same_data_and_weights(checkpoints):
+    eager, fast = (
+        train.run(setup(i, options=o), checkpoints) for i, o in (("eager", {}), ("fastft", {"residual": "eager"}))
+    )
+    assert fast["loss"][0] == pytest.approx(eager["loss"][0], abs=5e-3)
+
+
+def test_full_training_trains_every_parameter(checkpoints):
+    full = train.run(setup("eager", train="full", checkpointing=False), checkpoints)
+    adapters = train.run(setup("eager", rank=4, checkpointing=False), checkpoints)
+    assert full["status"] == adapters["status"] == "ok"
+    # 2 layers: attention 2 · 64 · 64 + 2 · 64 · 32, MLP 3 · 64 · 176, two norms; embeddings, head, last norm.
+    assert full["trained_parameters"] == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176 + 2 * 64) + 2 * 512 * 64 + 64
+    assert adapters["trained_parameters"] == 2 * 4 * sum(o + i for _, o, i in linears("tiny"))
+
+
+def test_profile_lists_what_took_time(checkpoints):
+    result = train.run(setup("eager"), checkpoints, profile=True)
+    assert result["kernels"] and {"name", "calls", "ms"} <= set(result["kernels"][0])
+
+
+def test_a_failure_is_a_result(checkpoints):
+    result = train.run(setup("fastft", options={"no_such_option": 1}), checkpoints)
+    assert result["status"] == "failed" and "no_such_option" in result["error"]
+    assert set(result) >= ALWAYS and "traceback" in result
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"impl": "unslot"}, "--impl is 'unslot'; it is one of eager"),
+        ({"model": "llama"}, "--model is 'llama'; it is one of llama-3.1-8b"),
+        ({"quant": "nf4", "train": "full"}, "NF4 weights have no gradient"),
+        ({"warmup": 0}, "--warmup is 0; it is 1 or more"),
+        ({"options": {"a": 1}}, "--impl eager does not call"),
+    ],
+)
+def test_settings_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        setup(**{"impl": "eager", **changes}).check()
+
+
+# -- several beside each other
+
+
+def test_compare_prints_a_table_and_records_failures(checkpoints, tmp_path):
+    out = tmp_path / "compared.json"
+    command = [sys.executable, train.__file__, "compare", "--impls", "eager", "fastft:no_such_option=1", *SMALL]
+    done = subprocess.run(
+        [*command, "--checkpoints", str(checkpoints), "--out", str(out), "--log", str(tmp_path / "log")],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout and "eager" in done.stdout and "no_such_option" in done.stdout
+    compared = json.loads(out.read_text())
+    eager, failed = compared["rows"]
+    assert eager["status"] == "ok" and eager["speed_ratio"] == 1.0 and eager["tokens_per_s"] > 0
+    assert failed["status"] == "failed" and "no_such_option" in failed["error"]
+    assert compared["baseline"] == "eager" and compared["device"]["cores"] and eager["runs"][0]["versions"]["torch"]
+    assert "===== eager =====" in (tmp_path / "log").read_text()
+
+
+def test_a_run_that_takes_too_long_is_ended(checkpoints, tmp_path):
+    with open(tmp_path / "log", "w") as log:
+        arguments = ["--impl", "eager", "--checkpoints", str(checkpoints), *SMALL, "--steps", "1000000"]
+        result = train.run_apart(arguments, "eager", peers=None, caches=tmp_path, timeout=6, log=log)
+        late = train.run_apart(arguments, "eager", peers=None, caches=tmp_path, timeout=0, log=log)
+    assert result["status"] == "failed" and result["error"] == "timed out after 6 s"
+    assert late["status"] == "failed" and "not started" in late["error"]
+
+
+def test_rounds_are_merged():
+    def one(times, peak, first):
+        same = {"status": "ok", "error": None, "setup": {"batch": 2, "seq": 10}, "loss": [2.0, 1.0]}
+        return {**same, "step_ms": {"all": times}, "peak_bytes": peak, "first_step_s": first}
+
+    row = train.merge("eager", [one([10.0, 30.0], 5, 9.0), one([20.0], 7, 1.0)])
+    assert row["step_ms"]["median"] == 20.0 and row["tokens_per_s"] == 1000.0
+    assert row["peak_bytes"] == 7 and row["first_step_s"] == 9.0  # the cold one
+    assert (row["loss_first"], row["loss_last"]) == (2.0, 1.0)
+
+
+def test_arguments(capsys):
+    assert train._specs(["eager,inductor", "fastft:disable=rotary,attention;fuel=3"]) == [
+        "eager", "inductor", "fastft:disable=rotary,attention;fuel=3",
+    ]  # fmt: skip
+    assert train._option("fuel=3") == ("fuel", 3) and train._option("residual=eager") == ("residual", "eager")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["compare", "--impls", "eager,nobody"])
+    assert stopped.value.code == 2 and "'nobody'; it is one of" in capsys.readouterr().err
