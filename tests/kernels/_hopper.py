@@ -1,0 +1,52 @@
+"""Compile kernels for an H100 on a machine without a GPU: what the interpreter cannot see (types, layouts, registers,
+shared memory).
+
+Under :func:`compiling`, ops take their Triton path for CPU tensors; a launch compiles the kernel for sm_90 as it would
+be there, down to a cubin, and stops short of running it. Results are therefore uninitialised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class _H100:
+    """A driver that knows what it would compile for and can do nothing else."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"kernels are compiled here, not run: the driver was asked for {name}")
+
+
+@contextlib.contextmanager
+def compiling(*modules: Any) -> Iterator[list[Any]]:
+    """Within, launches by these kernel files compile only; the list fills with the compiled kernels (``.metadata``,
+    ``.asm``)."""
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def warm_up(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return compiled[-1]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(driver, "_active", _H100()))
+        stack.enter_context(mock.patch.object(JITFunction, "run", warm_up))
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "use_triton", lambda x: True))
+        yield compiled

@@ -1,0 +1,70 @@
+"""Every kernel of these ops compiles for an H100 at real sizes: bf16, wide loads, whole rows in registers. No GPU
+needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastft.kernels import glu, layer_norm, rms_norm, rotary
+from fastft.kernels._op import INTERPRET
+from fastft.kernels._triton import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="compiles with Triton's compiler")
+BF16 = torch.bfloat16
+ops = torch.ops.fastft
+
+
+def random(*shape):
+    return torch.randn(shape, dtype=BF16)
+
+
+def run_rms_norm(n):
+    x, w = random(4, n), random(n)
+    _, r = ops.rms_norm(x, w, 1e-6, 0.0, None)
+    ops.rms_norm_backward(x, x, w, r, 0.0, True, True)
+    return rms_norm
+
+
+def run_layer_norm(n):
+    x, w = random(4, n), random(n)
+    _, m, r = ops.layer_norm(x, w, w, 1e-6, None)
+    ops.layer_norm_backward(x, x, w, m, r, True, True, True)
+    return layer_norm
+
+
+def run_glu(kind):
+    both = random(4, 2 * 14336)
+    ops.glu_packed(both, kind, True)
+    ops.glu_packed_backward(random(4, 14336), both, kind, True)
+    return glu
+
+
+def run_rotary(style):
+    q, k = (random(2, 4, heads, 128).transpose(1, 2) for heads in (32, 8))
+    table = random(2, 4, 128)
+    ops.rotary(q, k, table, table, style, None, 128, 2)
+    ops.rotary_backward(q, k, table, table, style, BF16, 128, 2)
+    return rotary
+
+
+@pytest.mark.parametrize(
+    "module, run, argument",
+    [
+        *[(rms_norm, run_rms_norm, n) for n in (128, 4096, 8192)],
+        *[(layer_norm, run_layer_norm, n) for n in (768, 8192)],
+        *[(glu, run_glu, kind) for kind in glu.KINDS],
+        *[(rotary, run_rotary, style) for style in rotary.STYLES],
+    ],
+    ids=lambda v: v.__name__.rsplit(".")[-1] if hasattr(v, "__name__") else str(v),
+)
+def test_compiles_for_an_h100(module, run, argument):
+    from tests.kernels._hopper import compiling
+
+    with compiling(module) as kernels:
+        run(argument)
+    assert len(kernels) == 2, "one kernel forward, one backward"
+    for kernel in kernels:
+        assert "cubin" in kernel.asm
+        # 16 bytes a thread and load, where a row is contiguous and aligned.
+        assert "ld.global.v4.b32" in kernel.asm["ptx"] and "st.global.v4.b32" in kernel.asm["ptx"]
