@@ -609,7 +609,7 @@ def _in_short(result: dict[str, Any]) -> str:
 
 
 def merge(impl: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row from an implementation's rounds: steps of all rounds together, the largest peak, the cold first step."""
+    """One row from an implementation's rounds: all steps together, the largest peak, the first step cold and warm."""
     good = [r for r in runs if r["status"] == "ok"]
     row: dict[str, Any] = {"impl": impl, "status": "ok" if good else "failed", "runs": list(runs)}
     row["error"] = next((r["error"] for r in runs if r["status"] != "ok"), None)
@@ -620,6 +620,7 @@ def merge(impl: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         peaks = [r["peak_bytes"] for r in good if r["peak_bytes"] is not None]
         row["peak_bytes"] = max(peaks) if peaks else None
         row["first_step_s"] = good[0]["first_step_s"]
+        row["first_step_warm_s"] = min((r["first_step_s"] for r in good[1:]), default=None)
         row["loss_first"], row["loss_last"] = good[0]["loss"][0], good[0]["loss"][-1]
     return row
 
@@ -637,7 +638,7 @@ def table(compared: dict[str, Any], title: str) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    errors = [f"{r['impl']}: {str(r['error']).strip().splitlines()[0][:300]}" for r in compared["rows"] if r["error"]]
+    errors = [f"{r['impl']}: {' '.join(str(r['error']).split())[:300]}" for r in compared["rows"] if r["error"]]
     shown = Table(title=title, title_justify="left", caption=escape("\n".join(errors)) or None, caption_justify="left")
     ratios = (f"speed / {compared['baseline']}", f"peak / {compared['baseline']}")
     for column in (

@@ -185,7 +185,7 @@ def test_rounds_are_merged():
 
     row = train.merge("eager", [one([10.0, 30.0], 5, 9.0), one([20.0], 7, 1.0)])
     assert row["step_ms"]["median"] == 20.0 and row["tokens_per_s"] == 1000.0
-    assert row["peak_bytes"] == 7 and row["first_step_s"] == 9.0  # the cold one
+    assert row["peak_bytes"] == 7 and row["first_step_s"] == 9.0 and row["first_step_warm_s"] == 1.0
     assert (row["loss_first"], row["loss_last"]) == (2.0, 1.0)
 
 
