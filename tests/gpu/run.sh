@@ -41,9 +41,9 @@ install_fastft() { # from the tree that came along; from the wheel where pip's s
   for file in README.md LICENSE; do if [[ -f $file ]]; then cp "$file" "$copy"; else touch "$copy/$file"; fi; done
   rm -rf "$site"/fastft "$site"/fastft-*.dist-info
   if "$python" -m pip wheel -q --no-index --no-deps --no-build-isolation -w "$built" "$copy" >>"$log" 2>&1; then
-    "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$built"/fastft-*.whl >>"$log" 2>&1 || return 1
+    "$python" -m pip install -q --upgrade --no-index --no-deps --no-compile --target "$site" "$built"/fastft-*.whl >>"$log" 2>&1 || return 1
   else
-    "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" .device/fastft-*.whl >>"$log" 2>&1 || return 1
+    "$python" -m pip install -q --upgrade --no-index --no-deps --no-compile --target "$site" .device/fastft-*.whl >>"$log" 2>&1 || return 1
     local folder part stale=0
     for folder in backend kernels patterns autotune; do
       part=$site/fastft/${folder#backend}
