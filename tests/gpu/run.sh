@@ -71,7 +71,7 @@ device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(f"{device}, torch {torch.__version__}, python {sys.version.split()[0]}, fastft from {fastft.__path__[0]}")' 2>&1 | tail -1)"
 note "commit $commit, set up after $((SECONDS - started)) s"
 
-workers=$(($(nproc) > 8 ? 8 : $(nproc)))
+workers=$(nproc)
 failures=0
 number=0
 step() { # STEP[:SECONDS] ARGUMENTS...
@@ -85,7 +85,7 @@ step() { # STEP[:SECONDS] ARGUMENTS...
   local output; output=$(mktemp)
   local command
   case $name in
-    kernels) command=("$python" -m pytest tests/kernels -p no:cacheprovider --no-header --tb=short -rfE -n "$workers" --junitxml "$result.xml") ;;
+    kernels) export OMP_NUM_THREADS=1 TRITON_INTERPRET=0; command=("$python" -m pytest tests/kernels -v --durations 12 -p no:cacheprovider --no-header --tb=short -rfE -n "$workers" --junitxml "$result.xml") ;;
     bench) command=("$python" -m pytest bench/kernels.py -p no:cacheprovider --no-header --tb=short -rfE --benchmark-quiet --benchmark-json "$result.json") ;;
     compare) command=("$python" bench/train.py compare --peers "$peers" --budget $((seconds - 10)) --log "$log" --out "$result.json") ;;
     run) command=("$python" bench/train.py run --out "$result.json") ;;
