@@ -29,7 +29,7 @@ lint: $(READY)
 	@# mypy does not see through an editable install's package map, so it gets the map as links.
 	rm -rf build/types && mkdir -p build/types/fastft
 	ln -s $(addprefix $(CURDIR)/,$(wildcard backend/*) patterns kernels autotune) build/types/fastft/
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p fastft
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastft
 
 test: lint
 	OMP_NUM_THREADS=$(TEST_THREADS) TRITON_INTERPRET=1 $(BIN)/pytest -n $(TEST_WORKERS) tests/kernels

@@ -1,4 +1,4 @@
-"""The main job from nothing, on any machine: build a small Llama, fine-tune it with LoRA through fastft and without, compare the two.
+"""The main job from nothing, on any machine: LoRA fine-tuning of a small Llama, through fastft and without.
 
 The model is a Llama from a config, trained for a moment on the source code of the Python installation so that there is
 something to fine-tune; the fine-tuning text is that installation's documentation (python_docs.py). The fine-tuning
@@ -72,7 +72,7 @@ class Clock(TrainerCallback):
 
 
 def build(folder: Path, size: Size, tokenizer: PreTrainedTokenizerFast) -> int:
-    """Save a Llama of ``size``, trained on the standard library's source, and its tokenizer; returns its parameter count."""
+    """Save a Llama of ``size``, trained on the standard library's source, and its tokenizer; returns its size."""
     set_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LlamaConfig(
@@ -133,7 +133,7 @@ def train(label: str, seed: int, **settings: Any) -> dict[str, Any]:
 
 
 def compare(runs: list[dict[str, Any]], backend: str) -> dict[str, float]:
-    """How far compiled losses are from eager's of the same seed, and eager's of different seeds from each other, in nats."""
+    """How far compiled losses are from eager's of the same seed, and eager's of different seeds apart; nats."""
     eager = {run["seed"]: run["loss"] for run in runs if run["run"] == "eager"}
     compiled = {run["seed"]: run["loss"] for run in runs if run["run"] == backend}
     result: dict[str, float] = {}

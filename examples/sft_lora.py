@@ -33,7 +33,7 @@ def finetune(
     nf4: bool = False,
     callbacks: list[TrainerCallback] | None = None,
 ) -> SFTTrainer:
-    """Train LoRA adapters on every linear layer of ``model`` (a folder), save them in ``output``; ``None`` is no compile."""
+    """Train LoRA adapters on every linear layer of ``model`` (a folder) and save them in the folder ``output``."""
     set_seed(seed)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
