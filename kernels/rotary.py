@@ -79,17 +79,27 @@ def _turn(
     return torch.cat((turned, x[..., rotary_dim:].to(compute)), dim=-1).to(out_dtype)
 
 
+def _tables(cos: torch.Tensor, sin: torch.Tensor | None, seq_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin as ``[batch or 1, seq, width]`` views, out of any form that :func:`rotary` takes."""
+    if sin is None:
+        cos, sin = torch.view_as_real(cos).unbind(-1)
+    if cos.dim() == 4 and sin.dim() == 4:
+        cos, sin = cos.select(3 - seq_dim, 0), sin.select(3 - seq_dim, 0)
+    return cos, sin
+
+
 def reference(
     q: torch.Tensor,
     k: torch.Tensor | None,
     cos: torch.Tensor,
-    sin: torch.Tensor,
+    sin: torch.Tensor | None,
     style: str = "half",
     out_dtype: torch.dtype | None = None,
     rotary_dim: int | None = None,
     seq_dim: int = 2,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch, differentiable; fp32 inside (fp64 for fp64)."""
+    cos, sin = _tables(cos, sin, seq_dim)
     out_dtype, rotary_dim = out_dtype or q.dtype, rotary_dim or q.shape[-1]
     turned = tuple(_turn(x, cos, sin, style, out_dtype, rotary_dim, seq_dim) for x in (q, k) if x is not None)
     return turned if k is not None else turned[0]
@@ -358,7 +368,7 @@ def rotary(
     q: torch.Tensor,
     k: torch.Tensor | None,
     cos: torch.Tensor,
-    sin: torch.Tensor,
+    sin: torch.Tensor | None,
     style: str = "half",
     out_dtype: torch.dtype | None = None,
     rotary_dim: int | None = None,
@@ -367,10 +377,12 @@ def rotary(
     """q and k rotated by the angles in cos and sin; differentiable in q and k.
 
     q: ``[batch, heads, seq, D]``; k: ``[batch, kv_heads, seq, D]`` in q's dtype, or None, and then only q's result
-    comes back. cos, sin: ``[batch or 1, seq, R or R/2]``, any floating dtype. style: "half", "interleaved" or
+    comes back. cos, sin: ``[batch or 1, seq, R or R/2]``, any floating dtype, also with an axis of one for the heads;
+    or cos a complex table cos + i sin, ``[..., R/2]``, and sin None. style: "half", "interleaved" or
     "interleaved_to_half" (see the module). out_dtype: of the results, q's own by default. rotary_dim: R, all of D by
     default. seq_dim: 2, or 1 for q and k as ``[batch, seq, heads, D]``.
     """
+    cos, sin = _tables(cos, sin, seq_dim)
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         raise ValueError("rotary does not compute gradients of cos and sin; detach them, or leave this site to PyTorch")
     q_out, k_out = _Rotary.apply(q, k, cos, sin, style, out_dtype, rotary_dim or q.shape[-1], seq_dim)
@@ -381,7 +393,7 @@ def supported(
     q: torch.Tensor,
     k: torch.Tensor | None,
     cos: torch.Tensor,
-    sin: torch.Tensor,
+    sin: torch.Tensor | None,
     style: str = "half",
     out_dtype: torch.dtype | None = None,
     rotary_dim: int | None = None,
@@ -391,6 +403,19 @@ def supported(
     # The places of a pair that the kernel knows.
     if style not in STYLES:
         return Reason("style", f"the rotary style {style!r} is not one of {', '.join(STYLES)}")
+    # One program a token, all heads.
+    if q.dim() != 4 or seq_dim not in (1, 2):
+        return Reason("shape", f"q is {tuple(q.shape)}; 4 axes, with the sequence second or third, are supported")
+    if (sin is None) != cos.dtype.is_complex or (sin is not None and cos.shape != sin.shape):
+        return Reason("shape", f"cos is {cos.dtype} {tuple(cos.shape)} and sin does not go with it")
+    if cos.dim() not in (3, 4) or (cos.dim() == 4 and cos.shape[3 - seq_dim] != 1):
+        return Reason(
+            "shape", f"the tables are {tuple(cos.shape)}; one row a token, the same for all heads, is supported"
+        )
+    # Learned tables are not computed gradients of.
+    if cos.requires_grad or (sin is not None and sin.requires_grad):
+        return Reason("gradient", "cos or sin requires a gradient, which the op does not compute")
+    cos, sin = _tables(cos, sin, seq_dim)
     # fp32 arithmetic: fp64 would lose digits on a GPU.
     if reason := check_dtypes(q, k, cos, sin):
         return reason
@@ -399,13 +424,6 @@ def supported(
     # q and k share the dtype of their gradients.
     if k is not None and k.dtype != q.dtype:
         return Reason("dtype", f"q is {q.dtype} and k {k.dtype}; one dtype for both is supported")
-    # Learned tables are not computed gradients of.
-    if cos.requires_grad or sin.requires_grad:
-        return Reason("gradient", "cos or sin requires a gradient, which the op does not compute")
-    # One program a token, all heads.
-    if q.dim() != 4 or seq_dim not in (1, 2) or cos.dim() != 3 or cos.shape != sin.shape:
-        shapes = f"q {tuple(q.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
-        return Reason("shape", f"{shapes}: q with 4 axes and equal tables with 3 are supported")
     if k is not None and (k.dim() != 4 or any(k.shape[d] != q.shape[d] for d in (0, seq_dim, 3))):
         return Reason("shape", f"q is {tuple(q.shape)} and k {tuple(k.shape)}; they may differ in heads only")
     if cos.shape[1] != q.shape[seq_dim] or (cos.shape[0] != 1 and cos.shape[0] != q.shape[0]):
@@ -426,13 +444,14 @@ def cost(
     q: torch.Tensor,
     k: torch.Tensor | None,
     cos: torch.Tensor,
-    sin: torch.Tensor,
+    sin: torch.Tensor | None,
     style: str = "half",
     out_dtype: torch.dtype | None = None,
     rotary_dim: int | None = None,
     seq_dim: int = 2,
 ) -> Cost:
     """Forward: q and k in and out, the tables in; kept: the tables, which all layers share."""
+    cos, _ = _tables(cos, sin, seq_dim)
     elements = size(q.numel()) + (0 if k is None else size(k.numel()))
     tables = 2 * size(cos.numel()) * cos.element_size()
     moved = elements * (q.element_size() + (out_dtype or q.dtype).itemsize) + tables

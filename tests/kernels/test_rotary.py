@@ -81,6 +81,22 @@ def test_strided_tables(device):
     check_op(OP, (q, k, polar[..., 0], polar[..., 1]), "interleaved")
 
 
+def test_complex_table(device):
+    q, k = heads(2, 4, 5, 16, device=device), heads(2, 2, 5, 16, device=device)
+    polar = torch.randn(2, 5, 8, dtype=torch.complex64, device=device)
+    expected = rotary(q, k, polar.real, polar.imag, "interleaved")
+    for table in (polar, polar[:, None]):
+        for a, b in zip(rotary(q, k, table, None, "interleaved"), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_tables_with_an_axis_for_the_heads(device):
+    q, k = heads(2, 4, 5, 16, device=device), heads(2, 2, 5, 16, device=device)
+    cos, sin = tables(2, 5, 16, device=device)
+    for a, b in zip(rotary(q, k, cos[:, None], sin[:, None]), rotary(q, k, cos, sin), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_q_alone(device):
     q, k = heads(2, 4, 5, 16, device=device), heads(2, 2, 5, 16, device=device)
     cos, sin = tables(1, 5, 16, device=device)
@@ -198,6 +214,10 @@ def empty(*shape, dtype=torch.float32, grad=False):
         ((empty(2, 4, 5, 16), empty(2, 4, 6, 16), empty(2, 5, 8), empty(2, 5, 8)), "shape"),
         ((empty(2, 4, 5, 16), None, empty(2, 6, 8), empty(2, 6, 8)), "shape"),
         ((empty(2, 4, 5, 16), None, empty(2, 5, 4), empty(2, 5, 4)), "shape"),
+        ((empty(2, 4, 5, 16), None, empty(2, 1, 5, 16), empty(2, 1, 5, 16)), None),
+        ((empty(2, 4, 5, 16), None, empty(2, 4, 5, 16), empty(2, 4, 5, 16)), "shape"),
+        ((empty(2, 4, 5, 16), None, empty(2, 5, 8, dtype=torch.complex64), None, "interleaved"), None),
+        ((empty(2, 4, 5, 16), None, empty(2, 5, 8), None), "shape"),
         ((empty(2, 4, 5, 15), None, empty(2, 5, 15), empty(2, 5, 15)), "shape"),
         ((empty(2, 4, 5, 2048), None, empty(2, 5, 2048), empty(2, 5, 2048)), "size"),
     ],
