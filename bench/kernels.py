@@ -228,7 +228,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_kernel(
     name: str, maker: Callable[[Shape], Case] | None, shape: Shape | None, benchmark: Any, record_property: Any
 ) -> None:
-    assert maker is not None, f"op {name!r} has no row in MAKERS of bench/kernels.py: say how its arguments are made"
+    assert maker is not None and shape is not None, (
+        f"op {name!r} has no row in MAKERS of bench/kernels.py: say how its arguments are made"
+    )
     torch.manual_seed(0)
     torch.compiler.reset()  # Dynamo runs a function uncompiled, silently, once it met it in eight sizes
     try:
