@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
-    "PREFER_RECOMPUTE", "autocast_nodes", "cache_stamp", "compile_with_inductor", "dynamo_counters", "fake_mode_of",
-    "is_checkpoint", "is_recompile", "no_side_effect_calls", "qualified_name", "version",
+    "PREFER_RECOMPUTE", "autocast_nodes", "backend_in_trace", "cache_stamp", "compile_with_aot_eager",
+    "compile_with_inductor", "dynamo_counters", "fake_mode_of", "inductor_cache_dir", "inductor_settings",
+    "innermost_backend", "is_checkpoint", "is_recompile", "no_side_effect_calls", "qualified_name",
+    "registered_backend", "storage_of", "version", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
@@ -58,6 +61,26 @@ def compile_with_inductor(gm: torch.fx.GraphModule, example_inputs: Sequence[Any
     return compile_fx(gm, list(example_inputs), config_patches=dict(patches))
 
 
+def compile_with_aot_eager(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """AOTAutograd without a code generator: what runs checkpoint higher-order ops op by op, with the right random state."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(gm, list(example_inputs))
+
+
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """Identity of a tensor's memory, also a fake tensor's (views share it); None when it has none (sparse)."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def inductor_settings() -> frozenset[str]:
+    """The names that Inductor's config patches can have."""
+    return frozenset(inductor_config.get_config_copy())
+
+
 @contextlib.contextmanager
 def cache_stamp(functions: Mapping[str, str]) -> Iterator[None]:
     """Let AOTAutograd's cache hold graphs that call ``functions`` (qualified name → hash of what they do): the hash becomes part of the key."""
@@ -82,3 +105,54 @@ def is_recompile() -> bool:
 def qualified_name(function: Callable[..., Any]) -> str:
     """The name by which AOTAutograd's cache knows a function in a graph."""
     return f"{function.__module__}.{function.__name__}"
+
+
+def backend_in_trace() -> Any:
+    """What ``torch.compile(backend=...)`` resolved to, for the frame that Dynamo is tracing now; None outside of a trace.
+
+    Called from Python that Dynamo runs while tracing (``assume_constant_result``). Unwraps what torch puts around a backend: the minifier's wrapper,
+    ``torch.compile``'s own (which holds mode and options), DDP's graph splitter, partials.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # Nothing is being traced in this thread.
+        return None
+    return innermost_backend(backend)
+
+
+def innermost_backend(backend: Any) -> Any:
+    """A backend without the wrappers that torch puts around it."""
+    while True:
+        splitter = getattr(backend, "__self__", None)
+        inner = (
+            getattr(backend, "_torchdynamo_orig_backend", None)
+            or getattr(splitter, "backend_compile_fn", None)
+            or (backend.func if isinstance(backend, functools.partial) else None)
+            or (backend.compiler_fn if isinstance(backend, torch._TorchCompileWrapper) else None)
+        )
+        if inner is None:
+            return backend
+        backend = inner
+
+
+def registered_backend(name: str) -> Any:
+    """The function registered with Dynamo as backend ``name``, or None if nobody looked it up yet (this does not load it)."""
+    from torch._dynamo.backends.registry import _COMPILER_FNS
+
+    return _COMPILER_FNS.get(name)
+
+
+def wrapper_context(module: torch.nn.Module) -> Any:
+    """The context of a ``torch.compile(module)`` wrapper, which compiles any callable as the wrapper compiles its module; None for other modules."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return module.dynamo_ctx if isinstance(module, OptimizedModule) else None
+
+
+def inductor_cache_dir() -> str:
+    """The folder in which Inductor, and AOTAutograd's cache with it, keeps what it compiled (it is created if it is missing)."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()

@@ -32,7 +32,7 @@ def fastft(
     """Compile one Dynamo graph. ``options`` are those of :class:`fastft.Options`; raises :class:`fastft.options.OptionError` for others."""
     asked = Options.of(options, mode)
     done = Report(graphs=1, recompiles=int(compat.is_recompile()))
-    untouched = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    untouched = copy.deepcopy(gm.graph)
     try:
         lazy = transform(gm, asked, done)
     except Exception as error:
@@ -41,7 +41,8 @@ def fastft(
         # Training goes on: this graph is compiled as it came, and the report says so.
         log.warning("fastft left a graph to Inductor: %s: %s", type(error).__name__, error, exc_info=True)
         done.errors.append(f"rewriting failed, the graph was compiled without it: {type(error).__name__}: {error}")
-        done.sites, done.plan, gm, lazy = [], {}, untouched, None
+        done.sites, done.plan, lazy = [], {}, None
+        gm.graph = untouched
     # 6. Compile the rest.
     start = time.perf_counter()
     compiled = _compile_rest(gm, example_inputs, asked)
@@ -60,10 +61,11 @@ def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs
     # 3., 4. Match and rewrite, each rewrite checked.
     rewritten = rewrite(gm, options, compat.fake_mode_of(gm))
     done.sites = rewritten.sites
-    lazy = drop_lazy(gm, rewritten.lazy)
+    lazy = drop_lazy(gm, rewritten.lazy) if options.lazy_logits else None
     # 5. Plan: what the user put under checkpointing is recomputed layer by layer, cheap ops always.
     regions = counts["checkpoints"]
-    what = "kept in full" if options.recompute == "never" else "recomputed in backward"
+    kept = options.recompute == "never" or options.residual == "eager"
+    what = "kept in full" if kept else "recomputed in backward"
     done.plan["recompute"] = f"{regions} checkpointed regions {what}" if regions else "cheap ops only"
     if counts["kept"]:
         done.plan["checkpoint policies"] = f"{counts['kept']} regions with a policy of the user's are left as they are"
@@ -75,8 +77,12 @@ def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs
 
 def _compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     if options.residual == "eager":
+        # A checkpoint region that is still there (the user's own policy, or a graph that was given up) would draw other
+        # dropout masks in backward if it simply ran.
+        if any(compat.is_checkpoint(n.target) for n in gm.graph.nodes):
+            return compat.compile_with_aot_eager(gm, example_inputs)
         return gm.forward
     ours = [n.target for n in gm.graph.nodes if n.op == "call_function" and str(getattr(n.target, "__module__", "")).startswith("fastft.")]
     stamp = source_hash()
-    with compat.cache_stamp({compat.qualified_name(target): stamp for target in ours}):
+    with compat.cache_stamp({"fastft": stamp, **{compat.qualified_name(target): stamp for target in ours}}):
         return compat.compile_with_inductor(gm, example_inputs, options.inductor)

@@ -4,11 +4,14 @@ Gradient checkpointing traces to a higher-order op with the layer as its body. E
 (dropout gets another mask in the backward: silently wrong gradients), and no rule could look across its boundary. So each body is inlined, and its nodes
 remember that the user allowed recomputation there: AOTAutograd's partitioner reads the same two tags that it writes itself for the higher-order op.
 A body with a selective-checkpointing context function of the user's stays as it is.
+
+A region inside a region belongs to the outer one, which is recomputed as a whole.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 from torch import fx
@@ -22,7 +25,9 @@ def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
     Returns counts for the report: ``checkpoints`` inlined, ``kept`` (a user's own checkpoint policy).
     """
     counts = {"checkpoints": 0, "kept": 0}
-    for node in list(gm.graph.nodes):
+    waiting = list(gm.graph.nodes)[::-1]  # a stack: what a region is replaced by is looked at next
+    while waiting:
+        node = waiting.pop()
         if node.op != "call_function":
             continue
         if node.target in compat.no_side_effect_calls() and not node.users:
@@ -33,17 +38,19 @@ def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
                 counts["kept"] += 1
                 continue
             counts["checkpoints"] += 1
-            _inline(gm, node, body, layer=counts["checkpoints"] if recompute else None)
+            layer = node.meta.get("ac_graph_id", counts["checkpoints"]) if recompute else None
+            waiting += _inline(gm, node, body, layer)[::-1]
     gm.graph.lint()
     return counts
 
 
-def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, layer: int | None) -> None:
-    """Replace ``call`` by the nodes of ``body``, tagged as recomputable region number ``layer``."""
+def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, layer: int | None) -> list[fx.Node]:
+    """Replace ``call`` by the nodes of ``body``, tagged as recomputable region number ``layer``; returns these nodes."""
     holder, *operands = call.args
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     mapped: dict[fx.Node, Any] = dict(zip(placeholders, operands, strict=True))
     result: Any = None
+    added: list[fx.Node] = []
     with gm.graph.inserting_before(call):
         for node in body.graph.nodes:
             if node.op == "placeholder" or (node.op == "call_function" and node.target in compat.no_side_effect_calls()):
@@ -60,9 +67,11 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, layer: int 
                 new.meta["recompute"] = compat.PREFER_RECOMPUTE
                 new.meta["ac_graph_id"] = layer
             mapped[node] = new
+            added.append(new)
     _replace_outputs(gm, call, result)
     if isinstance(holder, fx.Node) and not holder.users:
         gm.graph.erase_node(holder)
+    return added
 
 
 def _move_attribute(gm: fx.GraphModule, body: fx.GraphModule, node: fx.Node) -> fx.Node:
@@ -84,11 +93,20 @@ def _move_attribute(gm: fx.GraphModule, body: fx.GraphModule, node: fx.Node) -> 
 def _replace_outputs(gm: fx.GraphModule, call: fx.Node, result: Any) -> None:
     """Point the users of the higher-order op (getitems of its tuple) at the inlined values."""
     for user in list(call.users):
-        if user.op == "call_function" and getattr(user.target, "__name__", "") == "getitem" and isinstance(result, (tuple, list)):
-            user.replace_all_uses_with(result[user.args[1]])
+        if isinstance(result, (tuple, list)) and user.op == "call_function" and user.target is operator.getitem:
+            _replace(user, result[user.args[1]])
             gm.graph.erase_node(user)
-        elif isinstance(result, fx.Node):
-            user.replace_input_with(call, result)
-        else:
-            raise RuntimeError(f"checkpointed region {call.name} is used as a whole by {user.name}, not item by item")
+    if call.users:  # one value that is no tuple, or the whole tuple (as a graph's output)
+        _replace(call, result)
     gm.graph.erase_node(call)
+
+
+def _replace(old: fx.Node, new: Any) -> None:
+    """``new`` (a node, a tuple of nodes, a number, None) wherever ``old`` is used."""
+    for user in list(old.users):
+        user.args = _exchange(user.args, old, new)
+        user.kwargs = _exchange(user.kwargs, old, new)
+
+
+def _exchange(value: Any, old: fx.Node, new: Any) -> Any:
+    return fx.node.map_aggregate(value, lambda v: new if v is old else v)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from fastft import _torch_compat as compat
 
 #: ``mode=`` values and what they mean here; the others are refused with a reason.
 MODES = ("default", "max-autotune-no-cudagraphs")
@@ -21,7 +23,8 @@ class Options:
     """What a user can ask of the backend.
 
     ``residual``: who compiles what no rule replaced: ``"inductor"`` (default), or ``"eager"``, which runs it op by op, for debugging.
-    ``fuel``: only the first so many rewrites are made, in graph order of the tables; None: all. For finding a wrong rewrite by bisection.
+    ``fuel``: only the first so many rewrites are made (table by table, each from the end of the graph); None: all. For
+    finding a wrong rewrite by bisection.
     ``disable``: patterns that are left alone (``["rotary", "attention"]`` or ``"rotary,attention"``); names as in the report.
     ``lazy_logits``: the model's logits output is computed only when somebody reads it (default True).
     ``recompute``: ``"asked"`` (default) recomputes the layers that the user put under gradient checkpointing; ``"never"`` keeps everything.
@@ -40,6 +43,8 @@ class Options:
     @classmethod
     def of(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
         """Read what ``torch.compile`` was given. Raises :class:`OptionError`, naming what was asked, what is allowed, and the nearest known name."""
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionError(f"options is {options!r}; it is a dict of option names and values")
         given = dict(options or {})
         known = {f.name for f in dataclasses.fields(cls)}
         for key in given:
@@ -48,6 +53,8 @@ class Options:
         if isinstance(given.get("disable"), str):
             given["disable"] = tuple(n.strip() for n in given["disable"].split(",") if n.strip())
         elif "disable" in given:
+            if not isinstance(given["disable"], Iterable):
+                raise OptionError(f"option disable is {given['disable']!r}; it is a list of patterns")
             given["disable"] = tuple(given["disable"])
         result = cls(**given)
         result._check()
@@ -63,6 +70,10 @@ class Options:
                 raise OptionError(f"option {name} is {getattr(self, name)!r}; it is True or False")
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"option inductor is {self.inductor!r}; it is a dict of Inductor config patches")
+        settings = compat.inductor_settings()
+        for name in self.inductor:
+            if name not in settings:
+                raise OptionError(f"option inductor names {name!r}{_nearest(name, settings)}; Inductor has no such setting")
         from fastft.patterns import table_names
 
         names = table_names()
@@ -89,5 +100,5 @@ def _one_of(name: str, got: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

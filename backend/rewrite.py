@@ -1,7 +1,8 @@
 """Steps 3 and 4: try every table of rules on a graph, make the rewrites, check each, and say what was left.
 
-A rewrite is made only when it is safe to make: every consumed value that somebody else uses is free to compute, no in-place op stands between what is
-read and where it is read, and the op's result (run on fake tensors) has the shape, dtype and device of what it replaces.
+A rewrite is made only when it is safe to make: every consumed value that somebody else uses is free to compute, no
+in-place op stands between what is read and where it is read, no gradient is cut in the middle (``no_grad``), and the op's
+result (run on fake tensors) has the shape, dtype and device of what it replaces.
 """
 
 from __future__ import annotations
@@ -38,16 +39,18 @@ class Rewritten:
 
 
 class Fuel:
-    """Consulted before each rewrite: only the first ``limit`` are made."""
+    """Consulted before each rewrite, burnt by each that was made: only the first ``limit`` are."""
 
     def __init__(self, limit: int | None) -> None:
         self.left = limit
 
-    def spend(self) -> bool:
-        if self.left is None:
-            return True
-        self.left -= 1
-        return self.left >= 0
+    @property
+    def out(self) -> bool:
+        return self.left == 0
+
+    def burn(self) -> None:
+        if self.left is not None:
+            self.left -= 1
 
 
 def rewrite(gm: fx.GraphModule, options: Options, fake_mode: Any) -> Rewritten:
@@ -67,9 +70,9 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
     """One table over the whole graph, last node first, so that the largest pattern that ends at a value is seen before its parts."""
     refused: dict[fx.Node, Site] = {}
     consumed: set[fx.Node] = set()
+    memory = Memory(gm.graph)
     by_op: dict[str, list[Rule]] = {}
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    barriers = [n for n in gm.graph.nodes if _see.in_place(n)]
     for node in reversed(list(gm.graph.nodes)):
         if node._erased or node in consumed or node.op in ("output", "placeholder"):
             continue
@@ -77,32 +80,35 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
         rules = by_op.get(name)
         if rules is None:
             rules = by_op[name] = table.rules_for(name)
+        recognised: set[fx.Node] = set()
         for rule, match, answer in _answers(rules, node):
             site = Site(table.name, module_path(node), MISSED, rule=rule.where, node=node.name)
             if isinstance(answer, Rewrite):
                 answer.outputs = answer.outputs or (match.anchor,)
                 answer.inside = answer.inside or match.inside
                 if table.name in options.disable:
-                    refused.setdefault(node, _but(site, SKIPPED, "switched off by options={'disable': ...}"))
+                    refused[node] = _but(site, SKIPPED, "switched off by options={'disable': ...}")
                     consumed |= answer.inside
                     break
-                problem = _unsafe(answer, order, barriers)
-                if problem is None and not fuel.spend():
-                    refused.setdefault(node, _but(site, SKIPPED, "out of fuel"))
+                problem = _unsafe(answer, order, memory)
+                if problem is None and fuel.out:
+                    refused[node] = _but(site, SKIPPED, "out of fuel")
                     consumed |= answer.inside
                     break
                 problem = problem or _replace(gm, answer, fake_mode, order)
-                if problem is None:
+                if not isinstance(problem, Reason):
+                    fuel.burn()
                     done.sites.append(_but(site, REPLACED, "", answer.notes))
-                    done.lazy.update(answer.lazy)
+                    done.lazy = {problem.get(n, n): _moved(ops, problem) for n, ops in {**done.lazy, **answer.lazy}.items()}
                     consumed |= set(answer.outputs)
                     refused.pop(node, None)
                     break
                 answer = problem
             refused.setdefault(node, _but(site, MISSED, f"{answer.code}: {answer.text}"))
-            consumed_by_reason = match.inside - {node}
-            if isinstance(answer, Reason) and answer.code != "escapes":
-                consumed |= consumed_by_reason
+            if answer.code != "escapes":
+                recognised |= match.inside - {node}
+        else:
+            consumed |= recognised  # the parts of a site that stays as it was are no sites of their own
     for node in gm.graph.nodes:
         if node in refused or node in consumed:
             continue
@@ -124,11 +130,17 @@ def _but(site: Site, status: str, reason: str, notes: str = "") -> Site:
     return Site(site.pattern, site.module, status, reason, site.rule, site.node, notes)
 
 
-def _unsafe(answer: Rewrite, order: dict[fx.Node, int], barriers: list[fx.Node]) -> Reason | None:
+def _moved(operands: dict[str, Any], moved: dict[fx.Node, fx.Node]) -> dict[str, Any]:
+    """Operands of a lazy output, where some of them were replaced."""
+    return {name: moved.get(what, what) if isinstance(what, fx.Node) else what for name, what in operands.items()}
+
+
+def _unsafe(answer: Rewrite, order: dict[fx.Node, int], memory: Memory) -> Reason | None:
     """Why this rewrite must not be made, if so."""
     inside = answer.inside | set(answer.outputs)
     for node in inside:
-        if node in answer.outputs or node in answer.may_escape or _see.see(node).op in _FREE:
+        seen = _see.see(node)
+        if node in answer.outputs or node in answer.may_escape or seen.op in _FREE or _see.is_noop(seen):
             continue
         for user in node.users:
             if user not in inside:
@@ -138,12 +150,21 @@ def _unsafe(answer: Rewrite, order: dict[fx.Node, int], barriers: list[fx.Node])
         for user in output.users:
             if user not in inside and order.get(user, len(order)) < order[last]:
                 return Reason("order", f"{output.name} is used before {last.name} is computed")
-    if barriers:
-        reads = _reads(answer)
-        first = min(order[n] for n in inside if n in order)
-        for barrier in barriers:
-            if first < order[barrier] < order[last] and _base(barrier.args[0]) in {_base(r) for r in reads | inside}:
-                return Reason("in_place", f"{barrier.name} writes to one of its values in between")
+    reads = _reads(answer)
+    for read in reads:
+        if order.get(read, 0) > order[last]:
+            return Reason("order", f"{read.name} is computed after {last.name}")
+    skipped = _between(answer.outputs, reads)
+    if any(_see.requires_grad(output) for output in answer.outputs):
+        for node in skipped:
+            if _cuts_gradient(node):
+                return Reason("no_grad", f"no gradient flows through {node.name}, and one would through the op")
+    # A value that the op reads may be written to until somebody here reads it; one that the op never sees, not at all.
+    since = {node: order.get(node, 0) for node in skipped}
+    since |= {read: min((order.get(u, 0) for u in read.users if u in skipped), default=order[last]) for read in reads}
+    barrier = memory.written(since, order[last], order)
+    if barrier is not None:
+        return Reason("in_place", f"{barrier.name} writes to one of its values in between")
     return None
 
 
@@ -153,19 +174,73 @@ def _reads(answer: Rewrite) -> set[fx.Node]:
     return found
 
 
+def _between(outputs: Sequence[fx.Node], reads: set[fx.Node]) -> set[fx.Node]:
+    """Everything from the outputs up to what the op reads: what it stands for, and what a rule looked through."""
+    found: set[fx.Node] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node in found or node in reads or node.op == "placeholder":
+            continue
+        found.add(node)
+        stack += node.all_input_nodes
+    return found
+
+
+def _cuts_gradient(node: fx.Node) -> bool:
+    """Whether ``node`` is a number that a gradient could flow through and does not: it was computed under ``no_grad``."""
+    kind = _see.dtype(node)
+    if kind is None or not kind.is_floating_point or _see.requires_grad(node):
+        return False
+    return any(_see.requires_grad(n) for n in node.all_input_nodes)
+
+
+class Memory:
+    """The in-place ops of a graph, and which nodes share memory."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.writes = [(n, {_base(w) for w in _see.written(n)}) for n in graph.nodes if _see.in_place(n)]
+
+    def written(self, since: dict[fx.Node, int], until: int, order: dict[fx.Node, int]) -> fx.Node | None:
+        """An in-place op before position ``until`` that writes to the memory of a node of ``since`` from its position on."""
+        for write, bases in self.writes:
+            if write._erased or not order[write] < until:
+                continue
+            storages = {_storage(w) for w in _see.written(write)} - {None}
+            for node, start in since.items():
+                if start <= order[write] and (_base(node) in bases or _storage(node) in storages):
+                    return write
+        return None
+
+
 def _base(node: Any) -> Any:
-    """The node whose memory ``node`` is a view of."""
-    return _see.through(node, *_see.VIEWS, "contiguous")
+    """The node whose memory ``node`` may be a view of, as far as the graph says it."""
+    return _see.through(node, *_see.VIEWS, "noop")
 
 
-def _replace(gm: fx.GraphModule, answer: Rewrite, fake_mode: Any, order: dict[fx.Node, int]) -> Reason | None:
-    """Insert the op after the last replaced value, check it, move the users over and erase what nobody uses any more."""
+def _storage(node: Any) -> int | None:
+    """The memory that a node's fake tensor has: views share it, whatever op made them."""
+    v = _see.value(node)
+    return compat.storage_of(v) if isinstance(v, torch.Tensor) else None
+
+
+def _replace(
+    gm: fx.GraphModule, answer: Rewrite, fake_mode: Any, order: dict[fx.Node, int]
+) -> Reason | dict[fx.Node, fx.Node]:
+    """Insert the op after the last replaced value, check it, move the users over and erase what nobody uses any more.
+
+    Returns what each output was replaced by, or the reason that nothing was done.
+    """
     last = max(answer.outputs, key=lambda n: order[n])
     values = _run_fake(answer, fake_mode)
     if isinstance(values, Reason):
         return values
-    results = values if len(answer.outputs) > 1 else [values]
-    for old, got in zip(answer.outputs, results, strict=False):
+    results = [values]
+    if len(answer.outputs) > 1:
+        if not isinstance(values, (tuple, list)) or len(values) < len(answer.outputs):
+            return Reason("outputs", f"the op does not give {len(answer.outputs)} results")
+        results = list(values[: len(answer.outputs)])
+    for old, got in zip(answer.outputs, results, strict=True):
         problem = _differs(old, got)
         if problem is not None:
             return problem
@@ -175,7 +250,7 @@ def _replace(gm: fx.GraphModule, answer: Rewrite, fake_mode: Any, order: dict[fx
     replacements = [new]
     if len(answer.outputs) > 1:
         replacements = []
-        for index, got in reversed(list(enumerate(results[: len(answer.outputs)]))):
+        for index, got in reversed(list(enumerate(results))):
             with gm.graph.inserting_after(new):
                 item = gm.graph.call_function(operator.getitem, (new, index))
             _tag(item, last, got, answer)
@@ -186,17 +261,33 @@ def _replace(gm: fx.GraphModule, answer: Rewrite, fake_mode: Any, order: dict[fx
     for old, item in zip(answer.outputs, replacements, strict=True):
         old.replace_all_uses_with(item, delete_user_cb=lambda user, new=new: user is not new)
         item.meta.setdefault("nn_module_stack", old.meta.get("nn_module_stack"))
+        _relax_views(old, item)
     for old in answer.outputs:
         sweep(gm.graph, old)
-    return None
+    return dict(zip(answer.outputs, replacements, strict=True))
+
+
+def _relax_views(old: fx.Node, new: fx.Node) -> None:
+    """Let ``view`` below ``new`` be ``reshape`` where strides are no longer what they were (a view is still one if it can be)."""
+    was, got = _see.value(old), _see.value(new)
+    if not isinstance(was, torch.Tensor) or was.stride() == got.stride():
+        return
+    stack = list(new.users)
+    while stack:
+        user = stack.pop()
+        if user.op == "call_method" and user.target == "view" and _see.see(user).op == "view":
+            user.target = "reshape"
+        if _see.see(user).op in _see.VIEWS:
+            stack += user.users
 
 
 def _run_fake(answer: Rewrite, fake_mode: Any) -> Any:
     """The op's result on the fake tensors of the trace, or the reason it could not run."""
     args, kwargs = fx.map_arg((answer.args, answer.kwargs), _see.value)
     guard = fake_mode if fake_mode is not None else contextlib.nullcontext()
+    grad = any(_see.requires_grad(output) for output in answer.outputs)
     try:
-        with guard, torch.enable_grad():
+        with guard, torch.set_grad_enabled(grad):
             return answer.target(*args, **kwargs)
     except Exception as error:  # any failure on fake tensors would be one at run time: the site stays as it was
         return Reason("op_failed", f"{getattr(answer.target, '__name__', answer.target)} on fake tensors: {type(error).__name__}: {error}")

@@ -11,6 +11,7 @@ through casts that change the dtype. A rule's ``build`` receives the :class:`Mat
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -243,7 +244,7 @@ class Rule:
 def row(pattern: Pattern, build: Build) -> Rule:
     """A table row that knows its own file and line."""
     frame = sys._getframe(1)
-    return Rule(pattern, build, f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}")
+    return Rule(pattern, build, f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ the functional op: they come back as ``"in_place"``, which no rule matches.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -63,9 +65,12 @@ def same_size(a: Any, b: Any) -> bool:
     return str(a) == str(b)
 
 
-# Each entry turns (args, kwargs) into canonical operands. A name maps to the parameters to pick, in order, with their defaults.
+# Each entry turns (args, kwargs) into canonical operands. A name maps to the parameters to pick, in order, with their
+# defaults. An argument that has no name here means something that no rule knows of: such a call is unknown.
 def _pick(op: str, *names: str, **defaults: Any) -> Callable[[fx.Node], Seen]:
     def read(node: fx.Node) -> Seen:
+        if len(node.args) > len(names) or not node.kwargs.keys() <= {*names, "memory_format"}:
+            return UNKNOWN
         got = dict(zip(names, node.args, strict=False))
         got.update(node.kwargs)
         return Seen(op, tuple(got.get(n, defaults.get(n)) for n in names))
@@ -75,11 +80,10 @@ def _pick(op: str, *names: str, **defaults: Any) -> Callable[[fx.Node], Seen]:
 
 def _binary(op: str) -> Callable[[fx.Node], Seen]:
     def read(node: fx.Node) -> Seen:
-        if "alpha" in node.kwargs or len(node.args) + len(node.kwargs) != 2:
+        got = dict(zip(("input", "other"), node.args, strict=False)) | dict(node.kwargs)
+        if len(node.args) > 2 or got.keys() != {"input", "other"}:  # alpha, rounding_mode
             return UNKNOWN
-        a = node.args[0]
-        b = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()))
-        return Seen(op, (a, b))
+        return Seen(op, (got["input"], got["other"]))
 
     return read
 
@@ -115,13 +119,16 @@ def _pow(node: fx.Node) -> Seen:
 
 
 def _mean(node: fx.Node) -> Seen:
-    _, (x, dim, keepdim, out_dtype) = _pick("mean", "input", "dim", "keepdim", "dtype", keepdim=False)(node)
+    seen = _pick("mean", "input", "dim", "keepdim", "dtype", keepdim=False)(node)
+    if seen is UNKNOWN:  # axis=, as numpy has it
+        return UNKNOWN
+    x, dim, keepdim, out_dtype = seen.args
     if isinstance(dim, (tuple, list)) and len(dim) == 1:
         dim = dim[0]
     last = dim == -1 or (isinstance(dim, int) and dim == rank(x) - 1)
     if last and keepdim and out_dtype in (None, dtype(x)):
         return Seen("mean_last", (x,))
-    return Seen("mean", (x, dim, keepdim))
+    return Seen("mean", (x, dim, keepdim)) if out_dtype in (None, dtype(x)) else UNKNOWN
 
 
 def _getitem(node: fx.Node) -> Seen:
@@ -134,6 +141,8 @@ def _getitem(node: fx.Node) -> Seen:
 def _dims(op: str) -> Callable[[fx.Node], Seen]:
     def read(node: fx.Node) -> Seen:
         sizes = node.args[1:]
+        if node.kwargs or any(isinstance(s, torch.dtype) for s in sizes):  # x.view(torch.int8) reads the bits anew
+            return UNKNOWN
         if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
             sizes = tuple(sizes[0])
         return Seen(op, (node.args[0], tuple(sizes)))
@@ -142,15 +151,14 @@ def _dims(op: str) -> Callable[[fx.Node], Seen]:
 
 
 def _dropout(node: fx.Node) -> Seen:
-    _, args = _pick("dropout", "input", "p", "training", "inplace", p=0.5, training=True, inplace=False)(node)
-    return Seen("in_place") if args[3] else Seen("dropout", args[:3])
+    seen = _pick("dropout", "input", "p", "training", "inplace", p=0.5, training=True, inplace=False)(node)
+    return seen if seen is UNKNOWN else Seen("dropout", seen.args[:3])
 
 
 def _activation(op: str) -> Callable[[fx.Node], Seen]:
     def read(node: fx.Node) -> Seen:
-        if node.kwargs.get("inplace") or (len(node.args) > 1 and node.args[1] is True):
-            return Seen("in_place")
-        return Seen(op, (node.args[0] if node.args else node.kwargs["input"],))
+        seen = _pick(op, "input", "inplace")(node)
+        return seen if seen is UNKNOWN else Seen(op, seen.args[:1])
 
     return read
 
@@ -195,6 +203,10 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node], Seen]] = {
     torch.exp: _pick("exp", "input"),
     torch.log: _pick("log", "input"),
     torch.stack: _pick("stack", "tensors", "dim", dim=0),
+    torch.reshape: _dims("view"),
+    torch.permute: _dims("permute"),
+    torch.flatten: _pick("flatten", "input", "start_dim", "end_dim", start_dim=0, end_dim=-1),
+    torch.squeeze: _pick("squeeze", "input", "dim"),
     torch.unsqueeze: _pick("unsqueeze", "input", "dim"),
     torch.transpose: _pick("transpose", "input", "dim0", "dim1"),
     torch.clone: _pick("clone", "input"),
@@ -245,8 +257,10 @@ _METHODS: dict[str, Callable[[fx.Node], Seen]] = {
 }
 
 _IN_PLACE = {
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.setitem,
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.imatmul, operator.setitem,
 }  # fmt: skip
+_IN_PLACE_METHODS = {f"__{f.__name__}__" for f in _IN_PLACE if f is not operator.setitem} | {"__setitem__"}
 
 #: Ops that move no numbers: a value seen through them is the same value in another shape.
 VIEWS = {"view", "expand", "permute", "flatten", "transpose", "unsqueeze", "squeeze", "chunk", "split", "getitem", "index"}
@@ -254,17 +268,49 @@ VIEWS = {"view", "expand", "permute", "flatten", "transpose", "unsqueeze", "sque
 
 def in_place(node: fx.Node) -> bool:
     """Whether a node writes to one of its operands (``x += y`` on tensors, ``x.mul_(y)``, ``x[i] = y``, ``out=``)."""
-    if node.op == "call_function":
-        if node.target in _IN_PLACE:
-            return isinstance(value(node.args[0]), torch.Tensor)
-        if "out" in node.kwargs and node.kwargs["out"] is not None or node.kwargs.get("inplace") is True:
-            return True
-        name = getattr(node.target, "__name__", "")
-        return name.endswith("_") and not name.endswith("__") and not name.startswith("_enter") and isinstance(value(node), torch.Tensor)
+    return bool(written(node))
+
+
+def written(node: fx.Node) -> tuple[Any, ...]:
+    """The operands whose memory a node writes to; empty for a functional op."""
     if node.op == "call_method":
         name = str(node.target)
-        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    return False
+        ours = name in _IN_PLACE_METHODS or (name.endswith("_") and not name.endswith("__"))
+        return node.args[:1] if ours else ()
+    if node.op != "call_function":
+        return ()
+    first = node.args[:1] or (node.kwargs.get("input"),)
+    if node.target in _IN_PLACE:  # on numbers and tuples these make a new value
+        return first if isinstance(value(first[0]), torch.Tensor) else ()
+    if (out := node.kwargs.get("out")) is not None:
+        return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+    schema = getattr(_overload(node.target), "_schema", None)
+    if schema is not None:
+        given = dict(enumerate(node.args)) | dict(node.kwargs)
+        parameters = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        return tuple(given[k] for i, a in parameters for k in (i, a.name) if isinstance(given.get(k), fx.Node))
+    position = _inplace_position(node.target)
+    if node.kwargs.get("inplace", position is not None and len(node.args) > position and node.args[position]) is True:
+        return first
+    name = getattr(node.target, "__name__", "")
+    by_name = name.endswith("_") and not name.endswith("__") and isinstance(value(node), torch.Tensor)
+    return first if by_name else ()
+
+
+def _overload(target: Any) -> Any:
+    """The overload that ``torch.ops.library.op`` stands for when it has only one; any other target is itself."""
+    names = getattr(target, "overloads", None)
+    return getattr(target, names()[0]) if callable(names) and len(names()) == 1 else target
+
+
+@functools.cache
+def _inplace_position(target: Any) -> int | None:
+    """Where a function of torch.nn.functional takes ``inplace`` when it is not given by name."""
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # a builtin has no signature
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def see(node: Any) -> Seen:
@@ -288,10 +334,11 @@ def see(node: Any) -> Seen:
 
 
 def through(node: Any, *ops: str) -> Any:
-    """Walk up from ``node`` through ops of these names (each has its input as first operand) to the first node that is none of them.
+    """Walk up from ``node`` through ops of these names (each has its input as first operand) to the first other node.
 
-    ``"widen"`` stands for casts that lose nothing (bf16 → fp32); ``"cast"`` would also skip a rounding. ``"noop"`` stands for what changes nothing: a cast to the same dtype, ``contiguous``, ``clone``, ``x[:]``, ``x * 1``, ``x + 0``, dropout at p = 0
-    or outside training.
+    ``"widen"`` stands for casts that lose nothing (bf16 → fp32); ``"cast"`` would also skip a rounding. ``"noop"``
+    stands for what changes nothing: a cast to the same dtype, ``contiguous``, ``clone``, ``x[:]``, ``x * 1``,
+    ``x + 0``, dropout at p = 0 or outside training.
     """
     while isinstance(node, fx.Node):
         seen = see(node)
@@ -305,7 +352,10 @@ def through(node: Any, *ops: str) -> Any:
 def is_widening(seen: Seen) -> bool:
     """Whether a seen op is a cast that every value survives exactly."""
     before = dtype(seen.args[0]) if seen.op == "cast" else None
-    return before is not None and torch.promote_types(before, seen.args[1]) == seen.args[1]
+    if before is None or torch.promote_types(before, seen.args[1]) != seen.args[1]:
+        return False
+    after_whole = not seen.args[1].is_floating_point and not seen.args[1].is_complex
+    return before.is_floating_point or before.is_complex or before == torch.bool or after_whole  # 2**24 + 1 is no fp32
 
 
 def is_noop(seen: Seen) -> bool:
@@ -319,8 +369,9 @@ def is_noop(seen: Seen) -> bool:
     if seen.op == "index":
         index = seen.args[1] if isinstance(seen.args[1], (tuple, list)) else (seen.args[1],)
         return all(i is Ellipsis or (isinstance(i, slice) and i.start in (None, 0) and i.stop is None and i.step in (None, 1)) for i in index)
-    if seen.op == "mul":
-        return isinstance(seen.args[1], (int, float)) and seen.args[1] == 1
-    if seen.op == "add":
-        return isinstance(seen.args[1], (int, float)) and seen.args[1] == 0
+    if seen.op in ("mul", "add"):
+        neutral = 1 if seen.op == "mul" else 0
+        kind = dtype(seen.args[0])  # a whole number times 1.0 is of another dtype
+        number = isinstance(seen.args[1], (int, float)) and seen.args[1] == neutral
+        return number and kind is not None and kind.is_floating_point
     return False
