@@ -22,9 +22,11 @@ cuBLAS multiplies the buffer by W.
 Frozen head: a token's gradient is linear in its own incoming gradient g_t, so stage 3 runs in forward with g_t = 1 and
 the backward only scales: dh_t = g_t u_t, where u_t = d log_prob_t / d h_t is kept as [tokens, hidden]. Two GEMMs in
 all, where recomputing logits in backward takes three. u is of unit scale, so storing it in bf16 or fp16 costs one
-relative rounding and no underflow. Trainable head, or a gradient of the entropy: dW and the entropy's term need g_t
-while dr is built, so forward keeps only lse and backward computes each chunk's logits again, with dW summed in fp32
-over chunks.
+relative rounding and no underflow.
+
+Trainable head: dW needs g_t while dr is built, so forward keeps only lse and backward computes each chunk's logits
+again, with dW summed in fp32 over chunks. The entropy's gradient is computed likewise, whatever the head; as it is
+mostly asked for by nobody but a compiler that gives every output a gradient of zeros, the backward looks first.
 
 Same maths as ``torch.nn.functional.cross_entropy`` and as TRL's ``ChunkedLogProbFunction`` (outputs and their meaning).
 """
@@ -344,7 +346,8 @@ class _Head:
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.maths = (softcap, logit_scale, temperature)
-        self.triton = use_triton(hidden)
+        # The kernels are fp32 inside: fp64 runs in PyTorch on every device.
+        self.triton = use_triton(hidden) and dtype != torch.float64
         tokens, vocab = hidden.shape[0], weight.shape[0]
         self.rows = chunk_rows(tokens, vocab, dtype.itemsize)
         self.buffer = torch.empty((min(self.rows, tokens), vocab), dtype=dtype, device=hidden.device)
@@ -510,6 +513,28 @@ def _forward_fake(
     return _empty_outputs(hidden, dtype, entropy, is_top1, mean_logits, log_sum_sq_probs, unit_gradient)
 
 
+def _capturing(x: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being recorded: nothing may wait for the GPU then."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _empty_grads(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden, weight and bias, what is not wanted being empty."""
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return (
+        hidden.new_empty((hidden.shape[0] if need_hidden else 0, hidden.shape[1])),
+        weight.new_empty((weight.shape[0] if need_weight else 0, weight.shape[1])),
+        weight.new_empty((weight.shape[0] if need_bias else 0,), dtype=bias_dtype),
+    )
+
+
 def _add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """``total += a @ b`` for an fp32 (fp64) ``total``, without rounding the product to the operands' dtype first."""
     if a.dtype == total.dtype:
@@ -538,6 +563,10 @@ def _backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if grad_log_prob is None and grad_entropy is not None and not _capturing(hidden) and not bool(grad_entropy.any()):
+        # Waiting for the GPU once costs far less than the GEMMs.
+        dh, dw, db = _empty_grads(hidden, weight, bias, need_hidden, need_weight, need_bias)
+        return dh.zero_(), dw.zero_(), db.zero_()
     head = _Head(hidden, weight, bias, dtype, softcap, logit_scale, temperature)
     labels, wide = labels.contiguous(), _wide(dtype)
     g_log_prob = None if grad_log_prob is None else grad_log_prob.to(wide).contiguous()
@@ -629,12 +658,7 @@ def _backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    bias_dtype = weight.dtype if bias is None else bias.dtype
-    return (
-        hidden.new_empty((hidden.shape[0] if need_hidden else 0, hidden.shape[1])),
-        weight.new_empty((weight.shape[0] if need_weight else 0, weight.shape[1])),
-        weight.new_empty((weight.shape[0] if need_bias else 0,), dtype=bias_dtype),
-    )
+    return _empty_grads(hidden, weight, bias, need_hidden, need_weight, need_bias)
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
@@ -658,7 +682,7 @@ _backward_op = raw_op(
 
 
 class _LinearLogProb(torch.autograd.Function):
-    """Frozen head: the unit gradient comes out of forward. Otherwise backward computes the logits again."""
+    """Frozen head: the unit gradient comes out of forward. Everything else backward computes from logits again."""
 
     @staticmethod
     def forward(
@@ -674,33 +698,38 @@ class _LinearLogProb(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         entropy_gradient = entropy_gradient and wanted[0]
-        ctx.recompute = need_weight or need_bias or entropy_gradient
-        *outputs, unit = _forward_op(hidden, weight, bias, labels, *maths, *wanted, need_hidden and not ctx.recompute)
+        frozen = need_hidden and not (need_weight or need_bias)
+        *outputs, unit = _forward_op(hidden, weight, bias, labels, *maths, *wanted, frozen)
         log_prob, lse, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
-        ctx.maths = maths
-        if ctx.recompute:
-            ctx.save_for_backward(hidden, weight, bias, labels, lse, entropy)
-        else:
-            ctx.hidden_dtype = hidden.dtype
+        ctx.maths, ctx.frozen, ctx.hidden_dtype, ctx.entropy_gradient = maths, frozen, hidden.dtype, entropy_gradient
+        if frozen and not entropy_gradient:
             ctx.save_for_backward(unit, labels)
+        else:
+            ctx.save_for_backward(unit, labels, hidden, weight, bias, lse, entropy)
         constant = [lse, is_top1, mean_logits, log_sum_sq_probs]
         ctx.mark_non_differentiable(*constant, *([] if entropy_gradient else [entropy]))
         return log_prob, entropy, is_top1, mean_logits, log_sum_sq_probs, lse
 
     @staticmethod
     def backward(ctx: Any, grad_log_prob: Any, grad_entropy: Any, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        none = (None,) * 7
-        if grad_log_prob is None and grad_entropy is None:
-            return none
-        if not ctx.recompute:
-            unit, labels = ctx.saved_tensors
+        unit, labels, *rest = ctx.saved_tensors
+        if not ctx.entropy_gradient:
+            grad_entropy = None  # Dynamo gives zeros even for what was marked as not differentiable
+        grads: list[torch.Tensor | None] = [None, None, None]
+        if ctx.frozen and grad_log_prob is not None:
             # Plain PyTorch, so that Inductor fuses the scaling with what follows. An ignored token's g may be inf or
             # NaN (a division by no tokens under "mean").
             g = grad_log_prob.masked_fill(labels == ctx.maths[0], 0)
-            return (unit * g[:, None]).to(ctx.hidden_dtype), *none[1:]
-        needs = ctx.needs_input_grad[:3]
-        grads = _backward_op(grad_log_prob, grad_entropy, *ctx.saved_tensors, *ctx.maths, *needs)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *none[3:]
+            grads[0] = (unit * g[:, None]).to(ctx.hidden_dtype)
+            grad_log_prob = None
+        if grad_log_prob is not None or grad_entropy is not None:
+            hidden, weight, bias, lse, entropy = rest
+            needs = ctx.needs_input_grad[:3]
+            operands = (hidden, weight, bias, labels, lse, entropy)
+            found = _backward_op(grad_log_prob, grad_entropy, *operands, *ctx.maths, *needs)
+            more = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+            grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, more, strict=True)]
+        return *grads, None, None, None, None
 
 
 def linear_log_prob(
@@ -726,7 +755,7 @@ def linear_log_prob(
     ``hidden`` [tokens, hidden], ``weight`` [vocab, hidden], ``bias`` [vocab] or None, ``labels`` int64 [tokens].
     ``dtype`` is what the head multiplies in and its logits are rounded to (default: as ``F.linear``, i.e. autocast's
     dtype or the hidden states' own); the maths after it is fp32. Returns :class:`LogProb`. ``entropy_gradient=False``
-    makes the entropy a constant, which keeps the cheap backward of a frozen head.
+    makes the entropy a constant.
 
     Raises ``ValueError`` for a temperature or softcap that is not positive; ``IndexError`` on the CPU for a label
     outside [0, vocab) that is not ``ignore_index`` (on a GPU such a label gives NaN).

@@ -1,0 +1,346 @@
+"""linear_log_prob and linear_cross_entropy: values and gradients against fp64, what is never allocated, odd labels,
+TRL's own function.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.shapes import shapes
+from fastft.compare import assert_within
+from fastft.kernels import linear_cross_entropy as module
+from fastft.kernels.linear_cross_entropy import (
+    LogProb,
+    chunk_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_log_prob,
+    linear_log_prob_reference,
+    supported,
+)
+from tests.kernels._check import strided
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ALL = dict(entropy=True, is_top1=True, mean_logits=True, log_sum_sq_probs=True)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks, the last one shorter: 5 rows of 131 fp32 logits."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 131 * 4)
+
+
+def inputs(dtype, device, tokens=13, hidden=24, vocab=131, bias=True, frozen=False):
+    h = torch.randn(tokens, hidden, device=device).to(dtype).requires_grad_()
+    w = (torch.randn(vocab, hidden, device=device) / 3).to(dtype).requires_grad_(not frozen)
+    b = torch.randn(vocab, device=device).to(dtype).requires_grad_(not frozen) if bias else None
+    y = torch.randint(0, vocab, (tokens,), device=device)
+    y[::4] = -100
+    return h, w, b, y
+
+
+def run(fn, tensors, labels, cotangents, **options):
+    """Differentiable outputs and the gradient of every tensor that requires one."""
+    leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+    out = fn(*leaves, labels, **options)
+    outs = [o for o in (out if isinstance(out, LogProb) else [out]) if o.requires_grad]
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    grads = torch.autograd.grad(outs, wanted, [g.to(o.dtype) for g, o in zip(cotangents, outs, strict=False)])
+    return out, list(grads)
+
+
+def doubled(tensors):
+    return [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+
+
+def check(fn, reference, tensors, labels, cotangents, **options):
+    ours, grads = run(fn, tensors, labels, cotangents, **options)
+    same, same_grads = run(reference, tensors, labels, cotangents, **options)
+    exact, exact_grads = run(reference, doubled(tensors), labels, cotangents, **options)
+    if not isinstance(ours, LogProb):
+        ours, same, exact = [[o] for o in (ours, same, exact)]
+    length = max(tensors[1].shape) * 4
+    for i, (a, s, e) in enumerate(zip(ours, same, exact, strict=True)):
+        assert (a.dtype, a.shape) == (s.dtype, s.shape)
+        if a.dtype == torch.bool:
+            assert torch.equal(a, s)
+        elif a.numel():
+            assert_within(f"output {i}", a, s, e, length=length)
+    for name, a, s, e in zip("hwb", grads, same_grads, exact_grads, strict=False):
+        assert a.dtype == s.dtype
+        assert_within(f"d{name}", a, s, e, length=length)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("maths", [{}, dict(softcap=3.0, logit_scale=0.7, temperature=1.3)], ids=["plain", "softcap"])
+def test_log_prob(dtype, frozen, maths, device):
+    h, w, b, y = inputs(dtype, device, frozen=frozen)
+    cotangents = [torch.randn(len(y), device=device) for _ in range(2)]
+    check(linear_log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **maths, **ALL)
+    check(linear_log_prob, linear_log_prob_reference, (h, w, None), y, cotangents, **maths)
+
+
+@pytest.mark.parametrize("shape", shapes("linear_cross_entropy", tag="test"), ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy(shape, reduction, device):
+    h = torch.randn(shape["batch"], shape["seq"], shape["hidden"], device=device, requires_grad=True)
+    w = torch.randn(shape["vocab"], shape["hidden"], device=device, requires_grad=shape["batch"] > 1)
+    y = torch.randint(0, shape["vocab"], h.shape[:2], device=device)
+    y[:, 0] = -100
+    scalar = torch.tensor(0.3, device=device)
+    cotangent = strided(torch.randn(y.shape, device=device)) if reduction == "none" else scalar
+    options = dict(softcap=shape["softcap"], reduction=reduction)
+    check(linear_cross_entropy, linear_cross_entropy_reference, (h, w, None), y, [cotangent], **options)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_like_stock_cross_entropy_when_every_label_is_ignored(frozen, device):
+    h, w, b, y = inputs(torch.float32, device, frozen=frozen)
+    y = torch.full_like(y, -100)
+    wanted = [t for t in (h, w, b) if t.requires_grad]
+    for reduction in ("mean", "sum"):
+        loss = linear_cross_entropy(h, w, b, y, reduction=reduction)
+        stock = F.cross_entropy(F.linear(h, w, b), y, reduction=reduction)
+        assert torch.equal(loss.isnan(), stock.isnan()) and (reduction == "mean" or loss == 0)
+        for grad in torch.autograd.grad(loss, wanted):
+            assert not grad.any()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_ignored_tokens_poison_nothing(frozen, device):
+    h, w, b, y = inputs(torch.float32, device, frozen=frozen)
+    bad = h.detach().clone()
+    bad[y == -100] = float("nan")
+    bad.requires_grad_()
+    wanted = [t for t in (w, b) if t.requires_grad]
+    clean, poisoned = (
+        [(loss := linear_cross_entropy(x, w, b, y)), *torch.autograd.grad(loss, [x, *wanted])] for x in (h, bad)
+    )
+    for a, e in zip(poisoned, clean, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_no_tokens(device):
+    h, w, b, y = inputs(torch.float32, device, tokens=0)
+    assert linear_cross_entropy(h, w, b, y).isnan()
+    grads = torch.autograd.grad(linear_cross_entropy(h, w, b, y, reduction="sum"), [h, w, b])
+    assert [g.shape for g in grads] == [h.shape, w.shape, b.shape] and not any(g.any() for g in grads)
+    found = linear_log_prob(h.detach(), w.detach(), None, y, **ALL)
+    assert all(x.shape == (0,) for x in found)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        bodies = {"linear_log_prob": module._forward, "linear_log_prob_backward": module._backward}
+        if func.namespace == "fastft":
+            with self:  # look inside
+                return bodies[func._opname](*args)
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_largest_allocation_is_one_chunk(frozen, device, monkeypatch):
+    # Triton's interpreter copies what a kernel reads; the PyTorch body is the one with temporaries to look for.
+    monkeypatch.setattr(module, "use_triton", lambda x: x.is_cuda)
+    h, w, b, y = inputs(torch.float32, device, tokens=40, hidden=4, frozen=frozen)
+    with Largest() as seen:
+        found = linear_log_prob(h, w, b, y, softcap=5.0, **ALL)
+        (found.log_prob.sum() + found.entropy.sum()).backward()
+    assert 40 * 131 > 5 * 131 == seen.numel
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck(frozen, softcap, device):
+    h, w, b, y = inputs(torch.float64, device, tokens=5, hidden=3, vocab=7, frozen=frozen)
+    wanted = (h,) if frozen else (h, w, b)
+    options = dict(softcap=softcap, logit_scale=1.2, temperature=0.8, entropy=True)
+    for fn in (linear_log_prob, linear_log_prob_reference):
+        assert torch.autograd.gradcheck(lambda *t, fn=fn: fn(*t, *(w, b)[len(t) - 1 :], y, **options)[:2], wanted)
+
+
+def test_entropy_without_gradient(device, monkeypatch):
+    h, w, b, y = inputs(torch.float32, device, frozen=True)
+    found = linear_log_prob(h, w, b, y, entropy=True, entropy_gradient=False)
+    assert not found.entropy.requires_grad and found.log_prob.requires_grad
+    both = linear_log_prob(h, w, b, y, entropy=True)
+    (expected,) = torch.autograd.grad(found.log_prob.sum(), h)
+    monkeypatch.setattr(module, "_Head", None)  # a backward that computed logits again would fail here
+    grads = [torch.ones_like(both.log_prob), torch.zeros_like(both.entropy)]
+    (got,) = torch.autograd.grad([both.log_prob, both.entropy], h, grads)
+    assert torch.equal(got, expected)
+
+
+def test_only_what_is_asked_for(device):
+    h, w, b, y = inputs(torch.float32, device)
+    whole = torch.autograd.grad(linear_cross_entropy(h, w, b, y), [h, w, b])
+    for i, t in enumerate((h, w, b)):
+        others = [x if x is t else x.detach() for x in (h, w, b)]
+        (one,) = torch.autograd.grad(linear_cross_entropy(*others, y), [t])
+        assert torch.allclose(one, whole[i], rtol=1e-5, atol=1e-8)
+    with torch.no_grad():
+        found = linear_log_prob(h, w, b, y)
+    assert not found.log_prob.requires_grad and found.entropy.shape == (0,)
+
+
+def test_repeats_bit_for_bit(device):
+    h, w, b, y = inputs(torch.float16, device)
+    first, second = (torch.autograd.grad(linear_cross_entropy(h, w, b, y), [h, w, b]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_layouts(device):
+    h, w, b, y = inputs(torch.float32, device)
+    expected = torch.autograd.grad(linear_log_prob(h, w, b, y).log_prob, h, torch.arange(13.0, device=device))
+    turned = h.detach().t().contiguous().t().requires_grad_()
+    both = torch.stack((y, y), 1)[:, 0]
+    got = torch.autograd.grad(
+        linear_log_prob(turned, strided(w), b, both).log_prob, turned, strided(torch.arange(13.0, device=device))
+    )
+    assert torch.allclose(got[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_labels_at_ties_and_impossible_tokens(device):
+    h = torch.eye(3, device=device)
+    w = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 0.0]], device=device)
+    b = torch.tensor([0.0, 0.0, -torch.inf], device=device)
+    found = linear_log_prob(h, w, b, torch.tensor([0, 1, 0], device=device), entropy=True, is_top1=True)
+    assert found.is_top1.tolist() == [True, False, True]  # argmax gives the first maximum
+    half = torch.full((3,), 0.5, device=device).log()
+    assert torch.allclose(found.log_prob, half) and torch.allclose(found.entropy, -half)
+    h.requires_grad_()
+    found = linear_log_prob(h, w, b, torch.tensor([0, 1, 0], device=device), entropy=True)
+    (grad,) = torch.autograd.grad((found.log_prob + found.entropy).sum(), h)
+    assert grad.isfinite().all()
+
+
+def test_label_outside_the_vocabulary(device):
+    h, w, b, y = inputs(torch.float32, device)
+    y[1] = 131
+    if device == "cpu":
+        with pytest.raises(IndexError, match="label 131 is out of bounds"):
+            linear_cross_entropy(h, w, b, y)
+    else:
+        assert linear_cross_entropy(h, w, b, y).isnan()
+
+
+@pytest.mark.parametrize("options", [dict(softcap=0.0), dict(temperature=0.0), dict(temperature=float("nan"))])
+def test_wrong_numbers(options, device):
+    h, w, b, y = inputs(torch.float32, device)
+    with pytest.raises(ValueError, match="must be positive"):
+        linear_log_prob(h, w, b, y, **options)
+    with pytest.raises(ValueError, match="reduction must be"):
+        linear_cross_entropy(h, w, b, y, reduction="batchmean")
+
+
+def test_autocast_is_what_the_linear_layer_would_do(device):
+    h, w, b, y = inputs(torch.float32, device)
+    with torch.autocast(device, torch.bfloat16):
+        ours = linear_cross_entropy(h, w, b, y)
+        logits = F.linear(h, w, b)
+        stock = F.cross_entropy(logits.float(), y)
+    narrow = [t.detach().bfloat16() for t in (h, w, b)]
+    exact = F.cross_entropy(F.linear(*(t.double() for t in narrow)), y)
+    grads, stock_grads = (torch.autograd.grad(x, [h, w, b]) for x in (ours, stock))
+    assert_within("loss", ours, stock, exact)
+    assert [g.dtype for g in grads] == [torch.float32] * 3
+    leaves = [t.detach().double().requires_grad_() for t in (h, w, b)]
+    exact_grads = torch.autograd.grad(F.cross_entropy(F.linear(*leaves), y), leaves)
+    for a, s, e in zip(grads, stock_grads, exact_grads, strict=True):
+        assert_within("gradient", a, s, e)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_compiles_as_opaque_ops(frozen, device):
+    from torch._dynamo.testing import AotEagerAndRecordGraphs
+
+    h, w, b, y = inputs(torch.float32, device, frozen=frozen)
+    wanted = [t for t in (h, w, b) if t.requires_grad]
+    backend = AotEagerAndRecordGraphs()
+    compiled = torch.compile(lambda *t: linear_cross_entropy(*t, softcap=4.0), backend=backend, fullgraph=True)
+    ours = torch.autograd.grad(compiled(h, w, b, y), wanted)
+    eager = torch.autograd.grad(linear_cross_entropy(h, w, b, y, softcap=4.0), wanted)
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+    text = [str(g.graph) for g in (*backend.fw_graphs, *backend.bw_graphs)]
+    assert "fastft.linear_log_prob.default" in text[0]
+    # A frozen head's backward is a scaling.
+    assert ("fastft.linear_log_prob_backward" in text[1]) is not frozen
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_raw_ops(bias, device):
+    small = inputs(torch.float32, device, tokens=3, vocab=33, bias=bias)
+    h, w, b, y = (t.detach() if t is not None else None for t in small)
+    maths = (-100, 3.0, 0.7, 1.3, torch.float16)
+    for flags in [(True, True, True, True, True), (False,) * 5]:
+        torch.library.opcheck(torch.ops.fastft.linear_log_prob.default, (h, w, b, y, *maths, *flags))
+    _, lse, entropy, *_ = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, True, False, False, False, False)
+    g = torch.randn(len(y), device=device)
+    all_, one = (True, True, bias), (True, False, False)
+    for *grads, need in [(g, None, one), (g, g, all_), (None, g, one), (None, torch.zeros_like(g), all_)]:
+        arguments = (*grads, h, w, b, y, lse, entropy, *maths, *need)
+        torch.library.opcheck(torch.ops.fastft.linear_log_prob_backward.default, arguments)
+
+
+def test_chunk_rows(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 256 * 2**20)
+    assert chunk_rows(8192, 128256, 2) == 1024
+    assert chunk_rows(100, 128256, 2) == 100 and chunk_rows(0, 128256, 2) == 1
+    for tokens in (1, 1000, 1100, 5000, 8192, 32768):
+        for vocab in (97, 32000, 128256, 256000):
+            rows = chunk_rows(tokens, vocab, 2)
+            assert rows * vocab * 2 <= module.CHUNK_BYTES and (rows == tokens or rows % 128 == 0)
+    assert chunk_rows(1100, 128256, 2) == 640  # two chunks of about the same size
+
+
+@pytest.mark.parametrize(
+    "change, code",
+    [
+        ({}, None),
+        (dict(weight=torch.empty(131, 24, dtype=torch.uint8)), "dtype"),
+        (dict(dtype=torch.float8_e4m3fn), "dtype"),
+        (dict(weight=torch.empty(131, 23)), "shape"),
+        (dict(weight=torch.empty(131 * 24, 1)), "shape"),
+        (dict(labels=torch.empty(21)), "labels"),
+        (dict(hidden=torch.empty(21, 24, device="meta")), "device"),
+        (dict(reduction="batchmean"), "reduction"),
+    ],
+)
+def test_supported(change, code):
+    labels = torch.empty(21, dtype=torch.int64)
+    arguments = dict(hidden=torch.empty(21, 24), weight=torch.empty(131, 24), bias=None, labels=labels)
+    reason = supported(**{**arguments, **change})
+    assert (reason and reason.code) == code
+
+
+@pytest.mark.parametrize("maths", [{}, dict(softcap=3.0, logit_scale=0.7, temperature=1.3)], ids=["plain", "softcap"])
+def test_like_trl(maths, device):
+    trl = pytest.importorskip("trl.kernels.chunked_logprob")
+    h, w, b, y = inputs(torch.float32, device)
+    y = y.clamp(min=0)
+    stock = trl.ChunkedLogProbFunction.apply(
+        h, w, b, y, maths.get("temperature", 1.0), 32, maths.get("softcap"), maths.get("logit_scale", 1.0)
+    )
+    ours = linear_log_prob(h, w, b, y, **maths, **ALL)
+    names = ("log_prob", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    for name, theirs in zip(names, stock, strict=True):
+        assert torch.allclose(getattr(ours, name).float(), theirs.float(), rtol=1e-4, atol=1e-5), name
+    weights = torch.randn(2, len(y), device=device)
+    grads = [
+        torch.autograd.grad((lp * weights[0] + ent * weights[1]).sum(), [h, w, b])
+        for lp, ent in ((ours.log_prob, ours.entropy), stock[:2])
+    ]
+    for a, e in zip(*grads, strict=True):
+        assert torch.allclose(a, e, rtol=1e-4, atol=1e-5)
