@@ -1,0 +1,92 @@
+"""The model's logits: what eager gives when they are read, and no memory when they are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastft.kernels import linear_cross_entropy as loss_op
+
+from ._families import VOCAB, batch, build
+from ._training import compiled_step
+
+
+def largest_allocation(run: object) -> int:
+    """Bytes of the largest single allocation that torch's CPU allocator makes while ``run()`` runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()  # type: ignore[operator]
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return max((e.nbytes() for e in events if e.name() == "[memory]"), default=0)
+
+
+def compiled(model: torch.nn.Module, **options: object) -> torch.nn.Module:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="fastft", options={"residual": "eager", "strict": True, **options})
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2"])
+def test_read_logits_are_eagers(name: str) -> None:
+    data = batch("padding")
+    wanted = build(name)(**data)
+    got = compiled(build(name))(**data)
+    torch.testing.assert_close(got.loss, wanted.loss, rtol=1e-5, atol=0)
+    assert got.logits.shape == wanted.logits.shape and got.logits.dtype == wanted.logits.dtype
+    torch.testing.assert_close(got.logits + 0, wanted.logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(got.logits.argmax(-1), wanted.logits.argmax(-1))
+
+
+def test_a_loss_of_the_users_on_read_logits_has_eagers_gradients() -> None:
+    data = batch("plain")
+    gradients = []
+    for model in (build("llama3"), build("llama3")):
+        call = compiled(model) if gradients else model
+        out = call(**data)
+        (out.loss + 0.1 * out.logits.float().logsumexp(-1).square().mean()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for name, wanted in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], wanted, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("lora", [None, 0.0], ids=["full", "lora"])
+def test_unread_logits_are_never_allocated(lora: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing as large as [batch, seq, vocab] in any dtype is allocated in a training step; reading the logits allocates it."""
+    monkeypatch.setattr(loss_op, "CHUNK_BYTES", 16 * VOCAB * 4)
+    # 64 hidden, 128 intermediate and vocabulary: enough tokens that [tokens, vocab] is larger than weights, and the MLP narrower than the vocabulary.
+    data = batch("plain", rows=4, length=250)
+    model = build("llama3", lora=lora)
+    tokens = data["input_ids"].numel()
+    head = model.get_output_embeddings()
+    wide = 64 * VOCAB
+    with torch.no_grad():
+        head.weight = torch.nn.Parameter(torch.randn(wide, 64) * 0.02, requires_grad=lora is None)
+    getattr(model, "get_base_model", lambda: model)().config.vocab_size = wide
+    call = compiled(model)
+    out = call(**data)
+    out.loss.backward()
+
+    def step() -> None:
+        nonlocal out
+        out = call(**data)
+        out.loss.backward()
+
+    half_precision_logits = tokens * wide * 2
+    assert largest_allocation(step) < half_precision_logits
+    assert largest_allocation(lambda: out.logits + 0) >= tokens * wide * 4
+
+
+def test_without_gradients_logits_are_real() -> None:
+    data = batch("plain")
+    model = build("llama3").eval()
+    with torch.no_grad():
+        got = compiled(model)(**data)
+        wanted = model(**data)
+    assert type(got.logits) is torch.Tensor
+    torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.loss, wanted.loss, rtol=1e-5, atol=0)
+
+
+def test_lazy_logits_can_be_switched_off() -> None:
+    data = batch("plain")
+    assert type(compiled(build("llama3"), lazy_logits=False)(**data).logits) is torch.Tensor
+    loss, _, report = compiled_step(build("llama3"), data, lazy_logits=False)
+    assert torch.isfinite(loss) and report.graphs == 1
