@@ -47,7 +47,8 @@ from fastft.kernels._op import INTERPRET, Cost, Op, Reason, Recompute, check_dty
 from fastft.kernels._rows import size
 from fastft.kernels._triton import HAS_TRITON, jit, tl, triton
 
-LOG2E = 1.4426950408889634  # exp(x) = exp2(x log₂e): the GPU has exp2 only
+#: What :func:`attention_mask` finds out: start, stop, keep, plain.
+Found = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
 
 # ---------------------------------------------------------------- reference
 
@@ -85,6 +86,11 @@ def visible(
     return functools.reduce(torch.logical_and, parts)[:, None] if parts else None
 
 
+def _from(start: torch.Tensor, k_length: int) -> torch.Tensor:
+    """``[B, Sq]`` first keys → ``[B, 1, Sq, Sk]``, True from there on."""
+    return torch.arange(k_length, device=start.device) >= start[:, None, :, None]
+
+
 def _documents(positions: torch.Tensor) -> torch.Tensor:
     """``[B, S]`` position_ids → True at the first token of every document but the first."""
     return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1
@@ -104,18 +110,17 @@ def reference(
     scale: float | None = None,
     dropout_p: float = 0.0,
     softcap: float = 0.0,
+    mask: Found | None = None,
 ) -> torch.Tensor:
     """Plain PyTorch, differentiable; fp32 inside (fp64 for fp64). Arguments as :func:`attention`'s."""
-    mask = visible(
-        q.shape[2],
-        k.shape[2],
-        q.device,
-        causal=causal,
-        window=window,
-        chunk=chunk,
-        padding=padding,
-        positions=positions,
-    )
+    start = None
+    if mask is not None:
+        start, _, padding, _ = mask
+        chunk = chunk if start is None else 0
+    lengths = q.shape[2], k.shape[2]
+    shown = visible(*lengths, q.device, causal=causal, window=window, chunk=chunk, padding=padding, positions=positions)
+    if start is not None:
+        shown = _from(start, k.shape[2]) if shown is None else shown & _from(start, k.shape[2])
     compute = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     s = _scores(
@@ -124,7 +129,7 @@ def reference(
         q.shape[-1] ** -0.5 if scale is None else scale,
         softcap,
     )[0]
-    s = _hide(_hide(s, mask), dense)
+    s = _hide(_hide(s, shown), dense)
     p = torch.softmax(s, -1).masked_fill(s.amax(-1, keepdim=True) == -math.inf, 0.0)
     return (torch.dropout(p, dropout_p, True) @ v.to(compute).repeat_interleave(group, 1)).to(q.dtype)
 
@@ -233,8 +238,9 @@ def _forward_tiles(
     for n in range(lo, hi, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
         inside = cols < Sk
-        k_at = k_ptr + d[:, None] + cols.to(tl.int64)[None, :] * k_s
-        v_at = v_ptr + dv[None, :] + cols.to(tl.int64)[:, None] * v_s
+        n64 = tl.cast(n, tl.int64)
+        k_at = k_ptr + n64 * k_s + (d[:, None] + tl.arange(0, BLOCK_N)[None, :] * k_s)
+        v_at = v_ptr + n64 * v_s + (dv[None, :] + tl.arange(0, BLOCK_N)[:, None] * v_s)
         if EDGE or BLOCK_D != D:
             k = tl.load(k_at, mask=inside[None, :] & (d < D)[:, None], other=0.0)
         else:
@@ -367,8 +373,9 @@ def _dq_tiles(
     for n in range(lo, hi, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
         inside = cols < Sk
-        k_at = k_ptr + d[:, None] + cols.to(tl.int64)[None, :] * k_s
-        v_at = v_ptr + dv[:, None] + cols.to(tl.int64)[None, :] * v_s
+        n64 = tl.cast(n, tl.int64)
+        k_at = k_ptr + n64 * k_s + (d[:, None] + tl.arange(0, BLOCK_N)[None, :] * k_s)
+        v_at = v_ptr + n64 * v_s + (dv[:, None] + tl.arange(0, BLOCK_N)[None, :] * v_s)
         if EDGE or BLOCK_D != D:
             k = tl.load(k_at, mask=inside[None, :] & (d < D)[:, None], other=0.0)
         else:
@@ -474,9 +481,9 @@ def _dkdv_tiles(
     for m in range(lo, hi, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         inside = rows < Sq
-        at = rows.to(tl.int64)
-        q_at = q_ptr + d[:, None] + at[None, :] * q_s
-        do_at = do_ptr + e[None, :] + at[:, None] * do_s
+        m64 = tl.cast(m, tl.int64)
+        q_at = q_ptr + m64 * q_s + (d[:, None] + tl.arange(0, BLOCK_M)[None, :] * q_s)
+        do_at = do_ptr + m64 * do_s + (e[None, :] + tl.arange(0, BLOCK_M)[:, None] * do_s)
         if EDGE or BLOCK_D != D:
             q = tl.load(q_at, mask=inside[None, :] & (d < D)[:, None], other=0.0)
         else:
@@ -494,7 +501,7 @@ def _dkdv_tiles(
         s, tanh = _softcap(tl.dot(k, q, input_precision=PRECISION), scale, SOFTCAP)
         if DENSE:
             s = _dense_mask(
-                s, tl.load(dense_ptr[:, None] + at[None, :] * dense_m, mask=inside[None, :], other=0), DENSE
+                s, tl.load(dense_ptr[:, None] + rows.to(tl.int64)[None, :] * dense_m, mask=inside[None, :], other=0), DENSE
             )
         if EDGE:
             seen = rows[None, :] < past[:, None]
@@ -651,7 +658,7 @@ class _Call:
         )
         if self.start is None:
             return mask
-        return mask & (torch.arange(self.k_length, device=device) >= self.start[:, None, :, None])
+        return _from(self.start, self.k_length) if mask is None else mask & _from(self.start, self.k_length)
 
     def bias(self, q: torch.Tensor) -> torch.Tensor | None:
         """The whole mask as an additive one of q's dtype, ``[B or 1, Hq or 1, Sq, Sk]``."""
@@ -956,6 +963,19 @@ class _Attention(torch.autograd.Function):
         return (dq if want_q else None, dk if want_k else None, dv if want_v else None, *(None,) * 10)
 
 
+def attention_mask(padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int = 0) -> Found:
+    """What the values of a padding mask ``[B, S]`` and of position_ids ``[B, S]`` say, for all layers of a step.
+
+    start: first key that each query sees, chunks included, int32 ``[B, S]``; stop: one past the last query that sees
+    each key, likewise (both None with padding alone). keep: padding as uint8 ``[B, S]``, None without. plain: boolean
+    ``[]`` on the CPU, True when no token is padding and each sequence is one document: waiting for it is the one
+    synchronisation of a step.
+    """
+    start, stop, keep, plain = _raw_mask(padding, positions, chunk)
+    bounded = positions is not None or chunk
+    return start if bounded else None, stop if bounded else None, None if padding is None else keep, plain
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -970,6 +990,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     softcap: float = 0.0,
+    mask: Found | None = None,
 ) -> torch.Tensor:
     """``softmax(mask(scale · q kᵀ)) v``, differentiable in q, k and v; see the module for the mask's parts.
 
@@ -977,15 +998,12 @@ def attention(
     of one dtype. window, chunk: in tokens, 0 for none; these and positions need ``causal``. padding: ``[B, Sk]``,
     boolean or integer, nonzero for a real token. positions: ``[B, S]`` integers. dense: broadcastable to
     ``[B, Hq, Sq, Sk]``, boolean or additive, not differentiated. scale: 1/√D by default. Returns ``[B, Hq, Sq, Dv]``,
-    which lies in memory as ``[B, Sq, Hq, Dv]``.
+    which lies in memory as ``[B, Sq, Hq, Dv]``. mask: what
+    :func:`attention_mask` returned for padding, positions and chunk, in place of the first two.
     """
-    start = stop = keep = plain = None
-    if padding is not None or positions is not None:
-        start, stop, keep, plain = _raw_mask(padding, positions, chunk)
-        if positions is None and not chunk:
-            start = stop = None
-        if padding is None:
-            keep = None
+    if mask is None and (padding is not None or positions is not None):
+        mask = attention_mask(padding, positions, chunk)
+    start, stop, keep, plain = mask or (None, None, None, None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _Attention.apply(
         q, k, v, start, stop, keep, dense, plain, causal, window, chunk, float(scale), float(softcap)
@@ -1006,6 +1024,7 @@ def supported(
     scale: float | None = None,
     dropout_p: float = 0.0,
     softcap: float = 0.0,
+    mask: Found | None = None,
 ) -> Reason | None:
     """None, or why this call cannot run as the op."""
     # fp32, fp16 and bf16 kernels; one dtype goes into a tile product.
@@ -1068,6 +1087,7 @@ def cost(
     scale: float | None = None,
     dropout_p: float = 0.0,
     softcap: float = 0.0,
+    mask: Found | None = None,
 ) -> Cost:
     """The forward's. A window counts as its own length, documents as one: their number is known at run time only."""
     b, h, s, d = (size(n) for n in q.shape)
