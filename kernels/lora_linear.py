@@ -86,8 +86,7 @@ def lora_linear_reference(
     return y.to(out_dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------- matrix
-# products
+# ---------------------------------------------------------------------------------------------------- matrix products
 
 #: Numbers of a half-precision matrix that are cast to fp32 at a time, where no GEMM takes it as it is (64 MiB of fp32).
 SLAB = 1 << 24

@@ -100,15 +100,21 @@ def _nf4_dequantize_kernel(
     BLOCKSIZE: tl.constexpr,
     BLOCKSIZE2: tl.constexpr,
     DOUBLE: tl.constexpr,
+    WHOLE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    # Where the tile begins is a 64-bit scalar; all arithmetic on vectors is in 32 bits.
+    first = tl.program_id(0).to(tl.int64) * GROUPS
+    group = tl.arange(0, GROUPS)
+    left = tl.minimum(size - first * 8, GROUPS * 8).to(tl.int32)
+    live = group * 8 < left
     byte = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-    data = tl.load(packed_ptr + byte, mask=byte * 2 < size, other=0, eviction_policy="evict_first").to(tl.int32)
+    # A mask for each group of 8, not for each weight, keeps loads and stores whole: 4 and 16 bytes.
+    there = live[:, None] & (tl.full((1, 4), 1, tl.int1) if WHOLE else byte * 2 < left)
+    data = tl.load(packed_ptr + first * 4 + byte, mask=there, other=0).to(tl.int32)
 
-    # 8 consecutive weights never straddle a block: blocksizes are powers of two, 32 at least.
-    block = group * 8 // BLOCKSIZE
-    live = group * 8 < size
+    # 8 consecutive weights never straddle a block, and tiles begin with one: blocksizes are powers of two, 32 to 4096.
+    block = (first * 8 // BLOCKSIZE).to(tl.int32) + group * 8 // BLOCKSIZE
     if DOUBLE:
         code = tl.load(code_ptr + tl.load(absmax_ptr + block, mask=live, other=0).to(tl.int32))
         scale = code * tl.load(absmax2_ptr + block // BLOCKSIZE2, mask=live, other=0.0) + tl.load(offset_ptr)
@@ -119,7 +125,8 @@ def _nf4_dequantize_kernel(
     low = tl.load(levels_ptr + (data & 15)) * scale[:, None]
     weight = tl.interleave(high, low)
     index = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tl.store(out_ptr + index, weight.to(out_ptr.dtype.element_ty), mask=index < size)
+    there = live[:, None] & (tl.full((1, 8), 1, tl.int1) if WHOLE else index < left)
+    tl.store(out_ptr + first * 8 + index, weight.to(out_ptr.dtype.element_ty), mask=there)
 
 
 # ---------------------------------------------------------------------------------------------------- launcher and op
@@ -156,6 +163,7 @@ def dequantize_into(
             BLOCKSIZE=blocksize,
             BLOCKSIZE2=blocksize2,
             DOUBLE=absmax_code is not None,
+            WHOLE=size % 8 == 0,
             GROUPS=GROUPS,
             num_warps=4,
             # A fused multiply-add would skip the rounding between product and offset, and with it bit equality.
@@ -228,10 +236,10 @@ def supported(
     # The levels times an fp32 scale are rounded once, to one of these.
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return Reason("dtype", f"an NF4 weight is dequantised to float32, float16 or bfloat16, not {dtype}")
-    # 8 consecutive weights share a scale in the kernel.
-    if blocksize < 32 or blocksize & (blocksize - 1) or blocksize2 < 1:
+    # In the kernel 8 consecutive weights share a scale, and a tile of 4096 begins with a block.
+    if not 32 <= blocksize <= 4096 or blocksize & (blocksize - 1) or blocksize2 < 1:
         return Reason(
-            "blocksize", f"blocksizes {blocksize}, {blocksize2}: a power of two ≥ 32 and a positive number go"
+            "blocksize", f"blocksizes {blocksize}, {blocksize2}: a power of two in 32..4096, then one above 0"
         )
     size = math.prod(shape)
     stored = packed.numel() * packed.element_size()
