@@ -15,7 +15,7 @@ def step(model: torch.nn.Module, batch: dict[str, Any], seed: int = 0, call: Any
     """Loss and gradients of one step from a fixed random state (dropout)."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
-    loss = (call or model)(**batch).loss
+    loss = (model if call is None else call)(**batch).loss
     loss.backward()
     return loss.detach(), {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
 
