@@ -282,6 +282,8 @@ def written(node: fx.Node) -> tuple[Any, ...]:
     first = node.args[:1] or (node.kwargs.get("input"),)
     if node.target in _IN_PLACE:  # on numbers and tuples these make a new value
         return first if isinstance(value(first[0]), torch.Tensor) else ()
+    if getattr(node.target, "__module__", "") == "_operator":  # and_, or_: the underscore is there for Python's keyword
+        return ()
     if (out := node.kwargs.get("out")) is not None:
         return tuple(out) if isinstance(out, (tuple, list)) else (out,)
     schema = getattr(_overload(node.target), "_schema", None)
