@@ -144,6 +144,7 @@ def _build(config: Any, layers: int, dtype: Any) -> Any:
                 setattr(text, key, value[:layers])
         text.num_hidden_layers = layers
         typer.echo(f"{layers} of {whole} layers (--layers 0: all)", err=True)
+    text.use_cache = False  # as trainers do
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
