@@ -1,10 +1,10 @@
 """Bridges: the few places where another library stops Dynamo before our backend is ever called.
 
-Each is a row of :data:`TABLE` and a file with one function, ``apply(module)``, which checks that what it replaces is what it knows, and otherwise
-raises with the reason. None changes a model's maths, and none changes what another backend, or no backend, does. ``FASTFT_BRIDGES="-trl_head"``
-switches one off. :func:`rows` is what the report shows.
+Each is a row of :data:`TABLE` and a file with one function, ``apply(module)``, which checks that what it replaces is
+what it knows, and otherwise raises with the reason. None changes a model's maths, and none changes what another
+backend, or no backend, does. ``FASTFT_BRIDGES="-trl_head"`` switches one off. :func:`rows` is what the report shows.
 
-This module imports nothing heavy: the first bridge is laid while torch is being imported (:mod:`fastft.autoload`).
+The first bridge is laid before anything is compiled (:mod:`fastft.autoload`), so this module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import sys
 from types import ModuleType
 
+from fastft.autoload import when_imported
 from fastft.bridges._bridge import (
     INSTALLED,
     NOT_NEEDED,
@@ -25,45 +26,44 @@ from fastft.bridges._bridge import (
     check_version,
     switched_off,
 )
-from fastft.bridges._when_imported import when_imported
 
 __all__ = ["TABLE", "Bridge", "install", "rows"]
 
 TABLE: tuple[Spec, ...] = (
     Spec(
         "accelerate_backend",
-        ("accelerate.utils.dataclasses",),
-        "accelerate",
-        "1.0",
-        'torch_compile_backend="fastft" is a backend that accelerate knows',
+        modules=("accelerate.utils.dataclasses",),
+        library="accelerate",
+        oldest="1.0",
+        does='torch_compile_backend="fastft" is a backend that accelerate knows',
     ),
     Spec(
         "compiled_wrapper",
-        ("transformers.trainer",),
-        "transformers",
-        "5.0",
-        "a torch.compile wrapper given to a trainer is compiled in place instead, so that the trainer sees the model itself",
+        modules=("transformers.trainer", "peft.peft_model"),
+        library="transformers",
+        oldest="5.0",
+        does="a torch.compile wrapper given to a trainer or to PEFT is compiled in place: they see the model itself",
     ),
     Spec(
         "peft_hook",
-        ("transformers.modeling_utils", "peft.peft_model", "peft.mixed_model", "peft.utils.other"),
-        "transformers",
-        "5.0",
-        "the hook that makes embeddings require a gradient is traced instead of splitting the graph",
+        modules=("transformers.modeling_utils", "peft.peft_model", "peft.mixed_model", "peft.utils.other"),
+        library="transformers",
+        oldest="5.0",
+        does="the hook that makes embeddings require a gradient is traced, where it would split the graph",
     ),
     Spec(
         "trl_head",
-        ("trl.trainer.utils",),
-        "trl",
-        "1.16",
-        "TRL's chunked head is traced as one linear_log_prob, without the graph breaks around it",
+        modules=("trl.trainer.utils",),
+        library="trl",
+        oldest="1.16",
+        does="TRL's chunked head is traced as one linear_log_prob, without graph breaks",
     ),
     Spec(
         "peft_dora",
-        ("peft.utils.integrations", "peft.tuners.lora.dora"),
-        "peft",
-        "0.17",
-        "DoRA's look at the base weight is traced instead of breaking the graph at every layer",
+        modules=("peft.utils.integrations", "peft.tuners.lora.dora"),
+        library="peft",
+        oldest="0.17",
+        does="DoRA's look at the base weight is traced, where it would break the graph in every layer",
     ),
 )
 
@@ -75,7 +75,8 @@ _OUTCOMES: dict[str, dict[str, tuple[str, str]]] = {}
 def install(*names: str) -> None:
     """Lay the bridges named (default: all) for every library that is imported, and for the others as soon as they are.
 
-    Idempotent. Raises ``ValueError`` when ``FASTFT_BRIDGES`` names a bridge that does not exist; a bridge itself never raises.
+    Idempotent. Raises ``ValueError`` when ``FASTFT_BRIDGES`` names a bridge that does not exist; a bridge itself never
+    raises.
     """
     off = switched_off(_NAMES)
     for spec in TABLE:
@@ -115,8 +116,14 @@ def _row(spec: Spec, off: bool) -> Bridge:
     # The worst news first: one module left alone means that something may still break there.
     for status in (STAYED_OUT, INSTALLED, NOT_NEEDED):
         reasons = {module: reason for module, (found, reason) in outcomes.items() if found == status}
+        if reasons and (status == INSTALLED or len(outcomes) == 1):
+            return Bridge(spec.name, status, next(iter(reasons.values())))
         if reasons:
-            where = "" if len(spec.modules) == 1 or status == INSTALLED else f"{', '.join(reasons)}: "
-            return Bridge(spec.name, status, where + "; ".join(dict.fromkeys(reasons.values())))
+            others = (
+                ""
+                if len(reasons) == len(outcomes)
+                else f" (installed in the other {len(outcomes) - len(reasons)} modules)"
+            )
+            return Bridge(spec.name, status, "; ".join(f"{m}: {r}" for m, r in reasons.items()) + others)
     waiting = ", ".join(m for m in spec.modules if m not in sys.modules)
     return Bridge(spec.name, NOT_NEEDED, f"{waiting or spec.library} is not imported")

@@ -1,12 +1,10 @@
-"""What a bridge is: a row of the table, and the row of the report that comes of it.
-
-Nothing here imports torch: :mod:`fastft.autoload` runs this while torch itself is being imported.
-"""
+"""What a bridge is: a row of the table, and the row of the report that comes of it."""
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,7 +14,9 @@ INSTALLED, STAYED_OUT, SWITCHED_OFF, NOT_NEEDED = "installed", "stayed out", "sw
 
 @dataclass(frozen=True)
 class Bridge:
-    """A row of the report. ``status`` is ``"installed"``, ``"stayed out"``, ``"switched off"`` or ``"not needed"``; ``reason`` is one sentence."""
+    """A row of the report. ``status`` is ``"installed"``, ``"stayed out"``, ``"switched off"`` or ``"not needed"``;
+    ``reason`` is one sentence.
+    """
 
     name: str
     status: str
@@ -27,8 +27,9 @@ class Bridge:
 class Spec:
     """A row of the table of bridges.
 
-    ``modules``: the modules of the other library that it changes, each as soon as it is imported, by ``fastft.bridges.<name>.apply(module)``.
-    ``library``, ``oldest``: the first version it is right for (there is no newest: what it replaces is checked instead). ``does``: for the report.
+    ``modules``: the modules of the other library that it changes, each as soon as it is imported, by
+    ``fastft.bridges.<name>.apply(module)``. ``library``, ``oldest``: the first version it is right for (there is no
+    newest: what it replaces is checked instead). ``does``: for the report.
     """
 
     name: str
@@ -49,10 +50,10 @@ class NotNeeded(Exception):
 def version_of(library: str) -> tuple[int, ...]:
     """``(1, 16, 0)`` of an imported library; raises :class:`StayOut` if it does not say."""
     text = str(getattr(sys.modules.get(library), "__version__", ""))
-    numbers = text.split("+")[0].split(".")
-    if not numbers[0].isdigit():
+    number = re.match(r"\d+(\.\d+)*", text)
+    if number is None:
         raise StayOut(f"{library} has no version that could be read ({text!r})")
-    return tuple(int(n) for n in numbers[:3] if n.isdigit())
+    return tuple(int(n) for n in number.group().split("."))
 
 
 def check_version(spec: Spec) -> None:
@@ -75,9 +76,9 @@ def switched_off(names: tuple[str, ...]) -> frozenset[str]:
         name = word.removeprefix("-")
         if word == name or name not in names:
             close = difflib.get_close_matches(name, names, n=1)
-            nearest = f"; did you mean '-{close[0]}'?" if close else ""
+            nearest = f" (did you mean '-{close[0]}'?)" if close else ""
             allowed = ", ".join(f"-{n}" for n in names)
-            raise ValueError(f"FASTFT_BRIDGES has {word!r}{nearest} Each word is one of {allowed}; or the whole value is 0: no bridge at all")
+            raise ValueError(f"FASTFT_BRIDGES has {word!r}{nearest}; it is 0 (no bridge), or words out of {allowed}")
         off.add(name)
     return frozenset(off)
 

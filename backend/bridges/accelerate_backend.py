@@ -1,10 +1,12 @@
-"""accelerate's ``DynamoBackend`` is a closed enum: ``TrainingArguments(torch_compile_backend="fastft")`` raises ``'FASTFT' is not a valid
-DynamoBackend`` before torch is asked whether it knows the backend. This adds the member."""
+"""accelerate's ``DynamoBackend`` is a closed enum: ``TrainingArguments(torch_compile_backend="fastft")`` raises
+``'FASTFT' is not a valid DynamoBackend`` before torch is asked whether it knows the backend. This adds the member.
+"""
 
 from __future__ import annotations
 
 import enum
 from types import ModuleType
+from typing import Any
 
 from fastft.bridges._bridge import NotNeeded, StayOut, attribute
 
@@ -13,20 +15,20 @@ MEMBER = "FASTFT"
 
 def apply(module: ModuleType) -> None:
     """Add ``DynamoBackend.FASTFT``, whose value is ``"FASTFT"`` as the values of the others are their names."""
-    backends = attribute(module, "DynamoBackend")
-    if not (isinstance(backends, enum.EnumMeta) and issubclass(backends, str)):
+    backends: Any = attribute(module, "DynamoBackend")
+    if str not in getattr(backends, "__mro__", ()) or enum.Enum not in backends.__mro__:
         raise StayOut("DynamoBackend is not an enum of strings any more")
     if any(member.name != member.value for member in backends):
         raise StayOut("DynamoBackend's values are not its members' names in capitals any more")
     if MEMBER in backends.__members__:
         raise NotNeeded("accelerate knows the backend itself")
-    member = str.__new__(backends, MEMBER)
-    member._name_ = member._value_ = MEMBER  # type: ignore[attr-defined]
-    member.__objclass__ = backends  # type: ignore[attr-defined]
+    member: Any = str.__new__(backends, MEMBER)
+    member._name_ = member._value_ = MEMBER
+    member.__objclass__ = backends
     # EnumMeta forbids assigning members through the class; these three are where the class looks for them.
-    backends._member_map_[MEMBER] = member  # type: ignore[assignment]
+    backends._member_map_[MEMBER] = member
     backends._member_names_.append(MEMBER)
-    backends._value2member_map_[MEMBER] = member  # type: ignore[assignment]
+    backends._value2member_map_[MEMBER] = member
     type.__setattr__(backends, MEMBER, member)
     if backends(MEMBER) is not member or backends[MEMBER] is not member:
         raise StayOut("the member was added, but DynamoBackend does not find it")

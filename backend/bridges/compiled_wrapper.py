@@ -1,10 +1,12 @@
-"""``torch.compile(model)`` returns a wrapper. transformers' Trainer reads the columns it needs from the signature of ``forward``, which the wrapper
-hides ("No columns in the dataset match"); TRL's trainers replace ``forward`` on the wrapper and call the model inside, so that nothing is compiled
-and nobody is told.
+"""``torch.compile(model)`` returns a wrapper. transformers' Trainer reads the columns it needs from the signature of
+``forward``, which the wrapper hides ("No columns in the dataset match"); TRL's trainers replace ``forward`` on the
+wrapper and call the model inside, so that nothing is compiled and nobody is told; PEFT takes the wrapper for a model
+that it does not know, and puts adapters on the head.
 
-Here every trainer's ``__init__`` puts the model itself in the wrapper's place, compiled in place by the wrapper's own context (the same backend, mode,
-options, dynamic, fullgraph), which is what ``model.compile(...)`` does. It does so for each argument that is such a wrapper (``model``,
-``ref_model``, ...), for a PEFT model around one, and only where the wrapper's backend is fastft.
+Here the ``__init__`` of every trainer and of every PEFT model puts the model itself in the wrapper's place, compiled
+in place by the wrapper's own context (the same backend, mode, options, dynamic, fullgraph), which is what
+``model.compile(...)`` does. It does so for each argument that is such a wrapper (``model``, ``ref_model``, ...), and
+only where the wrapper's backend is fastft.
 """
 
 from __future__ import annotations
@@ -20,60 +22,63 @@ from fastft import _torch_compat as compat
 from fastft.bridges._bridge import StayOut, attribute
 from fastft.bridges._tracing import is_fastft
 
+#: module → the class whose constructors, and those of its subclasses, take a model.
+OWNERS = {"transformers.trainer": "Trainer", "peft.peft_model": "PeftModel"}
 _DONE = "_fastft_unwraps"
 
 
 def unwrap(value: Any) -> Any:
-    """``value``, or, if it is a ``torch.compile`` wrapper of fastft's, its module, compiled in place. Idempotent; lists are looked into."""
-    if isinstance(value, (list, tuple)) and any(isinstance(v, torch.nn.Module) for v in value):
+    """``value``, or, if it is a ``torch.compile`` wrapper of fastft's, the module in it, compiled in place. Looks into
+    lists and tuples.
+    """
+    if type(value) in (list, tuple):
         return type(value)(unwrap(v) for v in value)
-    if not isinstance(value, torch.nn.Module):
+    context = compat.wrapper_context(value) if isinstance(value, torch.nn.Module) else None
+    if context is None or not is_fastft(context.callback):
         return value
-    context = compat.wrapper_context(value)
-    if context is not None and is_fastft(context.callback):
-        module = unwrap(value._orig_mod)
-        # What Module.compile() sets; this context is what it would make, with all that torch.compile was asked for.
-        module._compiled_call_impl = context(module._call_impl)
-        return module
-    if hasattr(value, "peft_config") and hasattr(value, "get_base_model"):
-        # get_peft_model(torch.compile(model)): the tuner holds the wrapper, and TRL would replace forward on it.
-        tuner = value.base_model
-        inner = getattr(tuner, "model", None)
-        if isinstance(inner, torch.nn.Module) and unwrap(inner) is not inner:
-            tuner.model = unwrap(inner)
-    return value
+    module = unwrap(value._orig_mod)
+    # What Module.compile() sets; the context is what it would make, with all that torch.compile was asked for.
+    module._compiled_call_impl = context(module._call_impl)
+    return module
 
 
 def apply(module: ModuleType) -> None:
-    """Wrap ``__init__`` of ``transformers.Trainer``, of the subclasses there are, and of those to come."""
-    trainer: Any = attribute(module, "Trainer")
-    parameters = tuple(inspect.signature(trainer.__init__).parameters)
+    """Wrap ``__init__`` of ``module``'s class of :data:`OWNERS`, of the subclasses there are, and of those to come."""
+    owner: Any = attribute(module, OWNERS[module.__name__])
+    parameters = tuple(inspect.signature(owner.__init__).parameters)
     if parameters[:2] != ("self", "model"):
-        raise StayOut(f"Trainer.__init__ takes {', '.join(parameters[:2])}, ... where self, model, ... was expected")
-    _wrap_tree(trainer)
-    inherited = trainer.__init_subclass__
+        raise StayOut(
+            f"{owner.__name__}.__init__ takes {', '.join(parameters[:2])}, ... where self, model, ... was expected"
+        )
+    if "__init_subclass__" in owner.__dict__:
+        raise StayOut(f"{owner.__name__} has an __init_subclass__ of its own")
+    _wrap_tree(owner)
 
-    def __init_subclass__(cls: type, **kwargs: Any) -> None:
-        inherited.__func__(cls, **kwargs) if hasattr(inherited, "__func__") else inherited(**kwargs)
+    def __init_subclass__(cls: Any, **kwargs: Any) -> None:
+        super(owner, cls).__init_subclass__(**kwargs)
         _wrap(cls)
 
-    trainer.__init_subclass__ = classmethod(__init_subclass__)
+    owner.__init_subclass__ = classmethod(__init_subclass__)
+    if hasattr(owner, "call_model_init"):
+        # Trainer(model_init=...): the model comes from this method.
+        stock = owner.call_model_init
+        owner.call_model_init = functools.wraps(stock)(lambda *args, **kwargs: unwrap(stock(*args, **kwargs)))
 
 
-def _wrap_tree(cls: type) -> None:
+def _wrap_tree(cls: Any) -> None:
     _wrap(cls)
     for subclass in cls.__subclasses__():
         _wrap_tree(subclass)
 
 
-def _wrap(cls: type) -> None:
+def _wrap(cls: Any) -> None:
     stock: Any = cls.__dict__.get("__init__")
     if stock is None or hasattr(stock, _DONE):
         return
 
     @functools.wraps(stock)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        stock(self, *(unwrap(a) for a in args), **{k: unwrap(v) for k, v in kwargs.items()})
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        stock(*(unwrap(a) for a in args), **{k: unwrap(v) for k, v in kwargs.items()})
 
-    setattr(__init__, _DONE, True)
-    cls.__init__ = __init__  # type: ignore[misc]
+    setattr(wrapped, _DONE, True)
+    cls.__init__ = wrapped

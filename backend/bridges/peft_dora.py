@@ -1,9 +1,11 @@
-"""DoRA reads the base weight through ``peft.utils.integrations.dequantize_module_weight``, which asks for the name of the module that defines the
-weight's class. Dynamo cannot trace that, so every adapted layer breaks the graph. And it empties its cache in every training step, which is a side
-effect that Dynamo does not allow in a checkpointed layer, although the cache is empty already.
+"""DoRA reads the base weight through ``peft.utils.integrations.dequantize_module_weight``, which asks for the name of
+the module that defines the weight's class. Dynamo cannot trace that, so every adapted layer breaks the graph. And it
+empties its cache in every training step, which is a side effect that Dynamo does not allow in a checkpointed layer,
+although the cache is empty already.
 
-While fastft traces, a weight that is a plain parameter is returned at once, which is what the function does with it; a bitsandbytes 4-bit weight is
-dequantised by the function that PEFT ends up calling; and an empty cache is left alone. Anything else goes PEFT's way.
+While fastft traces, a weight that is a plain parameter is returned at once, which is what the function does with it; a
+bitsandbytes 4-bit weight is dequantised by the function that PEFT ends up calling; and an empty cache is left alone.
+Anything else goes PEFT's way.
 
 Several modules of PEFT hold the function under their own name, so its code is exchanged in place.
 """
@@ -55,7 +57,9 @@ def _cache_clear(self):  # type: ignore[no-untyped-def]
 
 
 def apply(module: ModuleType) -> None:
-    """Exchange the code of ``dequantize_module_weight`` in ``peft.utils.integrations``, of ``_cache_clear`` in ``peft.tuners.lora.dora``."""
+    """Exchange the code of ``dequantize_module_weight`` in ``peft.utils.integrations``, of ``_cache_clear`` in
+    ``peft.tuners.lora.dora``.
+    """
     if module.__name__ == "peft.tuners.lora.dora":
         cache_clear = attribute(module, "DoraLinearLayer._cache_clear")
         names = getattr(getattr(cache_clear, "__code__", None), "co_names", None)
@@ -72,7 +76,13 @@ def apply(module: ModuleType) -> None:
 
 def _exchange(function: Any, replacement: Any, argument: str) -> None:
     """Give ``function``, of one ``argument``, the code of ``replacement``; what it was stays in ``_STOCK``."""
-    if not isinstance(function, FunctionType) or function.__code__.co_freevars or tuple(inspect.signature(function).parameters) != (argument,):
+    if (
+        not isinstance(function, FunctionType)
+        or function.__code__.co_freevars
+        or tuple(inspect.signature(function).parameters) != (argument,)
+    ):
         raise StayOut(f"{getattr(function, '__qualname__', function)} is not a plain function of {argument} any more")
-    _STOCK[function.__name__] = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    _STOCK[function.__name__] = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
+    )
     function.__code__ = replacement.__code__

@@ -1,15 +1,18 @@
 """``enable_input_require_grads`` hangs a hook on the embedding that calls ``output.requires_grad_(True)``.
 
-It is there for reentrant checkpointing, which gives no gradient to anything inside when none of its inputs needs one: with a frozen embedding, as
-in every PEFT run. Dynamo cannot trace the call (or cannot let the tensor leave the graph), so the graph is split behind the embedding and every
-frame around it is traced again: 101 s instead of 17 s at 32 layers.
+It is there for reentrant checkpointing, which gives no gradient to anything inside when none of its inputs needs one:
+with a frozen embedding, as in every PEFT run. Dynamo cannot trace the call (or cannot let the tensor leave the graph),
+so the graph is split behind the embedding and every frame around it is traced again: 101 s instead of 17 s at 32
+layers.
 
-While fastft traces, the hook returns the same values as the output of an ``autograd.Function`` of which one input does need a gradient. So what
-follows still sees an input that needs a gradient, also where a checkpointed layer cannot be traced and runs in eager. That function's backward
-returns nothing, so what was computed only to reach the embedding is dead code in the backward graph.
+While fastft traces, the hook returns the same values as the output of an ``autograd.Function`` of which one input does
+need a gradient. So what follows still sees an input that needs a gradient, also where a checkpointed layer cannot be
+traced and runs in eager. That function's backward returns nothing, so what was computed only to reach the embedding is
+dead code in the backward graph.
 
-The hooks are closures, and most are registered before anybody calls ``torch.compile``. All of them share the code object that lies in their
-library's function, so that is what is exchanged: there for the hooks to come, and in the hooks that exist.
+The hooks are closures, and most are registered before anybody calls ``torch.compile``. All of them share the code
+object that lies in their library's function, so that is what is exchanged: there for the hooks to come, and in the
+hooks that exist.
 """
 
 from __future__ import annotations
@@ -48,10 +51,13 @@ class _WithGrad(torch.autograd.Function):
 
 @torch.compiler.allow_in_graph
 def with_grad(x: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-    """``x``, any shape, but needing a gradient because ``leaf`` does; neither of them gets one. One node in the graph, and no work."""
+    """``x``, any shape, but needing a gradient because ``leaf`` does; neither of them gets one. One node in the graph,
+    and no work.
+    """
     return _WithGrad.apply(x, leaf)
 
 
+# Dynamo runs this for real while it traces, so that the leaf exists by the time that the traced code looks it up.
 @torch.compiler.assume_constant_result
 def _leaf_key(device: torch.device) -> str:
     key = str(device)
@@ -67,7 +73,8 @@ def require_grad(output: torch.Tensor) -> torch.Tensor | None:
         return None
     if output.requires_grad or not torch.is_grad_enabled():
         return None
-    return with_grad(output, _LEAVES[_leaf_key(output.device)])
+    key = _leaf_key(output.device)
+    return with_grad(output, _LEAVES[key])
 
 
 def _hook(module, input, output):  # type: ignore[no-untyped-def]
@@ -94,7 +101,9 @@ def apply(module: ModuleType) -> None:
         new = _hook.__code__.replace(co_name=old.co_name)
         exchanged.append((owner, old, new))
     for owner, old, new in exchanged:
-        owner.__code__ = owner.__code__.replace(co_consts=tuple(new if c is old else c for c in owner.__code__.co_consts))
+        owner.__code__ = owner.__code__.replace(
+            co_consts=tuple(new if c is old else c for c in owner.__code__.co_consts)
+        )
         for function in gc.get_referrers(old):
             if isinstance(function, FunctionType) and function.__code__ is old:
                 function.__code__ = new

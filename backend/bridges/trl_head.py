@@ -1,11 +1,13 @@
-"""TRL's fused head (``add_fused_lm_head``, TRL >= 1.16) ends in ``_ChunkedLogProbFunction.apply``, which Dynamo cannot trace (``torch.mm(out=)``
-into slices), behind a boolean mask, which splits the graph too. The backbone would be compiled, and the head would run outside, slowly.
+"""TRL's fused head (``add_fused_lm_head``, TRL >= 1.16) ends in ``_ChunkedLogProbFunction.apply``, which Dynamo cannot
+trace (``torch.mm(out=)`` into slices), behind a boolean mask, which splits the graph too. The backbone would be
+compiled, and the head would run outside, slowly.
 
 While fastft traces, both names in ``trl.trainer.utils`` lead elsewhere:
 
-* ``_ChunkedLogProbFunction.apply`` is one call of :func:`fastft.kernels.linear_cross_entropy.linear_log_prob`, the same maths;
-* ``_use_triton`` is False, which is the way TRL itself takes where shapes must not depend on data: every position is scored, and those whose label
-  is -100 are filled with 0 afterwards.
+* ``_ChunkedLogProbFunction.apply`` is one call of :func:`fastft.kernels.linear_cross_entropy.linear_log_prob`, the
+  same maths;
+* ``_use_triton`` is False, which is the way TRL itself takes where shapes must not depend on data: every position is
+  scored, and those whose label is -100 are filled with 0 afterwards.
 
 TRL 1.15 knows no such way: there the mask is applied in any case, so this bridge is for 1.16 and later.
 """
@@ -22,7 +24,18 @@ from fastft.bridges._bridge import StayOut, attribute
 from fastft.bridges._tracing import tracing
 from fastft.kernels.linear_cross_entropy import linear_log_prob
 
-ARGUMENTS = ("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs")
+ARGUMENTS = (
+    "ctx",
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 torch.compiler.allow_in_graph(linear_log_prob)
@@ -39,8 +52,9 @@ def head(
     logit_scale: float = 1.0,
     outputs: tuple[str, ...] = OUTPUTS,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """What TRL's function returns, from its arguments: ``hidden`` [tokens, hidden], ``weight`` [vocab, hidden], ``bias`` [vocab] or None, ``targets``
-    int64 [tokens]. Returns log-probability, entropy, log Σp², mean logit and is-top-1, each [tokens], None where ``outputs`` does not ask for it.
+    """What TRL's function returns, from its arguments: ``hidden`` [tokens, hidden], ``weight`` [vocab, hidden],
+    ``bias`` [vocab] or None, ``targets`` int64 [tokens]. Returns log-probability, entropy, log Σp², mean logit and
+    is-top-1, each [tokens], None where ``outputs`` does not ask for it.
     """
     device = hidden.device.type
     # TRL multiplies in autocast's dtype, or in the hidden states' own; fp32 from there on.
@@ -89,18 +103,26 @@ def apply(module: ModuleType) -> None:
 
 
 def check(stock: Any, module: ModuleType) -> None:
-    """Raise :class:`StayOut` unless ``stock`` has the arguments, and on a few numbers the results, of :func:`head`, and the caller the branch we use."""
+    """Raise :class:`StayOut` unless ``stock`` has the arguments, and on a few numbers the results, of :func:`head`,
+    and the caller the branch we use.
+    """
     found = tuple(inspect.signature(stock.forward).parameters)
     if found != ARGUMENTS:
         raise StayOut(f"ChunkedLogProbFunction takes {', '.join(found)} where {', '.join(ARGUMENTS)} was expected")
     caller = inspect.getsource(attribute(module, "add_fused_lm_head"))  # type: ignore[arg-type]
-    for line in ("compact = _use_triton(", "labels[mask] if compact else labels.clamp(min=0).reshape(-1)", ".masked_fill(~mask, 0)"):
+    for line in (
+        "compact = _use_triton(",
+        "labels[mask] if compact else labels.clamp(min=0).reshape(-1)",
+        ".masked_fill(~mask, 0)",
+    ):
         if line not in caller:
             raise StayOut(f"add_fused_lm_head has no `{line}` any more")
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((3, 4), (5, 4), (5,)))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         arguments = (hidden, weight, bias, torch.tensor([0, 4, 2]), 1.5, 2, 3.0, 0.5, OUTPUTS)
-        for name, ours, theirs in zip(("log_probs", "entropy", *OUTPUTS[1:]), head(*arguments), stock.apply(*arguments), strict=True):
+        for name, ours, theirs in zip(
+            ("log_probs", "entropy", *OUTPUTS[1:]), head(*arguments), stock.apply(*arguments), strict=True
+        ):
             if ours is None or theirs is None or not torch.allclose(ours.float(), theirs.float(), atol=1e-5):
                 raise StayOut(f"ChunkedLogProbFunction's {name} are not what fastft computes")
