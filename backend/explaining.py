@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -12,11 +13,15 @@ from fastft.options import Options
 from fastft.reporting import Report
 
 
+log = logging.getLogger("fastft")
+
+
 def explain(model: torch.nn.Module, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
     """Say what fastft would do with ``model(*args, **kwargs)``: every site replaced or left, and why, graph breaks, bridges.
 
-    The model runs once, op by op, as it would in training (in the grad and train mode it is in); nothing is compiled, no gradient is taken, and the
-    model is left as it was. ``options`` are those of the backend.
+    The model runs once, op by op, as it would in training (in the grad and train mode it is in); nothing is compiled, no
+    gradient is taken, and the model is left as it was. What torch compiled in this process before is compiled again at its
+    next call, as after ``torch._dynamo.explain``. ``options`` are those of the backend.
     """
     from fastft import bridges
     from fastft.compiler import transform
@@ -28,17 +33,30 @@ def explain(model: torch.nn.Module, *args: Any, options: dict[str, Any] | None =
     def capture(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         untouched = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
         one = Report(graphs=1)
-        transform(gm, asked, one)
+        try:
+            transform(gm, asked, one)
+        except Exception as error:
+            if asked.strict:
+                raise
+            log.warning("fastft would leave a graph to Inductor: %s: %s", type(error).__name__, error, exc_info=True)
+            one = Report(graphs=1, errors=[f"rewriting failed: {type(error).__name__}: {error}"])
         merged.graphs += 1
         merged.sites += one.sites
-        merged.plan.update(one.plan)
+        merged.errors += one.errors
+        merged.merge_plan(one.plan)
         merged.timings = {k: merged.timings.get(k, 0.0) + v for k, v in one.timings.items()}
         return untouched.forward
 
+    # What model.compile() put in place would call the backend it was given, not this one.
+    in_place = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
     torch._dynamo.reset()
     try:
+        for module in in_place:
+            module._compiled_call_impl = None
         torch.compile(model, backend=capture)(*args, **kwargs)
     finally:
+        for module, call in in_place.items():
+            module._compiled_call_impl = call
         torch._dynamo.reset()
     after = dynamo_counters().get("graph_break", {})
     merged.break_reasons = {k: n - before.get(k, 0) for k, n in after.items() if n > before.get(k, 0)}

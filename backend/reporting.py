@@ -54,6 +54,15 @@ class Report:
         """Sites that were recognised and left as they were."""
         return [s for s in self.sites if s.status == MISSED]
 
+    def merge_plan(self, plan: dict[str, Any]) -> None:
+        """Add another graph's plan: what differs from graph to graph is listed, in order of appearance."""
+        for key, what in plan.items():
+            known = self.plan.get(key)
+            if known is None:
+                self.plan[key] = what
+            elif str(what) not in str(known).split("; "):
+                self.plan[key] = f"{known}; {what}"
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         return {
@@ -72,6 +81,7 @@ class Report:
     def __str__(self) -> str:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         out = io.StringIO()
         console = Console(file=out, width=140, force_terminal=False)
@@ -83,13 +93,15 @@ class Report:
             table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for (pattern, status, reason), sites in sorted(rows.items(), key=lambda r: (r[0][1] != REPLACED, r[0])):
             rules = ", ".join(sorted({s.rule for s in sites if s.rule}))
-            table.add_row(pattern, status, str(len(sites)), reason or rules, _where(sites))
+            # Text, not str: rich would read "[batch, seq]" in a reason as markup.
+            table.add_row(Text(pattern), status, str(len(sites)), Text(reason or rules), Text(_where(sites)))
         if not rows:
             table.add_row("none", "", "0", "no graph with a known site was compiled", "")
         console.print(table)
         console.print(f"graphs {self.graphs}, graph breaks {self.breaks}, recompilations {self.recompiles}")
         for reason, times in self.break_reasons.items():
-            console.print(f"  break ×{times}: {reason.splitlines()[0]}", markup=False)
+            first_line = next(iter(reason.splitlines()), "")
+            console.print(f"  break ×{times}: {first_line}", markup=False)
         if self.timings:
             console.print("time: " + ", ".join(f"{k} {v:.2f} s" for k, v in self.timings.items()))
         for key, what in self.plan.items():
@@ -134,7 +146,7 @@ def report() -> Report:
         merged.recompiles += one.recompiles
         for key, seconds in one.timings.items():
             merged.timings[key] = merged.timings.get(key, 0.0) + seconds
-        merged.plan.update(one.plan)
+        merged.merge_plan(one.plan)
     return merged
 
 
