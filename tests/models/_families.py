@@ -39,7 +39,7 @@ class Family:
 
     def sites(self, lora: bool = False) -> dict[str, int]:
         """Replaced sites that a training step must have, by pattern."""
-        wanted = {"loss": 1, "attention": LAYERS, "rotary": LAYERS, "rms_norm": self.norms, "mlp": LAYERS}
+        wanted = {"linear_cross_entropy": 1, "attention": LAYERS, "rotary": LAYERS, "rms_norm": self.norms, "mlp": LAYERS}
         return wanted | ({"lora": self.linears * LAYERS} if lora else {})
 
 
