@@ -29,10 +29,10 @@ def test_cheap(tmp_path: Path) -> None:
             python(
                 "import torch, sys, time\n"
                 f"sys.dont_write_bytecode, sys.pycache_prefix = False, {str(tmp_path)!r}\n"
-                "start = time.perf_counter()\n"
+                "start = time.thread_time()\n"
                 "from fastft.autoload import autoload\n"
                 "autoload()\n"
-                "print(1e3 * (time.perf_counter() - start))\n"
+                "print(1e3 * (time.thread_time() - start))\n"
                 "assert sorted(m for m in sys.modules if m.startswith('fastft')) == ['fastft', 'fastft.autoload']\n",
                 TORCH_DEVICE_BACKEND_AUTOLOAD="0",
             )
