@@ -134,7 +134,7 @@ def _plain(node: Any, outer: dict[fx.Node, Any]) -> QuantizedLinear | Reason | N
     name = bitsandbytes_op(node)
     if name == "gemm_4bit":
         got = _arguments(node, name, outer)
-        scales = (got["absmax"],)
+        scales: tuple[Any, ...] = (got["absmax"],)
         if got["absmax_8bit"] is not None:
             scales = (got["absmax_8bit"], got["absmax_code"], got["absmax_offset"], got["absmax"])
         return _linear(got["A"], got["B"], got["bias"], scales, got["shapeB"], got["blocksize"], 256, got, node)
@@ -154,7 +154,8 @@ def _plain(node: Any, outer: dict[fx.Node, Any]) -> QuantizedLinear | Reason | N
     if not scales:
         return Reason("quantization", "the scales of the quantised weight come from something unknown")
     x, bias = _outside(x, outer), _outside(bias, outer)
-    return _linear(x, got["A"], bias, scales, got["shape"], got["blocksize"], blocksize2, got, node, dequantise)
+    # The dequantised weight is not part of the site: whoever else reads it keeps it.
+    return _linear(x, got["A"], bias, scales, got["shape"], got["blocksize"], blocksize2, got, node)
 
 
 def _linear(
@@ -199,11 +200,12 @@ def _untransposed(weight: Any) -> tuple[Any, int]:
 
 
 def _scales(absmax: Any, outer: dict[fx.Node, Any]) -> tuple[tuple[Any, ...], int]:
-    """``absmax``, or what it is decoded from by ``dequantize_blockwise(...) + offset`` (also in place, on that fresh
-    tensor); empty when it is computed otherwise. And the second blocksize."""
+    """``absmax``, or what it is decoded from by ``dequantize_blockwise(...) + offset``; empty when that is unknown.
+
+    And the second blocksize. An offset added in place leaves the decoded scales in the graph: they are what is read.
+    """
     seen = see(absmax)
-    added = seen.op == "add" or (seen.op == "in_place" and getattr(absmax.target, "__name__", "") in ("iadd", "add_"))
-    if added:
+    if seen.op == "add" or (seen.op == "in_place" and outer):
         inner, offset = seen.args[:2]
         if bitsandbytes_op(offset) == "dequantize_blockwise":
             inner, offset = offset, inner
@@ -211,8 +213,6 @@ def _scales(absmax: Any, outer: dict[fx.Node, Any]) -> tuple[tuple[Any, ...], in
             return (), 0
         got = _arguments(inner, "dequantize_blockwise", outer)
         return (got["A"], got["code"], _outside(offset, outer), got["absmax"]), got["blocksize"]
-    if bitsandbytes_op(absmax) is not None:
-        return (), 0
     found = _outside(absmax, outer)
     return (() if found is None else (found,)), 256
 
@@ -247,7 +247,7 @@ def _build(m: Match) -> Rewrite | Reason | None:
 
 def _seed(node: fx.Node) -> str | None:
     name = bitsandbytes_op(node)
-    if name is not None and (name.startswith("gem") or name == "dequantize_4bit" or "int8" in name):
+    if name is not None and (name.startswith("gem") or "int8" in name):
         return f"bitsandbytes.{name}"
     call = _function_apply(node)
     inner = None if call is None else bitsandbytes_op(_body(call)[1])
