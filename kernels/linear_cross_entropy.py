@@ -125,7 +125,9 @@ def linear_log_prob_reference(
     def kept(x: torch.Tensor) -> torch.Tensor:
         return x.masked_fill(~valid, 0)
 
-    ent = kept(-(log_p.exp() * log_p).nan_to_num(nan=0.0).sum(-1)) if entropy else none
+    p = log_p.exp()
+    # An impossible token (p = 0, log p = -inf) adds nothing, to the value and to the gradient.
+    ent = kept(-(p * log_p.masked_fill(p == 0, 0)).sum(-1)) if entropy else none
     return LogProb(
         log_prob=kept(log_p.gather(1, target).squeeze(1)),
         entropy=ent if entropy_gradient else ent.detach(),

@@ -226,6 +226,20 @@ def test_labels_at_ties_and_impossible_tokens(device):
     assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("impossible", [0, 40], ids=["", "first block impossible"])
+def test_vocabulary_of_several_blocks(impossible, device, monkeypatch):
+    monkeypatch.setattr(module, "_row_config", lambda vocab: {"BLOCK": 32, "num_warps": 1})
+    h, w, b, y = inputs(torch.float32, device)
+    with torch.no_grad():
+        b += torch.linspace(0, 9, 131, device=device)  # the maximum moves from block to block
+        b[:impossible] = -torch.inf
+        y.clamp_(min=impossible).masked_fill_(torch.arange(13, device=device) % 3 == 0, -100)
+    cotangents = [torch.randn(13, device=device) for _ in range(2)]
+    wanted = dict(entropy=True, is_top1=True, log_sum_sq_probs=True, mean_logits=impossible == 0)
+    check(linear_log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **wanted)
+    check(linear_log_prob, linear_log_prob_reference, (h, w.detach(), b.detach()), y, cotangents, **wanted)
+
+
 def test_label_outside_the_vocabulary(device):
     h, w, b, y = inputs(torch.float32, device)
     y[1] = 131
