@@ -147,13 +147,17 @@ def _arguments(m: Match, style: str) -> dict[str, Any] | None:
     }
 
 
+#: Functions without a canonical name that give the same for the same.
+_PURE = (torch.repeat_interleave,)
+
+
 def _same(a: Any, b: Any, depth: int = 8) -> bool:
     """Whether two values are one: the same node, or the same computation of the same nodes (a table indexed twice)."""
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):
         if a is b:
             return True
         alike = a.op == b.op and a.target == b.target and a.op in ("call_function", "call_method")
-        pure = see(a).op != "unknown" and not a.is_impure()
+        pure = (see(a).op != "unknown" or a.target in _PURE) and not a.is_impure()
         return alike and pure and depth > 0 and _same((a.args, a.kwargs), (b.args, b.kwargs), depth - 1)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(_same(m, n, depth) for m, n in zip(a, b, strict=True))
