@@ -33,7 +33,9 @@ from fastft.patterns._match import (
 from fastft.patterns.masks import Structure, recover
 
 
-def rounded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, to: torch.dtype, **options: Any) -> torch.Tensor:
+def rounded_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, to: torch.dtype, **options: Any
+) -> torch.Tensor:
     """:func:`attention` of q, k and v rounded to one dtype, as autocast rounds them before ``scaled_dot_product_attention``."""
     return attention(q.to(to), k.to(to), v.to(to), **options)
 
@@ -57,7 +59,11 @@ def _sdpa(m: Match) -> Rewrite | Reason | None:
         structure = _recover(mask, q, k)
         if isinstance(structure, Structure):
             note = str(structure)
-            options |= {"causal": structure.causal or bool(is_causal), "window": structure.window, "chunk": structure.chunk}
+            options |= {
+                "causal": structure.causal or bool(is_causal),
+                "window": structure.window,
+                "chunk": structure.chunk,
+            }
             # What they hold is looked at once for all layers, by a node of its own.
             found = {"padding": structure.padding, "positions": structure.positions}
             unrecovered = _problem(m, q, k, v, {**options, **found})
@@ -66,7 +72,10 @@ def _sdpa(m: Match) -> Rewrite | Reason | None:
         else:
             unrecovered = structure
         if unrecovered is not None:
-            options = {key: options[key] for key in ("dropout_p", "scale") if key in options} | {"causal": bool(is_causal), "dense": mask}
+            options = {key: options[key] for key in ("dropout_p", "scale") if key in options} | {
+                "causal": bool(is_causal),
+                "dense": mask,
+            }
             note = f"dense: {unrecovered.text}"
     if problem := _problem(m, q, k, v, {key: o for key, o in options.items() if key != "mask"}):
         return problem
@@ -166,7 +175,11 @@ def _unrepeated(node: fx.Node) -> fx.Node:
         inserts = seen.args[1] in (2, -3)
     else:
         inserts = seen.op == "index" and isinstance(seen.args[1], tuple) and _inserts_third(seen.args[1])
-    if not inserts or rank(seen.args[0]) != 4 or not all(same_size(x, y) for x, y in zip(shape(seen.args[0]), (b, sizes[1], s, d), strict=True)):
+    if (
+        not inserts
+        or rank(seen.args[0]) != 4
+        or not all(same_size(x, y) for x, y in zip(shape(seen.args[0]), (b, sizes[1], s, d), strict=True))
+    ):
         return node
     return _solid(seen.args[0])
 

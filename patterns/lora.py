@@ -168,9 +168,8 @@ def _build(m: Match) -> Rewrite | Reason | None:
 
 
 def _left(m: Match) -> Reason | None:
-    """Two thin products in a row that no add to a linear layer consumed."""
-    adapter = _adapter(m.inside, None)
-    if not isinstance(adapter, _Adapter) or shape(adapter.a)[0] * 2 > min(shape(adapter.a)[1], shape(adapter.b)[0]):
+    """Two thin products in a row whose result a tensor scales."""
+    if not isinstance(_adapter(m.inside, None), _Adapter):
         return None
     for user in m.anchor.users:
         seen = see(user)
@@ -178,8 +177,6 @@ def _left(m: Match) -> Reason | None:
             return Reason(
                 "dora", "a tensor scales the adapter's output (DoRA): the weight's norm is not part of the op"
             )
-        if seen.op == "add" or (seen.op == "mul" and any(see(after).op == "add" for after in user.users)):
-            return Reason("base", "the adapter's output is not added to a linear layer's")
     return None
 
 
@@ -191,7 +188,7 @@ TABLE = Table(
     "lora",
     (
         row(adapted, _build),  # x Wᵀ + bias + Σ s (x Aᵀ) Bᵀ
-        row(thin, _left),  # (x Aᵀ) Bᵀ elsewhere
+        row(thin, _left),  # m ∘ (x Aᵀ) Bᵀ, m a tensor
     ),
     _seed,
 )

@@ -130,7 +130,9 @@ def recover(mask: fx.Node) -> Structure | Reason:
         else:
             field = {"padding": "padding", "packed": "positions"}[name]
             if getattr(structure, field) not in (None, constants[0]):
-                return Reason("mask", f"two {field} tensors in one mask: {getattr(structure, field).name} and {constants[0].name}")
+                return Reason(
+                    "mask", f"two {field} tensors in one mask: {getattr(structure, field).name} and {constants[0].name}"
+                )
             structure = replace(structure, **{field: constants[0]})
     # Chunks count from the first real token when there is padding, and from the first token when there is none.
     if lefts and lefts != {structure.padding}:
@@ -161,7 +163,9 @@ def _symbol(node: fx.Node, memo: dict[fx.Node, Symbol]) -> Symbol:
         name = getattr(node.target, "__name__", node.target)
         return Unknown(f"{node.name} is an input" if node.op == "placeholder" else f"{node.name} = {name}(...)")
     found = rule(node, lambda x: _evaluate(x, memo))
-    return found if found is not None else Unknown(f"{node.name} = {getattr(node.target, '__name__', node.target)}(...)")
+    return (
+        found if found is not None else Unknown(f"{node.name} = {getattr(node.target, '__name__', node.target)}(...)")
+    )
 
 
 Evaluate = Callable[[Any], Symbol]
@@ -238,7 +242,7 @@ def _unsqueeze(node: fx.Node, evaluate: Evaluate) -> Symbol | None:
 
 def _every_row(mask: Mask) -> bool:
     """Whether a mask is the same for every sequence of the batch: then axes before the last two may come and go."""
-    return all(part[0] in ("causal", "window") or part[0] == "chunk" and part[2] is None for part in mask.parts)
+    return all(part[0] in ("causal", "window") or (part[0] == "chunk" and part[2] is None) for part in mask.parts)
 
 
 def _index(node: fx.Node, evaluate: Evaluate) -> Symbol | None:
@@ -395,7 +399,13 @@ def _equal(a: Symbol, b: Symbol, equal: bool) -> Symbol | None:
         return None
     if isinstance(a, Gathered) and isinstance(b, Gathered) and a.rows == b.rows and a.rows.kind == "documents":
         return Mask(frozenset({("packed", a.rows.of)})) if {a.axis, b.axis} == {QUERY, KEY} else None
-    if isinstance(a, Coordinate) and isinstance(b, Coordinate) and a.chunk and replace(a, axis=b.axis) == b and not a.offset:
+    if (
+        isinstance(a, Coordinate)
+        and isinstance(b, Coordinate)
+        and a.chunk
+        and replace(a, axis=b.axis) == b
+        and not a.offset
+    ):
         return Mask(frozenset({("chunk", a.chunk, a.left)})) if {a.axis, b.axis} == {QUERY, KEY} else None
     return None
 
@@ -441,7 +451,9 @@ _RULES: dict[str, Callable[[fx.Node, Evaluate], Symbol | None]] = {
     **dict.fromkeys(("ones", "new_ones", "ones_like"), _filled(1)),
     **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), _filled(0)),
     "full": _full,
-    **dict.fromkeys(("to", "bool", "long", "int", "type_as", "type", "contiguous", "clone", "detach", "cuda", "cpu"), _same),
+    **dict.fromkeys(
+        ("to", "bool", "long", "int", "type_as", "type", "contiguous", "clone", "detach", "cuda", "cpu"), _same
+    ),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     "unsqueeze": _unsqueeze,
     "getitem": _index,

@@ -188,7 +188,9 @@ def test_reasons() -> None:
     bias = torch.randn(1, HQ, S, S, requires_grad=True)
     refused(sdpa, *leaves(), bias, code="mask")
     refused(lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), *leaves(hk=HQ), code="shape")
-    refused(lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :5], k, v, is_causal=True), *leaves(hk=HQ), code="shape")
+    refused(
+        lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :5], k, v, is_causal=True), *leaves(hk=HQ), code="shape"
+    )
 
 
 def test_repeats_of_another_kind_are_not_looked_through() -> None:

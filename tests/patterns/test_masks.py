@@ -106,11 +106,17 @@ def test_transformers_builders(kind: str, given: str) -> None:
     builder, expected = BUILDERS[kind]
     make_padding, make_positions, tensors = INPUTS[given]
 
-    def build(embeds: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+    def build(
+        embeds: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
         if given == "arange":
             positions = (torch.arange(S) + 0).unsqueeze(0).expand(B, -1)
         return builder(
-            config=Config(), inputs_embeds=embeds, attention_mask=attention_mask, past_key_values=None, position_ids=positions
+            config=Config(),
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            position_ids=positions,
         )
 
     embeds = torch.zeros(B, S, 8)
@@ -127,6 +133,7 @@ def test_transformers_builders(kind: str, given: str) -> None:
 
 # ---------------------------------------------------------------- other spellings
 
+
 def rows() -> torch.Tensor:
     return torch.arange(S)[None, None, :, None]
 
@@ -140,14 +147,20 @@ SPELLINGS = {
     "key < query + 1": (lambda: cols() < rows() + 1, "causal"),
     "1 + query > key": (lambda: 1 + rows() > cols(), "causal"),
     "start and end": (lambda: torch.arange(0, S)[None] <= torch.arange(0, S).unsqueeze(1), "causal"),
-    "unsqueezed": (lambda: (torch.arange(S).unsqueeze(0) <= torch.arange(S).unsqueeze(-1)).unsqueeze(0).unsqueeze(0), "causal"),
+    "unsqueezed": (
+        lambda: (torch.arange(S).unsqueeze(0) <= torch.arange(S).unsqueeze(-1)).unsqueeze(0).unsqueeze(0),
+        "causal",
+    ),
     "indexed later": (lambda: (torch.arange(S)[None, :] <= torch.arange(S)[:, None])[None, None], "causal"),
     "tril": (lambda: torch.ones(S, S, dtype=torch.bool).tril()[None, None], "causal"),
     "torch.tril": (lambda: torch.tril(torch.ones(S, S, dtype=torch.bool)), "causal"),
     "logical_and": (lambda: torch.logical_and(cols() <= rows(), cols() > rows() - 4), "causal & window(4)"),
     "window by >=": (lambda: (cols() <= rows()) & (cols() >= rows() - 3), "causal & window(4)"),
     "window from the other side": (lambda: (cols() <= rows()) & (rows() - 4 < cols()), "causal & window(4)"),
-    "narrower of two windows": (lambda: (cols() <= rows()) & (cols() > rows() - 4) & (cols() > rows() - 9), "causal & window(4)"),
+    "narrower of two windows": (
+        lambda: (cols() <= rows()) & (cols() > rows() - 4) & (cols() > rows() - 9),
+        "causal & window(4)",
+    ),
     "chunks": (lambda: (cols() // 5 == rows() // 5) & (cols() <= rows()), "causal & chunk(5)"),
     "all": (lambda: torch.ones(B, 1, S, S, dtype=torch.bool), "full"),
     "chunks alone": (lambda: torch.floor_divide(cols(), 5) == rows() // 5, "chunk(5)"),
