@@ -501,7 +501,9 @@ def _dkdv_tiles(
         s, tanh = _softcap(tl.dot(k, q, input_precision=PRECISION), scale, SOFTCAP)
         if DENSE:
             s = _dense_mask(
-                s, tl.load(dense_ptr[:, None] + rows.to(tl.int64)[None, :] * dense_m, mask=inside[None, :], other=0), DENSE
+                s,
+                tl.load(dense_ptr[:, None] + rows.to(tl.int64)[None, :] * dense_m, mask=inside[None, :], other=0),
+                DENSE,
             )
         if EDGE:
             seen = rows[None, :] < past[:, None]
