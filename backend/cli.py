@@ -67,7 +67,7 @@ def demo(context: typer.Context) -> None:
             "Clone the repository and run `make demo` in it"
         )
     if not {"-h", "--help"}.intersection(context.args):
-        _need("transformers", "peft", "trl", "datasets", "matplotlib")
+        _need("transformers", "peft", "trl", "datasets")
     sys.path.insert(0, str(examples))
     from demo import main as run  # type: ignore[import-not-found]
 

@@ -147,13 +147,14 @@ def compare(runs: list[dict[str, Any]], backend: str) -> dict[str, float]:
     return result
 
 
-def plot(runs: list[dict[str, Any]], backend: str, title: str, path: Path) -> None:
+def plot(result: dict[str, Any], path: Path) -> None:
     """Loss by step; with several seeds, eager's are a band from lowest to highest, and the compiled ones are lines."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    runs, backend = result["runs"], result["settings"]["backend"]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     eager = [run["loss"] for run in runs if run["run"] == "eager"]
     steps = range(1, len(runs[0]["loss"]) + 1)
@@ -165,7 +166,7 @@ def plot(runs: list[dict[str, Any]], backend: str, title: str, path: Path) -> No
             axes.plot(steps, run["loss"], linewidth=1.2, label=f"{backend}, seed {run['seed']}")
         elif len(eager) == 1:
             axes.plot(steps, run["loss"], color="black", linewidth=3, alpha=0.25, label="eager")
-    axes.set(xlabel="training step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="training step", ylabel="loss (nats per token)", title=f"{result['title']}, {result['device']}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -198,6 +199,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="load the base in NF4 (default here: %(default)s)",
     )
     parser.add_argument("--backend", default="fastft", help="torch.compile backend to show (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only draw losses.png beside this losses.json")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--eager-only", action="store_true", help="only the uncompiled run")
     which.add_argument("--no-eager", action="store_true", help="only the compiled run")
@@ -212,6 +214,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     chosen = arguments(argv)
+    if chosen.plot is not None:
+        plot(json.loads(chosen.plot.read_text()), chosen.plot.with_name("losses.png"))
+        return
     size, out = SIZES[chosen.params], chosen.out
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -222,8 +227,10 @@ def main(argv: list[str] | None = None) -> None:
     data = python_docs.Dataset.from_list(pairs)
     print(f"  {len(pairs)} pairs, {len(tokenizer)} tokens in the vocabulary")
 
-    # The base model is scratch: in memory where there is a file system for that, and gone when the demo ends.
-    base = Path(tempfile.mkdtemp(prefix="fastft-demo-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    # The base model is scratch: in memory where there is a file system with room for it, and gone when the demo ends.
+    shm = Path("/dev/shm")
+    roomy = shm.is_dir() and shutil.disk_usage(shm).free > 8 * 2**30
+    base = Path(tempfile.mkdtemp(prefix="fastft-demo-", dir=shm if roomy else None))
     runs: list[dict[str, Any]] = []
     try:
         print("Building the base model and training it on the standard library's source", flush=True)
@@ -249,15 +256,20 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     comparison = compare(runs, chosen.backend)
     result = {
+        "title": title,
         "device": device,
         "torch": torch.__version__,
         "parameters": parameters,
-        "settings": {key: value for key, value in vars(chosen).items() if key != "out"} | {"size": asdict(size)},
+        "settings": {key: value for key, value in vars(chosen).items() if key not in ("out", "plot")}
+        | {"size": asdict(size)},
         "comparison": comparison,
         "runs": runs,
     }
     (out / "losses.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(runs, chosen.backend, title, out / "losses.png")
+    try:
+        plot(result, out / "losses.png")
+    except ImportError:
+        print(f"\nmatplotlib is not installed: draw losses.png later with --plot {out / 'losses.json'}")
 
     print(f"\n{title}, {chosen.steps} steps of {chosen.batch} sequences on {device}")
     for run in runs:
