@@ -175,7 +175,7 @@ class _ByRows(torch.autograd.Function):
         out = torch.cat(parts)
         if not out.is_floating_point():
             ctx.mark_non_differentiable(out)
-        return out.view(*hidden.shape[:-1], *out.shape[1:])
+        return out.view((*hidden.shape[:-1], *out.shape[1:]))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
@@ -265,6 +265,7 @@ class LazyLogits(torch.Tensor):
         return made
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
