@@ -29,8 +29,7 @@ except ImportError:
         def __getattr__(self, name: str) -> Any:
             raise ImportError(f"fastft needs Triton for {name!r}: pip install triton (Linux), or run on the CPU")
 
-    triton: Any = _Missing()
-    tl: Any = _Missing()
+    triton = tl = _Missing()  # type: ignore[assignment]
 
     def jit(fn: Any = None, **_: Any) -> Any:
         """``triton.jit`` without Triton: the function itself, with or without options."""

@@ -166,13 +166,10 @@ def _backward_into(
     into = (gate if dgate is None else dgate, up if dup is None else dup)
     walk = rows_of(gate, up, dy, *into)
     if walk is None:
-        dense = [
-            None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dgate, dup)
-        ]
-        _backward_into(*dense, dy.contiguous(), gate.contiguous(), up.contiguous(), kind)
-        for t, d in zip((dgate, dup), dense, strict=True):
-            if t is not None:
-                t.copy_(d)
+        dense = _backward(dy.contiguous(), gate.contiguous(), up.contiguous(), kind, dgate is not None, dup is not None)
+        for target, grad in zip((dgate, dup), dense, strict=True):
+            if target is not None:
+                target.copy_(grad)
         return
     rows, n = _extent(walk, gate.shape[-1])
     blocks = triton.cdiv(n, BLOCK)

@@ -218,7 +218,7 @@ def _backward_fake(
     want_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx = torch.empty_like(x) if want_dx else x.new_empty(0)
-    dweight = weight.new_empty(x.shape[-1:]) if want_dweight else x.new_empty(0)
+    dweight = weight.new_empty(x.shape[-1:]) if want_dweight and weight is not None else x.new_empty(0)
     # The bias has the weight's dtype (`supported` sees to it); without a weight it has dy's.
     dbias = (dy if weight is None else weight).new_empty(x.shape[-1:]) if want_dbias else x.new_empty(0)
     return dx, dweight, dbias

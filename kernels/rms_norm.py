@@ -196,7 +196,7 @@ def _backward_fake(
     want_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dx = torch.empty_like(x) if want_dx else x.new_empty(0)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_dweight else x.new_empty(0)
+    dweight = weight.new_empty(weight.shape) if want_dweight and weight is not None else x.new_empty(0)
     return dx, dweight
 
 

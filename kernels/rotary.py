@@ -49,7 +49,10 @@ STYLES = {"half": (False, False), "interleaved": (True, True), "interleaved_to_h
 
 
 def _take(x: torch.Tensor, neighbours: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return (x[..., 0::2], x[..., 1::2]) if neighbours else x.chunk(2, dim=-1)
+    if neighbours:
+        return x[..., 0::2], x[..., 1::2]
+    first, second = x.chunk(2, dim=-1)
+    return first, second
 
 
 def _put(x1: torch.Tensor, x2: torch.Tensor, neighbours: bool) -> torch.Tensor:
@@ -101,8 +104,8 @@ def reference(
     """Plain PyTorch, differentiable; fp32 inside (fp64 for fp64)."""
     cos, sin = _tables(cos, sin, seq_dim)
     out_dtype, rotary_dim = out_dtype or q.dtype, rotary_dim or q.shape[-1]
-    turned = tuple(_turn(x, cos, sin, style, out_dtype, rotary_dim, seq_dim) for x in (q, k) if x is not None)
-    return turned if k is not None else turned[0]
+    rest = cos, sin, style, out_dtype, rotary_dim, seq_dim
+    return _turn(q, *rest) if k is None else (_turn(q, *rest), _turn(k, *rest))
 
 
 # ---------------------------------------------------------------- kernel
@@ -226,10 +229,9 @@ def _launch(
 ) -> None:
     """Turn q into q_out and k into k_out, each unless it is None."""
     # Only rows have to be contiguous; every other stride goes to the kernel.
-    q, k = (None if t is None else t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    some, some_out = (q, q_out) if q is not None else (k, k_out)
-    pairs = [(q, q_out) if q is not None else (some, some_out), (k, k_out) if k is not None else (some, some_out)]
-    batch, seq, width = some.shape[0], some.shape[seq_dim], some.shape[-1]
+    pairs = [(x if x.stride(-1) == 1 else x.contiguous(), out) for x, out in ((q, q_out), (k, k_out)) if x is not None]
+    (q_in, q_out), (k_in, k_out) = pairs[0], pairs[-1]  # the one that is there stands for the other, and is not read
+    batch, seq, width = q_in.shape[0], q_in.shape[seq_dim], q_in.shape[-1]
 
     def strides(t: torch.Tensor) -> tuple[int, int, int]:
         return t.stride(0), t.stride(3 - seq_dim), t.stride(seq_dim)
@@ -237,15 +239,15 @@ def _launch(
     def table_strides(t: torch.Tensor) -> tuple[int, int, int]:
         return (t.stride(0) if t.shape[0] > 1 else 0), t.stride(1), t.stride(2)
 
-    heads = [t.shape[3 - seq_dim] for t, _ in pairs]
+    heads = [t.shape[3 - seq_dim] for t in (q_in, k_in)]
     half = rotary_dim // 2
     block = triton.next_power_of_2(half)
     tiles = [min(triton.next_power_of_2(h), max(1, TILE // (2 * block))) for h in heads]
     x_pairs, y_pairs = STYLES[style]
     _kernel[(batch * seq,)](
-        pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], cos, sin,
+        q_in, k_in, q_out, k_out, cos, sin,
         seq, *heads,
-        *strides(pairs[0][0]), *strides(pairs[1][0]), *strides(pairs[0][1]), *strides(pairs[1][1]),
+        *strides(q_in), *strides(k_in), *strides(q_out), *strides(k_out),
         *table_strides(cos), *table_strides(sin),
         D=width, HALF=half, FULL_TABLES=cos.shape[-1] == rotary_dim, X_PAIRS=x_pairs, Y_PAIRS=y_pairs,
         TRANSPOSE=transpose, HAS_Q=q is not None, HAS_K=k is not None,

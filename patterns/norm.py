@@ -78,7 +78,8 @@ def _rms_norm(offset: float) -> Any:
 
 def _native_eps(m: Match) -> float:
     """``eps=None`` means the machine epsilon of the dtype that PyTorch computes in."""
-    return m["eps"] if m["eps"] is not None else torch.finfo(torch.promote_types(dtype(m["x"]), torch.float32)).eps
+    compute = torch.promote_types(dtype(m["x"]) or torch.float32, torch.float32)
+    return torch.finfo(compute).eps if m["eps"] is None else m["eps"]
 
 
 def _one_axis(m: Match) -> Reason | None:

@@ -194,6 +194,12 @@ def _partner(pattern: Pattern, style: str, anchor: fx.Node, mine: dict[str, Any]
     return None
 
 
+def _with(answer: Rewrite | Reason, notes: str, outputs: tuple[fx.Node, ...], inside: frozenset[fx.Node]) -> Any:
+    if isinstance(answer, Rewrite):
+        answer.notes, answer.outputs, answer.inside = notes, outputs, inside
+    return answer
+
+
 def _rotary(pattern: Pattern, style: str) -> tuple[Pattern, Callable[[Match], Rewrite | Reason | None]]:
     """A table row's two halves: the pattern, and what to build from it."""
 
@@ -201,18 +207,14 @@ def _rotary(pattern: Pattern, style: str) -> tuple[Pattern, Callable[[Match], Re
         mine = _arguments(m, style)
         if mine is None:
             return None
-        names = dict(mine)
-        k, outputs, inside = names.pop("x"), (m.anchor,), m.inside
+        shared = [mine[key] for key in ("cos", "sin", "style", "out_dtype", "rotary_dim", "seq_dim")]
         partner = _partner(pattern, style, m.anchor, mine)
         if partner is None:
-            q, k = k, None
-        else:
-            q, outputs, inside = partner[1], (partner[0].anchor, m.anchor), m.inside | partner[0].inside
-        answer = use("rotary", q, k, names.pop("cos"), names.pop("sin"), *names.values())
-        if isinstance(answer, Rewrite):
-            answer.outputs, answer.inside = outputs, inside
-            answer.notes = "q and k in one launch" if partner is not None else "one tensor"
-        return answer
+            answer = use("rotary", mine["x"], None, *shared)
+            return _with(answer, "one tensor", (m.anchor,), m.inside)
+        earlier, q = partner
+        answer = use("rotary", q, mine["x"], *shared)
+        return _with(answer, "q and k in one launch", (earlier.anchor, m.anchor), earlier.inside | m.inside)
 
     return pattern, build
 
