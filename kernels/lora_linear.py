@@ -101,6 +101,18 @@ def _bf16_parts(x: torch.Tensor, count: int) -> list[torch.Tensor]:
     return [*parts, rest.to(torch.bfloat16)]
 
 
+def _splits(half: torch.Tensor) -> bool:
+    """Whether an fp32 matrix that meets ``half`` goes through its GEMM in bf16 parts."""
+    return half.is_cuda and half.dtype == torch.bfloat16
+
+
+def _mm_single(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right of two half-precision matrices, in fp32."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left.float(), right.float())
+
+
 def _matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """left @ right in ``dtype``, accumulated in fp32. One side may be half precision and the other, thin one fp32."""
     if left.dtype == right.dtype == dtype:
@@ -108,14 +120,13 @@ def _matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torc
     single = torch.float32
     if left.numel() == 0 or right.numel() == 0:
         return left.new_zeros((left.shape[0], right.shape[1]), dtype=dtype)
-    half = left.dtype if right.dtype == single else right.dtype
-    if left.is_cuda and left.dtype == right.dtype and half in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=single).to(dtype)
-    if left.is_cuda and half == torch.bfloat16:
-        if right.dtype == single:
-            wide = torch.mm(left, torch.cat(_bf16_parts(right, 3), 1), out_dtype=single)
-            return wide.view(left.shape[0], 3, -1).sum(1).to(dtype)
-        tall = torch.mm(torch.cat(_bf16_parts(left, 3), 0), right, out_dtype=single)
+    if left.is_cuda and left.dtype == right.dtype and left.element_size() == 2:
+        return _mm_single(left, right).to(dtype)
+    if _splits(left) and right.dtype == single:
+        wide = _mm_single(left, torch.cat(_bf16_parts(right, 3), 1))
+        return wide.view(left.shape[0], 3, -1).sum(1).to(dtype)
+    if _splits(right) and left.dtype == single:
+        tall = _mm_single(torch.cat(_bf16_parts(left, 3), 0), right)
         return tall.view(3, -1, right.shape[1]).sum(0).to(dtype)
     # The larger matrix is walked in slabs along its outer dimension, so that its fp32 form never exists as a whole.
     wanted = torch.promote_types(torch.promote_types(left.dtype, right.dtype), single)
@@ -136,7 +147,7 @@ def _add_thin(y: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float) 
     """y += scale · h @ up, in place, with one rounding to y's dtype at the end. h [T, r], up [r, N], y [T, N]."""
     if y.dtype == h.dtype == up.dtype:
         return y.addmm_(h, up, alpha=scale)
-    if y.is_cuda and y.dtype == torch.bfloat16 and h.dtype == up.dtype == torch.float32:
+    if _splits(y) and h.dtype == up.dtype == torch.float32:
         # (h₁ + h₂)(u₁ + u₂) without h₂u₂: 16 bits of each factor, for a sum that is then rounded to 8.
         (h1, h2), (up1, up2) = _bf16_parts(h, 2), _bf16_parts(up, 2)
         return y.addmm_(torch.cat((h1, h1, h2), 1), torch.cat((up1, up2, up1), 0), alpha=scale)
@@ -176,11 +187,12 @@ def _dense(
         fresh = torch.cuda.is_current_stream_capturing()
     with _scratch_lock:
         key = (weight.device, dtype, stream)
-        held = None if fresh else _scratch.get(key)
+        held = None if fresh else _scratch.pop(key, None)
         if held is None or held.numel() < n * k:
+            held = None  # the old one goes before the new one comes
             held = torch.empty(n * k, dtype=dtype, device=weight.device)
-            if not fresh:
-                _scratch[key] = held
+        if not fresh:
+            _scratch[key] = held
         out = held[: n * k].view(n, k)
         if quant:
             nf4.dequantize_into(out, weight.contiguous(), *_quant_args(quant), blocksize, blocksize2)
@@ -204,6 +216,13 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _down(x: torch.Tensor, a: Tensors, x_lora: Optionals, lora_dtype: torch.dtype) -> torch.Tensor:
+    """The adapters' h = x̃ Aᵀ side by side, [T, Σr] in ``lora_dtype``."""
+    sources = (_rows(x if own is None else own) for own in x_lora)
+    hs = [_matmul(source, down.to(lora_dtype).t(), lora_dtype) for source, down in zip(sources, a, strict=True)]
+    return hs[0] if len(hs) == 1 else torch.cat(hs, 1)
+
+
 def _forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -212,14 +231,12 @@ def _forward(
     blocksize: int,
     blocksize2: int,
     bias: torch.Tensor | None,
-    a: Tensors,
+    h: torch.Tensor | None,
     b: Tensors,
     b_bias: Optionals,
-    x_lora: Optionals,
     scaling: Sequence[float],
-    lora_dtype: torch.dtype,
     out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     rows = _rows(x)
     # The adapters' own biases are constants of the layer: they join the base's, in fp32.
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -233,16 +250,13 @@ def _forward(
         else:
             y = _matmul(rows, dense.t(), out_dtype)
             y = y if total is None else y.add_(total)
-    hs = []
-    for i, down in enumerate(a):
-        other = x_lora[i]
-        source = rows if other is None else _rows(other)
-        h = _matmul(source, down.to(lora_dtype).t(), lora_dtype)
-        _add_thin(y, h, b[i].to(lora_dtype).t(), scaling[i])
-        hs.append(h)
-    if not hs:
-        return y.view(*x.shape[:-1], y.shape[-1]), x.new_empty((rows.shape[0], 0), dtype=lora_dtype)
-    return y.view(*x.shape[:-1], y.shape[-1]), hs[0] if len(hs) == 1 else torch.cat(hs, 1)
+    start = 0
+    for up, scale in zip(b, scaling, strict=True):
+        assert h is not None
+        end = start + up.shape[1]
+        _add_thin(y, h[:, start:end], up.to(h.dtype).t(), scale)
+        start = end
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _backward(
@@ -309,21 +323,14 @@ def _backward(
     return [dx.view(*dy.shape[:-1], k) if need_x else dx, dw, dsum, *grads]
 
 
+def _down_fake(x: torch.Tensor, a: Tensors, x_lora: Optionals, lora_dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty((math.prod(x.shape[:-1]), sum(t.shape[0] for t in a)), dtype=lora_dtype)
+
+
 def _forward_fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    quant: Tensors,
-    shape: Sequence[int],
-    blocksize: int,
-    blocksize2: int,
-    bias: torch.Tensor | None,
-    a: Tensors,
-    *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    lora_dtype, out_dtype = rest[-2:]
-    n = shape[0] if quant else weight.shape[0]
-    y = x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
-    return y, x.new_empty((math.prod(x.shape[:-1]), sum(t.shape[0] for t in a)), dtype=lora_dtype)
+    x: torch.Tensor, weight: torch.Tensor, quant: Tensors, shape: Sequence[int], *rest: Any
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], shape[0] if quant else weight.shape[0]), dtype=rest[-1])
 
 
 def _backward_fake(
@@ -366,9 +373,13 @@ def _backward_fake(
 
 
 _WEIGHT = "Tensor weight, Tensor[] quant, SymInt[] shape, int blocksize, int blocksize2"
+# h has an op of its own: a backward that recomputes a layer needs h of each linear, but not the output of its last one.
+_raw_down = raw_op(
+    "lora_linear_down(Tensor x, Tensor[] a, Tensor?[] x_lora, ScalarType lora_dtype) -> Tensor", _down, _down_fake
+)
 _raw = raw_op(
-    f"lora_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor[] a, Tensor[] b, Tensor?[] b_bias, Tensor?[] x_lora, "
-    "float[] scaling, ScalarType lora_dtype, ScalarType out_dtype) -> (Tensor, Tensor)",
+    f"lora_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? h, Tensor[] b, Tensor?[] b_bias, float[] scaling, "
+    "ScalarType out_dtype) -> Tensor",
     _forward,
     _forward_fake,
 )
@@ -407,7 +418,8 @@ class _LoraLinear(torch.autograd.Function):
         a, b, b_bias, x_lora = (list(rest[i * c.adapters : (i + 1) * c.adapters]) for i in range(4))
         scale = list(c.scaling)
         where = (weight, quant, c.shape, c.blocksize, c.blocksize2)
-        y, h = _raw(x, *where, bias, a, b, b_bias, x_lora, scale, c.lora_dtype, c.out_dtype)
+        h = _raw_down(x, a, x_lora, c.lora_dtype) if a else None
+        y = _raw(x, *where, bias, h, b, b_bias, scale, c.out_dtype)
         needs = ctx.needs_input_grad
         first = 4 + c.quant
         need_a, need_b, need_b_bias, need_x_lora = (
@@ -569,7 +581,7 @@ OP = register(
         call=lora_linear,
         reference=lora_linear_reference,
         supported=supported,
-        raw=("lora_linear", "lora_linear_backward"),
+        raw=("lora_linear_down", "lora_linear", "lora_linear_backward"),
         recompute=Recompute.KEEP,
         cost=cost,
     )

@@ -166,6 +166,14 @@ def test_slabs(name, monkeypatch):
     check(DTYPES[name], own=False, bias=True)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["x", "dropout"])
+@pytest.mark.parametrize("name", [n for n in DTYPES if "bf16" in n])
+def test_bf16_parts_on_any_device(name, own, monkeypatch):
+    """What CUDA does where bf16 meets fp32, with the same sums: products of parts, each in fp32."""
+    monkeypatch.setattr(module, "_splits", lambda half: half.dtype == BF16)
+    check(DTYPES[name], own=own, bias=True, ranks=(4, 3))
+
+
 def test_parts_carry_fp32():
     """Three bf16 parts are an fp32 number, two are 16 bits of it."""
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
@@ -254,22 +262,25 @@ def test_opcheck(quant, own):
     x, weight, bias, a, b, scaling = args
     x_lora = list(kwargs.get("x_lora", (None, None)))
     where = (weight, list(kwargs.get("quant", ())), list(kwargs.get("shape", ())), 64, 256)
-    raw = (x, *where, bias, a, b, [None, None], x_lora, scaling, F32, BF16)
 
     def detach(v):
-        return [detach(t) for t in v] if isinstance(v, list) else v.detach() if isinstance(v, torch.Tensor) else v
+        return (
+            [detach(t) for t in v] if isinstance(v, (list, tuple)) else v.detach() if isinstance(v, torch.Tensor) else v
+        )
 
-    raw = detach(list(raw))
-    torch.library.opcheck(torch.ops.fastft.lora_linear.default, tuple(raw), raise_exception=True)
-    y, h = torch.ops.fastft.lora_linear.default(*raw)
+    def opcheck(op, *arguments):
+        arguments = detach(arguments)
+        torch.library.opcheck(op, arguments, raise_exception=True)
+        return op(*arguments)
+
+    ops = torch.ops.fastft
+    h = opcheck(ops.lora_linear_down.default, x, a, x_lora, F32)
+    y = opcheck(ops.lora_linear.default, x, *where, bias, h, b, [None, None], scaling, BF16)
     own_input = [t is not None for t in x_lora]
-    backward = (
-        torch.ones_like(y), x, *where, a, b, x_lora, own_input, h, scaling, BF16, F32,
+    opcheck(
+        ops.lora_linear_backward.default, torch.ones_like(y), x, *where, a, b, x_lora, own_input, h, scaling, BF16, F32,
         True, quant is None, True, [True, False], [False, True], own_input,
     )  # fmt: skip
-    torch.library.opcheck(
-        torch.ops.fastft.lora_linear_backward.default, tuple(detach(list(backward))), raise_exception=True
-    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
