@@ -166,22 +166,10 @@ def _not_a_head(node: fx.Node) -> Reason:
     return Reason("head", f"the logits come from {what}, not from a linear layer")
 
 
-class _Operands(dict[str, Any]):
-    """The operands of ``lazy_logits``. The tensors are read off the head's linear when the output is dropped from the
-    graph: until then, rules that come after this one replace what it reads (the last norm)."""
-
-    def __init__(self, linear: fx.Node, **constants: Any) -> None:
-        super().__init__(constants)
-        self.linear = linear
-
-    def items(self) -> Any:
-        x, weight, bias = see(self.linear).args
-        return {"hidden": through(x, "noop"), "weight": weight, "bias": bias, **self}.items()
-
-
 def _returned(chain: _Chain) -> dict[fx.Node, dict[str, Any]] | Reason:
     """The logits that the graph returns, as operands of ``lazy_logits``; or the reason that others need them."""
     lazy: dict[fx.Node, dict[str, Any]] = {}
+    x, weight, bias = see(chain.linear).args
     for node in chain.inside:
         if see(node).op == "cross_entropy":
             continue
@@ -194,14 +182,16 @@ def _returned(chain: _Chain) -> dict[fx.Node, dict[str, Any]] | Reason:
             maths = chain.logits.get(node)
             if maths is None or maths.tanh:
                 return Reason("escapes", f"{node.name}, a part of the logits, is an output of the graph")
-            lazy[result] = _Operands(
-                chain.linear,
-                softcap=maths.softcap,
-                scale=maths.scale,
-                divisor=maths.divisor,
-                dtype=dtype(result),
-                head_dtype=dtype(chain.linear),
-            )
+            lazy[result] = {
+                "hidden": through(x, "noop"),
+                "weight": weight,
+                "bias": bias,
+                "softcap": maths.softcap,
+                "scale": maths.scale,
+                "divisor": maths.divisor,
+                "dtype": dtype(result),
+                "head_dtype": dtype(chain.linear),
+            }
     return lazy
 
 

@@ -111,7 +111,7 @@ def value_and_gradients(make, read, h, w, b, maths):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest floating-point tensor that any operation gives, lazy ones and those without memory aside."""
+    """Elements of the largest floating-point tensor that any operation gives; lazy ones have no memory."""
 
     numel = 0
 

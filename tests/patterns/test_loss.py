@@ -1,0 +1,232 @@
+"""Loss rules: every spelling of head and cross-entropy, what happens to returned logits, and what is left alone, with
+its reason.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastft
+from fastft.lazy_logits import LazyLogits
+from fastft.patterns.loss import rows_linear_cross_entropy
+from tests.patterns._sites import check_site, rewritten
+
+B, S, H, V = 2, 6, 8, 19
+LABELS = torch.randint(0, V, (B, S), generator=torch.Generator().manual_seed(0))
+LABELS[0, 2] = -100
+ONE = {"linear_cross_entropy": 1}
+
+
+def operands(dtype=torch.float32, bias=False):
+    torch.manual_seed(0)
+    shapes = [(B, S, H), (V, H), *([(V,)] if bias else [])]
+    return [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+
+
+def stock(logits, labels=LABELS, num_items=None, **options):
+    """transformers' ForCausalLMLoss."""
+    logits = logits.float()
+    labels = F.pad(labels, (0, 1), value=-100)
+    shift_labels = labels[..., 1:].contiguous()
+    logits = logits.view(-1, V)
+    shift_labels = shift_labels.view(-1).to(logits.device)
+    reduction = "mean" if num_items is None else "sum"
+    loss = F.cross_entropy(logits, shift_labels, ignore_index=-100, reduction=reduction, **options)
+    return loss if num_items is None else loss / num_items
+
+
+def own_shift(z):
+    return F.cross_entropy(z[..., :-1, :].contiguous().view(-1, V), LABELS[..., 1:].contiguous().view(-1))
+
+
+def softcap(z, cap=5.0):
+    z = z / cap
+    z = torch.tanh(z)
+    return z * cap
+
+
+SPELLINGS = {
+    "transformers": lambda h, w: stock(F.linear(h, w)),
+    "transformers, num_items_in_batch": lambda h, w: stock(F.linear(h, w), num_items=torch.tensor(7)),
+    "transformers, whole slice": lambda h, w: stock(F.linear(h[:, slice(0, None), :], w)),
+    "transformers, logits_to_keep": lambda h, w: stock(F.linear(h[:, -4:, :], w), LABELS[:, -4:]),
+    "own shift": lambda h, w: own_shift(F.linear(h, w)),
+    "own shift, fp32": lambda h, w: own_shift(F.linear(h, w).float()),
+    "own shift, other axes": lambda h, w: F.cross_entropy(
+        F.linear(h, w)[:, :-1].reshape((-1, V)), LABELS[:, 1:].reshape(-1), reduction="sum"
+    ),
+    "flatten": lambda h, w: F.cross_entropy(F.linear(h, w).flatten(0, 1), LABELS.flatten()),
+    "module": lambda h, w: torch.nn.CrossEntropyLoss(ignore_index=3)(
+        F.linear(h, w).view(B * S, V), LABELS.view(-1) % V
+    ),
+    "per token": lambda h, w: F.cross_entropy(F.linear(h, w).view(-1, V), LABELS.view(-1), reduction="none"),
+    "hidden states shifted": lambda h, w: F.cross_entropy(
+        F.linear(h[:, :-1].flatten(0, 1), w), LABELS[:, 1:].flatten()
+    ),
+    "one sequence": lambda h, w: F.cross_entropy(F.linear(h, w)[0], LABELS[0]),
+    "two slices": lambda h, w: F.cross_entropy(F.linear(h, w)[1:, :, :][:, 2:-1].view(-1, V), LABELS[1:, 3:].flatten()),
+    "softcap (Gemma 2)": lambda h, w: stock(softcap(F.linear(h, w))),
+    "softcap, written otherwise": lambda h, w: stock(5.0 * (F.linear(h, w) * 0.2).tanh()),
+    "scale (Cohere)": lambda h, w: stock(F.linear(h, w) * 0.0625),
+    "scale before": lambda h, w: stock(0.25 * F.linear(h, w)),
+    "scaling (Granite)": lambda h, w: stock(F.linear(h, w) / 6.0),
+    "scale and softcap": lambda h, w: stock(softcap(F.linear(h, w) * 2)),
+    "scale of picked rows": lambda h, w: F.cross_entropy(
+        F.linear(h, w)[:, 1:].reshape(-1, V) / 3, LABELS[:, 1:].flatten()
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings(spelling, dtype, tolerance):
+    graph = check_site(SPELLINGS[spelling], *operands(dtype), counts=ONE, tolerance=tolerance)
+    left = {n.target for n in graph.graph.nodes}
+    assert rows_linear_cross_entropy in left and not left & {F.cross_entropy, torch._C._nn.linear, torch.tanh}
+
+
+def test_bias():
+    check_site(lambda h, w, b: stock(F.linear(h, w, b)), *operands(bias=True), counts=ONE)
+
+
+def test_autocast():
+    def fn(h, w):
+        with torch.autocast("cpu", torch.bfloat16):
+            return stock(F.linear(h, w))
+
+    check_site(fn, *operands(), counts=ONE, tolerance=2e-2)
+
+
+def test_symbolic_sizes():
+    def fn(h, w, labels):
+        return own_shift_of(F.linear(h, w), labels)
+
+    def own_shift_of(z, labels):
+        return F.cross_entropy(z[:, : z.shape[1] - 1].reshape(-1, V), labels[:, 1:].reshape(-1))
+
+    h, w = operands()
+    for t in (h, labels := LABELS.clone()):
+        torch._dynamo.mark_dynamic(t, 0)
+        torch._dynamo.mark_dynamic(t, 1)
+    result, report, graph = rewritten(fn, h, w, labels)
+    assert report.counts == ONE and any(
+        "sym" in str(n.meta.get("example_value")) or "s" in n.name for n in graph.graph.nodes
+    )
+    assert torch.allclose(result, fn(h, w, labels))
+
+
+# -- logits that are returned
+
+
+def compiled(fn):
+    torch._dynamo.reset()
+    return torch.compile(fn, backend="fastft", options={"residual": "eager", "strict": True}, fullgraph=True)
+
+
+RETURNS = {
+    "logits": lambda z: (stock(z), z),
+    "softcapped": lambda z: (stock(zz := softcap(z)), zz),
+    "scaled": lambda z: (stock(zz := z / 6.0), zz),
+    "before the softcap": lambda z: (stock(softcap(z)), z),
+    "accelerate's float()": lambda z: (stock(z), z.float()),
+    "both": lambda z: (stock(z), z, z.float()),
+    "twice": lambda z: (z, stock(z), z),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("returned", RETURNS)
+def test_returned_logits_are_lazy(returned, dtype):
+    def fn(h, w):
+        # A norm that another table replaces after the loss was: the hidden states that are returned are its result.
+        x = h.float()
+        x = (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype)
+        return RETURNS[returned](F.linear(x, w))
+
+    h, w = operands(dtype)
+    ours, theirs = compiled(fn)(h, w), fn(h, w)
+    assert fastft.reports()[-1].counts == {"linear_cross_entropy": 1, "rms_norm": 1}
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=4e-2)
+    for a, e in zip(ours, theirs, strict=True):
+        assert isinstance(a, LazyLogits) is (e.dim() > 0)
+        torch.testing.assert_close(a + 0, e, **tolerance)
+    read = [
+        torch.autograd.grad(sum(x.float().square().mean() for x in compute(h, w)), [h, w])
+        for compute in (compiled(fn), fn)
+    ]
+    for a, e in zip(*read, strict=True):
+        assert ((a - e).float().norm() / e.float().norm()) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_without_gradients_logits_are_real():
+    h, w = operands()
+    fn = RETURNS["logits"]
+    with torch.no_grad():
+        ours = compiled(lambda h, w: fn(F.linear(h, w)))(h, w)
+    assert type(ours[1]) is torch.Tensor
+    (site,) = [s for s in fastft.reports()[-1].sites if s.pattern == "linear_cross_entropy"]
+    assert site.status == "missed" and site.reason.startswith("no_grad")
+
+
+def test_loss_alone_is_fused_without_gradients_too():
+    h, w = operands()
+    with torch.no_grad():
+        loss = compiled(lambda h, w: stock(F.linear(h, w)))(h, w)
+    assert fastft.reports()[-1].counts == ONE
+    assert torch.allclose(loss, stock(F.linear(h, w)))
+
+
+# -- what is left alone
+
+LORA = torch.randn(V, H)
+LEFT_ALONE = {
+    "label smoothing": ("label_smoothing", lambda h, w: stock(F.linear(h, w), label_smoothing=0.1)),
+    "class weights": ("class_weight", lambda h, w: stock(F.linear(h, w), weight=torch.ones(V))),
+    "adapter": ("adapter", lambda h, w: stock(F.linear(h, w) + F.linear(h, LORA) * 2)),
+    "other reader": ("escapes", lambda h, w: stock(z := F.linear(h, w)) + 0.1 * z.float().logsumexp(-1).mean()),
+    "entropy returned": ("escapes", lambda h, w: (stock(z := F.linear(h, w)), z.softmax(-1))),
+    "rows returned": (
+        "escapes",
+        lambda h, w: (F.cross_entropy(z := F.linear(h, w)[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten()), z),
+    ),
+    "two losses": ("escapes", lambda h, w: stock(z := F.linear(h, w)) + own_shift(z)),
+    "scale by a tensor": ("maths", lambda h, w: stock(F.linear(h, w) * h.mean())),
+    "tanh alone": ("maths", lambda h, w: stock(torch.tanh(F.linear(h, w)))),
+    "two softcaps": ("maths", lambda h, w: stock(softcap(softcap(F.linear(h, w))))),
+    "tanh scaled by a negative": ("maths", lambda h, w: stock(-3.0 * torch.tanh(F.linear(h, w)))),
+    "part of the vocabulary": (
+        "shape",
+        lambda h, w: F.cross_entropy(F.linear(h, w)[..., :12].reshape(-1, 12), LABELS.view(-1).clamp(max=11)),
+    ),
+    "classes second": ("shape", lambda h, w: F.cross_entropy(F.linear(h, w).transpose(1, 2), LABELS)),
+    "class probabilities": (
+        "shape",
+        lambda h, w: F.cross_entropy(F.linear(h, w).view(-1, V), torch.full((B * S, V), 1 / V)),
+    ),
+    "rows picked by a tensor": (
+        "shape",
+        lambda h, w: F.cross_entropy(F.linear(h, w)[torch.arange(B), torch.tensor([3, 1])], LABELS[:, 0] % V),
+    ),
+    "rounded before the loss": ("dtype", lambda h, w: stock(F.linear(h, w).half())),
+    "no linear": ("head", lambda h, w: stock(torch.sin(F.linear(h, w)))),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_left_alone_with_a_reason(name):
+    code, fn = LEFT_ALONE[name]
+    result, report, _ = rewritten(fn, *operands())
+    sites = [s for s in report.sites if s.pattern == "linear_cross_entropy"]
+    assert sites and all(s.status == "missed" and s.reason.startswith(code + ":") for s in sites), [
+        s.reason for s in sites
+    ]
+    expected = fn(*operands())
+    first, second = (r[0] if isinstance(r, tuple) else r for r in (result, expected))
+    assert torch.allclose(first, second)
+
+
+def test_a_loss_of_something_else_is_no_site():
+    _, report, _ = rewritten(lambda h, w: F.mse_loss(F.linear(h, w), torch.zeros(B, S, V)), *operands())
+    assert not report.sites
