@@ -10,6 +10,7 @@ The first bridge is laid before anything is compiled (:mod:`fastft.autoload`), s
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from types import ModuleType
 
@@ -36,20 +37,23 @@ TABLE: tuple[Spec, ...] = (
         library="accelerate",
         oldest="1.0",
         does='torch_compile_backend="fastft" is a backend that accelerate knows',
+        otherwise='use model.compile(backend="fastft") in place of torch_compile_backend="fastft"',
     ),
     Spec(
         "compiled_wrapper",
         modules=("transformers.trainer", "peft.peft_model"),
         library="transformers",
-        oldest="5.0",
+        oldest="5.17",
         does="a torch.compile wrapper given to a trainer or to PEFT is compiled in place: they see the model itself",
+        otherwise='use model.compile(backend="fastft"), which makes no wrapper; TRL would train a wrapper uncompiled',
     ),
     Spec(
         "peft_hook",
         modules=("transformers.modeling_utils", "peft.peft_model", "peft.mixed_model", "peft.utils.other"),
         library="transformers",
-        oldest="5.0",
+        oldest="5.17",
         does="the hook that makes embeddings require a gradient is traced, where it would split the graph",
+        otherwise="with enable_input_require_grads the graph is split behind the embedding, and compiling takes longer",
     ),
     Spec(
         "trl_head",
@@ -57,16 +61,19 @@ TABLE: tuple[Spec, ...] = (
         library="trl",
         oldest="1.16",
         does="TRL's chunked head is traced as one linear_log_prob, without graph breaks",
+        otherwise="the model's backbone is compiled, TRL's head runs in eager",
     ),
     Spec(
         "peft_dora",
         modules=("peft.utils.integrations", "peft.tuners.lora.dora"),
         library="peft",
-        oldest="0.17",
+        oldest="0.21",
         does="DoRA's look at the base weight is traced, where it would break the graph in every layer",
+        otherwise="DoRA breaks the graph in every adapted layer",
     ),
 )
 
+_log = logging.getLogger("fastft")
 _NAMES = tuple(spec.name for spec in TABLE)
 #: name of bridge → module → how it went: status and reason.
 _OUTCOMES: dict[str, dict[str, tuple[str, str]]] = {}
@@ -98,6 +105,9 @@ def _apply(spec: Spec, module: ModuleType) -> None:
         outcome = STAYED_OUT, str(reason)
     except Exception as error:  # This runs inside somebody's import statement, which must not fail because of us.
         outcome = STAYED_OUT, f"{type(error).__name__}: {error}"
+    if outcome[0] == STAYED_OUT:
+        outcome = STAYED_OUT, f"{outcome[1]}; {spec.otherwise}"
+        _log.warning("bridge %s stayed out of %s: %s", spec.name, module.__name__, outcome[1])
     _OUTCOMES[spec.name][module.__name__] = outcome
 
 
@@ -109,7 +119,7 @@ def rows() -> list[Bridge]:
 
 def _row(spec: Spec, off: bool) -> Bridge:
     if off:
-        return Bridge(spec.name, SWITCHED_OFF, "by FASTFT_BRIDGES")
+        return Bridge(spec.name, SWITCHED_OFF, f"by FASTFT_BRIDGES; {spec.otherwise}")
     outcomes = _OUTCOMES.get(spec.name)
     if outcomes is None:
         return Bridge(spec.name, NOT_NEEDED, "nothing was compiled with fastft yet")

@@ -28,8 +28,9 @@ class Spec:
     """A row of the table of bridges.
 
     ``modules``: the modules of the other library that it changes, each as soon as it is imported, by
-    ``fastft.bridges.<name>.apply(module)``. ``library``, ``oldest``: the first version it is right for (there is no
-    newest: what it replaces is checked instead). ``does``: for the report.
+    ``fastft.bridges.<name>.apply(module)``.
+    ``library``, ``oldest``: the first version it was made for (no newest: what it replaces is checked instead).
+    ``does``, ``otherwise``: for the report, what it changes, and what to expect or do without it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Spec:
     library: str
     oldest: str
     does: str
+    otherwise: str
 
 
 class StayOut(Exception):

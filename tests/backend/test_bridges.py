@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.backends.registry import _COMPILER_FNS
 from torch.utils.checkpoint import checkpoint
 
@@ -105,7 +107,9 @@ def test_a_wrong_switch_names_the_nearest(monkeypatch: pytest.MonkeyPatch, value
         (KeyError("x"), "stayed out", "KeyError: 'x'"),
     ],
 )
-def test_a_bridge_never_raises(monkeypatch: pytest.MonkeyPatch, error: Exception, status: str, reason: str) -> None:
+def test_a_bridge_never_raises(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, status: str, reason: str
+) -> None:
     def apply(module: ModuleType) -> None:
         raise error
 
@@ -116,11 +120,14 @@ def test_a_bridge_never_raises(monkeypatch: pytest.MonkeyPatch, error: Exception
     monkeypatch.setattr(bridges, "check_version", lambda spec: None)
     spec = next(s for s in bridges.TABLE if s.name == "trl_head")
     bridges._apply(spec, ModuleType("trl.trainer.utils"))
+    if status == "stayed out":
+        reason += f"; {spec.otherwise}"
     assert next(r for r in bridges.rows() if r.name == "trl_head") == bridges.Bridge("trl_head", status, reason)
+    assert ("trl_head stayed out" in caplog.text) == (status == "stayed out")
 
 
 def test_version_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = _bridge.Spec("x", modules=(), library="somelibrary", oldest="1.16", does="")
+    spec = _bridge.Spec("x", modules=(), library="somelibrary", oldest="1.16", does="", otherwise="")
     library = ModuleType("somelibrary")
     monkeypatch.setitem(sys.modules, "somelibrary", library)
     for version in ("1.16.0", "1.16rc1", "1.17.0.dev0", "2.0+cu130"):
@@ -198,6 +205,8 @@ def test_tracing_is_true_for_fastft_only(ours: Recorder, other: Recorder) -> Non
 def test_is_fastft(ours: Recorder) -> None:
     from fastft.compiler import fastft
 
+    split = DDPOptimizer(bucket_bytes_cap=1 << 25, backend_compile_fn=fastft).compile_fn
+    assert _tracing.is_fastft(split) and _tracing.is_fastft(functools.partial(fastft, mode=None))
     assert _tracing.is_fastft("fastft") and _tracing.is_fastft(ours) and _tracing.is_fastft(fastft)
     assert not any(map(_tracing.is_fastft, ("inductor", None, print, torch.compile)))
 
