@@ -1,37 +1,42 @@
-"""Scaled dot-product attention with a structured mask, and with un-repeated keys and values (grouped-query attention).
+"""Scaled dot-product attention with a structured mask and un-repeated keys and values (grouped-query attention).
 
 Maths, for each batch b, query head h and its key head h' = h // (Hq / Hk), with s = scale · q kᵀ::
 
     s ← softcap · tanh(s / softcap)     (softcap > 0)
     s ← −∞ where the mask hides         p = softmax(s)         out = p v
 
-The mask is a conjunction, of which a query q and a key k (positions in the sequence) must pass every part:
+The mask is a conjunction; a query q and a key k (positions in the sequence) must pass every part:
 
 * ``causal``: k ≤ q;
 * ``window`` w > 0: k > q − w (Mistral, Gemma);
-* ``chunk`` c > 0: ⌊(k − l) / c⌋ = ⌊(q − l) / c⌋, l being the row's left padding (Llama 4);
+* ``chunk`` c > 0: ⌊(k − l) / c⌋ = ⌊(q − l) / c⌋, l being the sequence's left padding (Llama 4);
 * ``padding`` ``[B, Sk]``: key k is no padding;
-* ``positions`` ``[B, S]``: q and k lie in the same document; a new one starts where ``diff(position_ids) != 1`` (packing);
+* ``positions`` ``[B, S]``: q and k lie in one document; a new one starts where ``diff(position_ids) != 1`` (packing);
 * ``dense``, broadcastable to ``[B, Hq, Sq, Sk]``: boolean (True: visible), or additive.
 
 A query that sees no key gives 0, as PyTorch's own attention does.
 
-Except for padding and dense, every causal mask lets a query see one interval of keys: from ``start(q)``, which never decreases, to q itself. So a key is
-seen by the queries from itself to before ``stop(k)``, which never decreases either. The kernel skips every tile outside these intervals and masks only
-tiles on their edges; packed documents therefore cost what they would cost apart. Whether there is any real padding, or more than one document, is known
-on the device only: ``attention_mask`` finds out once for a step, for all layers, and says it in a boolean on the CPU (the step's one synchronisation).
-When the answer is no, attention is plainly causal and goes to cuDNN, the fastest there is on Hopper (measured, H100, 32 heads of 128, 4×2048: 520
-TFLOP/s forward, 391 backward). Everything else goes to the Triton kernels here.
+Except for padding and dense, every causal mask lets a query see one interval of keys: from ``start(q)``, which never
+decreases, to q itself. So a key is seen by the queries from itself to before ``stop(k)``, which never decreases either.
+The kernels skip every tile outside these intervals and mask only tiles on their edges; packed documents therefore cost
+what they would cost apart. Whether there is any real padding, or more than one document, is known on the device only:
+``attention_mask`` finds out once for a step, for all layers, and says it in a boolean on the CPU (the step's one
+synchronisation). When the answer is no, attention is plainly causal and goes to cuDNN, the fastest there is on Hopper
+(measured, H100, 32 heads of 128, 4×2048: 520 TFLOP/s forward, 391 backward). Everything else goes to the Triton kernels
+here.
 
-Backward, from the saved out and logsumexp L, with do the gradient of out (FlashAttention 2, https://arxiv.org/abs/2307.08691, appendix B)::
+Backward, from the saved out and logsumexp L, with do the gradient of out (FlashAttention 2,
+https://arxiv.org/abs/2307.08691, section 3.1)::
 
     p = exp(s − L)      dv = pᵀ do      dp = do vᵀ      δ = Σ_d do · out      ds = p (dp − δ)
 
-times ``1 − tanh²(s / softcap)`` with a softcap; then ``dq = scale · ds k``, ``dk = scale · dsᵀ q``, summed over the query heads of a key head. The
-probabilities are never in memory. dq has its own kernel, dk and dv another that owns a tile of keys for all query heads of the group: no atomics.
+times ``1 − tanh²(s / softcap)`` with a softcap; then ``dq = scale · ds k``, ``dk = scale · dsᵀ q``, summed over the
+query heads of a key head. The probabilities are never in memory. dq has its own kernel, dk and dv another that owns a
+tile of keys for all query heads of the group: no atomics.
 
-Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hk, Sk, D]``, v ``[B, Hk, Sk, Dv]``, out ``[B, Hq, Sq, Dv]``, of any strides; out and the gradients lie in memory
-as ``[B, S, H, D]``, which is what the projections around attention read and write. Saved: q, k, v, out, and one fp32 number for each query and head.
+Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hk, Sk, D]``, v ``[B, Hk, Sk, Dv]``, out ``[B, Hq, Sq, Dv]``, of any strides; out
+and the gradients lie in memory as ``[B, S, H, D]``, which is what the projections around attention read and write.
+Saved: q, k, v, out, and one fp32 number for each query and head.
 """
 
 from __future__ import annotations
@@ -64,7 +69,7 @@ def visible(
     padding: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """The mask as a dense boolean ``[B or 1, 1, Sq, Sk]``, True where a query sees a key; None when every query sees every key."""
+    """The mask as a dense boolean ``[B or 1, 1, Sq, Sk]``, True where a query sees a key; None when all see all."""
     q = torch.arange(q_length, device=device)[:, None]
     k = torch.arange(k_length, device=device)[None, :]
     parts = []
@@ -156,7 +161,10 @@ MAX_D = 256
 
 
 def _tiles(kernel: str, d: int, dtype: torch.dtype) -> dict[str, int]:
-    """Queries and keys in a tile, warps and pipeline stages of ``kernel`` ("forward", "dq", "dkdv") for heads of size ``d`` (rounded up to 2ⁿ)."""
+    """Queries and keys in a tile, warps and pipeline stages of ``kernel`` ("forward", "dq", "dkdv").
+
+    ``d``: size of a head, rounded up to a power of two.
+    """
     if INTERPRET:  # several tiles at the tests' small sizes
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     if dtype == torch.float32:  # no tensor cores, and twice the shared memory
@@ -213,12 +221,20 @@ def _softcap(s, scale, SOFTCAP: tl.constexpr):
 
 
 @jit
+def _load(at, mask, MASKED: tl.constexpr):
+    """A tile, zero where ``mask`` is False; without looking at the mask where it is known to be True everywhere."""
+    if MASKED:
+        return tl.load(at, mask=mask, other=0.0)
+    return tl.load(at)
+
+
+@jit
 def _dense_mask(s, mask, DENSE: tl.constexpr):
     """Apply a tile of a dense mask: boolean (1) or additive (2)."""
     if DENSE == 1:
         s = tl.where(mask != 0, s, float("-inf"))
     if DENSE == 2:
-        # finfo.min times log₂e would be −∞: a row that a finite mask hides everywhere keeps PyTorch's uniform weights instead.
+        # finfo.min times log₂e would be −∞: a row that a finite mask hides everywhere keeps PyTorch's uniform weights.
         bias = mask.to(tl.float32)
         s += tl.where(bias == float("-inf"), float("-inf"), tl.maximum(bias * 1.4426950408889634, -1e38))
     return s
@@ -234,21 +250,15 @@ def _forward_tiles(
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add keys lo..hi to a tile of queries. ``EDGE``: some pairs in these tiles are outside the mask or the sequence."""
+    """Add keys lo..hi to a tile of queries. ``EDGE``: some pairs in there are outside the mask or the sequence."""
     for n in range(lo, hi, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
         inside = cols < Sk
         n64 = tl.cast(n, tl.int64)
         k_at = k_ptr + n64 * k_s + (d[:, None] + tl.arange(0, BLOCK_N)[None, :] * k_s)
         v_at = v_ptr + n64 * v_s + (dv[None, :] + tl.arange(0, BLOCK_N)[:, None] * v_s)
-        if EDGE or BLOCK_D != D:
-            k = tl.load(k_at, mask=inside[None, :] & (d < D)[:, None], other=0.0)
-        else:
-            k = tl.load(k_at)
-        if EDGE or BLOCK_DV != DV:
-            v = tl.load(v_at, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
-        else:
-            v = tl.load(v_at)
+        k = _load(k_at, inside[None, :] & (d < D)[:, None], EDGE or BLOCK_D != D)
+        v = _load(v_at, inside[:, None] & (dv < DV)[None, :], EDGE or BLOCK_DV != DV)
         s, _ = _softcap(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
         if DENSE:
             s = _dense_mask(
@@ -279,9 +289,10 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, start_ptr, keep_ptr, dense_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, dense_b, dense_h, dense_m, dense_n,
     Hq, Sq, Sk, tiles, scale,
-    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
     tile = tl.program_id(0) % tiles
@@ -315,22 +326,25 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    # Keys in three runs: tiles on the left edge of the interval, tiles that every query of the tile sees whole, tiles on the right edge.
+    # Keys in three runs: tiles on the left edge of the interval, those that every query sees whole, those on the right.
     if BOUNDED:
         lo = tl.maximum(_first_key(m0, start_ptr, WINDOW, CHUNK, HAS_START), 0) // BLOCK_N * BLOCK_N
         last = _first_key(tl.minimum(m0 + BLOCK_M, Sq) - 1, start_ptr, WINDOW, CHUNK, HAS_START)
         inner = tl.cdiv(tl.maximum(last, 0), BLOCK_N) * BLOCK_N
         acc, m_i, l_i = _forward_tiles(
             acc, m_i, l_i, q, rows, first, lo, tl.minimum(inner, hi), k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True,
+            BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
         )  # fmt: skip
     acc, m_i, l_i = _forward_tiles(
         acc, m_i, l_i, q, rows, first, inner, outer, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False,
+        BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
     )  # fmt: skip
     acc, m_i, l_i = _forward_tiles(
         acc, m_i, l_i, q, rows, first, tl.maximum(inner, outer), hi, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True,
+        BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
     )  # fmt: skip
 
     # A query that saw no key: out = 0, and L = +∞ makes its p, and so its gradients, 0 in the backward.
@@ -376,14 +390,8 @@ def _dq_tiles(
         n64 = tl.cast(n, tl.int64)
         k_at = k_ptr + n64 * k_s + (d[:, None] + tl.arange(0, BLOCK_N)[None, :] * k_s)
         v_at = v_ptr + n64 * v_s + (dv[:, None] + tl.arange(0, BLOCK_N)[None, :] * v_s)
-        if EDGE or BLOCK_D != D:
-            k = tl.load(k_at, mask=inside[None, :] & (d < D)[:, None], other=0.0)
-        else:
-            k = tl.load(k_at)
-        if EDGE or BLOCK_DV != DV:
-            v = tl.load(v_at, mask=inside[None, :] & (dv < DV)[:, None], other=0.0)
-        else:
-            v = tl.load(v_at)
+        k = _load(k_at, inside[None, :] & (d < D)[:, None], EDGE or BLOCK_D != D)
+        v = _load(v_at, inside[None, :] & (dv < DV)[:, None], EDGE or BLOCK_DV != DV)
         s, tanh = _softcap(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
         if DENSE:
             s = _dense_mask(
@@ -410,9 +418,10 @@ def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, start_ptr, keep_ptr, dense_ptr, dq_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dq_b, dq_h, dq_s, dense_b, dense_h, dense_m, dense_n,
     Hq, Sq, Sk, tiles, scale,
-    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries: walks over keys as the forward does."""
     BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
@@ -455,16 +464,20 @@ def _dq_kernel(
         last = _first_key(tl.minimum(m0 + BLOCK_M, Sq) - 1, start_ptr, WINDOW, CHUNK, HAS_START)
         inner = tl.cdiv(tl.maximum(last, 0), BLOCK_N) * BLOCK_N
         dq = _dq_tiles(
-            dq, q, do, lse, delta, rows, first, lo, tl.minimum(inner, hi), k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+            dq, q, do, lse, delta, rows, first, lo, tl.minimum(inner, hi),
+            k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
+            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True,
+            BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
         )  # fmt: skip
     dq = _dq_tiles(
         dq, q, do, lse, delta, rows, first, inner, outer, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False,
+        BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
     )  # fmt: skip
     dq = _dq_tiles(
         dq, q, do, lse, delta, rows, first, tl.maximum(inner, outer), hi, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True,
+        BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
     )  # fmt: skip
     dq_at = dq_ptr + b * dq_b + h * dq_h + at[:, None] * dq_s + d[None, :]
     tl.store(dq_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
@@ -484,14 +497,8 @@ def _dkdv_tiles(
         m64 = tl.cast(m, tl.int64)
         q_at = q_ptr + m64 * q_s + (d[:, None] + tl.arange(0, BLOCK_M)[None, :] * q_s)
         do_at = do_ptr + m64 * do_s + (e[None, :] + tl.arange(0, BLOCK_M)[:, None] * do_s)
-        if EDGE or BLOCK_D != D:
-            q = tl.load(q_at, mask=inside[None, :] & (d < D)[:, None], other=0.0)
-        else:
-            q = tl.load(q_at)
-        if EDGE or BLOCK_DV != DV:
-            do = tl.load(do_at, mask=inside[:, None] & (e < DV)[None, :], other=0.0)
-        else:
-            do = tl.load(do_at)
+        q = _load(q_at, inside[None, :] & (d < D)[:, None], EDGE or BLOCK_D != D)
+        do = _load(do_at, inside[:, None] & (e < DV)[None, :], EDGE or BLOCK_DV != DV)
         if EDGE:
             lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
             delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
@@ -524,9 +531,10 @@ def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, stop_ptr, keep_ptr, dense_ptr, dk_ptr, dv_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
     dense_b, dense_h, dense_m, dense_n, Hq, Sq, Sk, tiles, scale,
-    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_START: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys: walks over the queries that see them, in every query head of the group."""
     BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
@@ -570,16 +578,19 @@ def _dkdv_kernel(
         # Queries in three runs, as the forward's keys: the diagonal, those that see the whole tile, the far edge.
         if CAUSAL:
             dk, dv = _dkdv_tiles(
-                dk, dv, k, v, cols, past, lo, tl.minimum(inner, hi), q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s,
-                dense_m, d, e, D, DV, CAUSAL, SOFTCAP, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+                dk, dv, k, v, cols, past, lo, tl.minimum(inner, hi),
+                q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s, dense_m, d, e,
+                D, DV, CAUSAL, SOFTCAP, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
             )  # fmt: skip
         dk, dv = _dkdv_tiles(
-            dk, dv, k, v, cols, past, inner, outer, q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s,
-            dense_m, d, e, D, DV, CAUSAL, SOFTCAP, DENSE, False, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+            dk, dv, k, v, cols, past, inner, outer,
+            q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s, dense_m, d, e,
+            D, DV, CAUSAL, SOFTCAP, DENSE, False, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
         )  # fmt: skip
         dk, dv = _dkdv_tiles(
-            dk, dv, k, v, cols, past, tl.maximum(inner, outer), hi, q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s,
-            dense_m, d, e, D, DV, CAUSAL, SOFTCAP, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+            dk, dv, k, v, cols, past, tl.maximum(inner, outer), hi,
+            q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s, dense_m, d, e,
+            D, DV, CAUSAL, SOFTCAP, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
         )  # fmt: skip
     dk *= scale
     if HAS_PADDING:  # a hidden key reached no output: what was summed for it is not its gradient
@@ -610,8 +621,13 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _or(x: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
+    """``x``, or a pointer that the kernel does not look at."""
+    return stand_in if x is None else x
+
+
 class _Call:
-    """What forward and backward work out from the same arguments: the mask that is left at run time, and who computes it."""
+    """What forward and backward work out from the same arguments: the mask left at run time, and who computes it."""
 
     def __init__(
         self,
@@ -674,7 +690,8 @@ class _Call:
         d = triton.next_power_of_2(max(self.d, 16))
         d_v = triton.next_power_of_2(max(self.d_v, 16))
         return {
-            "D": self.d, "DV": self.d_v, "GROUP": self.group, "CAUSAL": self.causal, "WINDOW": self.window, "CHUNK": self.chunk,
+            "D": self.d, "DV": self.d_v, "GROUP": self.group,
+            "CAUSAL": self.causal, "WINDOW": self.window, "CHUNK": self.chunk,
             "HAS_START": self.start is not None, "HAS_PADDING": self.keep is not None,
             "DENSE": 0 if self.dense is None else 1 if self.dense.dtype == torch.bool else 2, "SOFTCAP": self.softcap,
             "BLOCK_D": d, "BLOCK_DV": d_v, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
@@ -690,7 +707,7 @@ class _Call:
 
 
 def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> bool:
-    """Whether cuDNN computes this call: what PyTorch itself checks (device, dtype, shapes, versions, the user's switches)."""
+    """Whether cuDNN computes this call: PyTorch's own checks of device, shapes, versions and the user's switches."""
     if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128:  # wider heads have no backward in every cuDNN
         return False
     # Its backward adds up dq in whatever order tiles finish.
@@ -731,7 +748,7 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any) -> t
     tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])
     dense, dense_strides = call.dense_operand(q)
     _forward_kernel[(tiles * call.batch * call.heads,)](
-        q, k, v, call.start if call.start is not None else q, call.keep if call.keep is not None else q, dense, out, lse,
+        q, k, v, _or(call.start, q), _or(call.keep, q), dense, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *dense_strides,
         call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
     )  # fmt: skip
@@ -787,8 +804,8 @@ def _backward(
     if call.backend == "cudnn":
         seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            _as_bshd(do), q, k, v, out, lse.unsqueeze(-1), seed, seed, None, None, None, call.q_length, call.k_length, 0.0,
-            call.causal, scale=call.scale,
+            _as_bshd(do), q, k, v, out, lse.unsqueeze(-1), seed, seed, None, None, None,
+            call.q_length, call.k_length, 0.0, call.causal, scale=call.scale,
         )  # fmt: skip
         return tuple(
             _as_bshd(g) if w else n for g, w, n in zip(grads, (want_q, want_kv, want_kv), (dq, dk, dv), strict=True)
@@ -807,9 +824,7 @@ def _backward(
         return dq, dk, dv
     if call.backend == "math":
         return _backward_math(call, do, q, k, v, out, lse, dq, dk, dv)
-    start = call.start if call.start is not None else q
-    stop = call.stop if call.stop is not None else q
-    keep = call.keep if call.keep is not None else q
+    start, stop, keep = _or(call.start, q), _or(call.stop, q), _or(call.keep, q)
     dense, dense_strides = call.dense_operand(q)
     delta = torch.empty_like(lse)
     block = 64
