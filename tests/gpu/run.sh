@@ -85,7 +85,7 @@ step() { # STEP[:SECONDS] ARGUMENTS...
   local output; output=$(mktemp)
   local command
   case $name in
-    kernels) export OMP_NUM_THREADS=1 TRITON_INTERPRET=0; command=("$python" -m pytest tests/kernels -v --durations 12 -p no:cacheprovider --no-header --tb=short -rfE -n "$workers" --junitxml "$result.xml") ;;
+    kernels) export OMP_NUM_THREADS=1 TRITON_INTERPRET=0; command=("$python" -m pytest -o addopts=--import-mode=importlib tests/kernels -v --durations 12 -p no:cacheprovider --no-header --tb=short -rfE -n "$workers" --junitxml "$result.xml") ;;
     bench) command=("$python" -m pytest bench/kernels.py -p no:cacheprovider --no-header --tb=short -rfE --benchmark-quiet --benchmark-json "$result.json") ;;
     compare) command=("$python" bench/train.py compare --peers "$peers" --budget $((seconds - 10)) --log "$log" --out "$result.json") ;;
     run) command=("$python" bench/train.py run --out "$result.json") ;;
