@@ -196,7 +196,7 @@ def _load_z(
 
 @jit
 def _forward_kernel(
-    logits_ptr,  # [rows, V], overwritten by d log_prob / d r when GRADIENT
+    logits_ptr,  # [rows, V], each row STRIDE long, overwritten by d log_prob / d r when GRADIENT
     labels_ptr,  # int64 [rows]
     log_prob_ptr,
     lse_ptr,
@@ -205,6 +205,7 @@ def _forward_kernel(
     mean_logits_ptr,
     log_sum_sq_probs_ptr,
     V: tl.constexpr,
+    STRIDE: tl.constexpr,
     IGNORE_INDEX: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -220,7 +221,7 @@ def _forward_kernel(
     # One program is one token. An ignored token's logits are not even read, only its gradient is set to zero.
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
-    logits_ptr += row * V
+    logits_ptr += row * STRIDE
     if label == IGNORE_INDEX:
         tl.store(log_prob_ptr + row, 0.0)
         tl.store(lse_ptr + row, 0.0)
@@ -236,7 +237,7 @@ def _forward_kernel(
             for start in range(0, V, BLOCK):
                 offsets = start + tl.arange(0, BLOCK)
                 zero = tl.zeros((BLOCK,), tl.float32)
-                tl.store(logits_ptr + offsets, zero.to(logits_ptr.dtype.element_ty), mask=offsets < V)
+                tl.store(logits_ptr + offsets, zero.to(logits_ptr.dtype.element_ty), mask=offsets < STRIDE)
     else:
         largest = tl.full((), -float("inf"), tl.float32)
         before = tl.full((), -float("inf"), tl.float32)
@@ -247,7 +248,7 @@ def _forward_kernel(
         for start in range(0, V, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
             mask = offsets < V
-            z, _ = _load_z(logits_ptr, offsets, mask, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+            z, _ = _load_z(logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
             if MEAN_LOGITS:
                 sum_z += tl.sum(tl.where(mask, z, 0.0), axis=0)
             z = tl.where(mask, z, -float("inf"))
@@ -283,21 +284,21 @@ def _forward_kernel(
         if GRADIENT:
             for start in range(0, V, BLOCK):
                 offsets = start + tl.arange(0, BLOCK)
-                mask = offsets < V
-                z, slope = _load_z(logits_ptr, offsets, mask, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+                z, slope = _load_z(logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
                 gradient = (tl.where(offsets == label, 1.0, 0.0) - tl.exp(z - lse)) * slope
-                tl.store(logits_ptr + offsets, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+                tl.store(logits_ptr + offsets, gradient.to(logits_ptr.dtype.element_ty), mask=offsets < STRIDE)
 
 
 @jit
 def _backward_kernel(
-    logits_ptr,  # [rows, V], overwritten by d loss / d r
+    logits_ptr,  # [rows, V], each row STRIDE long, overwritten by d loss / d r
     labels_ptr,  # int64 [rows]
     lse_ptr,
     entropy_ptr,
     grad_log_prob_ptr,
     grad_entropy_ptr,
     V: tl.constexpr,
+    STRIDE: tl.constexpr,
     IGNORE_INDEX: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -309,10 +310,9 @@ def _backward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < V
-    logits_ptr += row * V
+    logits_ptr += row * STRIDE
     label = tl.load(labels_ptr + row)
-    z, slope = _load_z(logits_ptr, offsets, mask, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+    z, slope = _load_z(logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
     log_p = z - tl.load(lse_ptr + row)
     p = tl.exp(log_p)
     gradient = tl.zeros((BLOCK,), tl.float32)
@@ -323,7 +323,7 @@ def _backward_kernel(
         gradient -= tl.load(grad_entropy_ptr + row) * term
     # An ignored token contributes nothing, whatever its logits or its incoming gradient are.
     gradient = tl.where(label == IGNORE_INDEX, 0.0, gradient * slope)
-    tl.store(logits_ptr + offsets, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
+    tl.store(logits_ptr + offsets, gradient.to(logits_ptr.dtype.element_ty), mask=offsets < STRIDE)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
@@ -352,9 +352,13 @@ class _Head:
         self.triton = use_triton(hidden) and dtype != torch.float64
         tokens, vocab = hidden.shape[0], weight.shape[0]
         self.rows = chunk_rows(tokens, vocab, dtype.itemsize)
-        self.buffer = torch.empty((min(self.rows, tokens), vocab), dtype=dtype, device=hidden.device)
+        # Rows are padded to whole 16-byte words: at an odd vocabulary cuBLAS and the kernels would take one element at
+        # a time. Kernels read and write the padding too; what is in it reaches no result.
+        stride = -(-vocab // 16) * 16
+        self.buffer = torch.empty((min(self.rows, tokens), stride), dtype=dtype, device=hidden.device)[:, :vocab]
         self.constants = {
             "V": vocab,
+            "STRIDE": stride,
             "SCALE": float(logit_scale),
             "SOFTCAP": float(softcap or 1.0),
             "HAS_SOFTCAP": softcap is not None,
