@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "PREFER_RECOMPUTE", "autocast_nodes", "backend_in_trace", "cache_stamp", "compile_with_aot_eager",
-    "compile_with_inductor", "dynamo_counters", "fake_mode_of", "inductor_cache_dir", "inductor_settings",
+    "compile_with_inductor", "copy_graph", "dynamo_counters", "fake_mode_of", "inductor_cache_dir", "inductor_settings",
     "innermost_backend", "is_checkpoint", "is_recompile", "no_side_effect_calls", "qualified_name",
     "registered_backend", "storage_of", "version", "wrapper_context",
 ]  # fmt: skip
@@ -66,6 +67,15 @@ def compile_with_aot_eager(gm: torch.fx.GraphModule, example_inputs: Sequence[An
     from torch._dynamo.backends.debugging import aot_eager
 
     return aot_eager(gm, list(example_inputs))
+
+
+def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """A copy of a Dynamo graph, with what Dynamo notes on its inputs beside their metadata (AOTAutograd asks for it)."""
+    copied = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, copied.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return copied
 
 
 def storage_of(tensor: torch.Tensor) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ def fastft(
     """Compile one Dynamo graph. ``options`` are those of :class:`fastft.Options`; raises :class:`fastft.options.OptionError` for others."""
     asked = Options.of(options, mode)
     done = Report(graphs=1, recompiles=int(compat.is_recompile()))
-    untouched = copy.deepcopy(gm.graph)
+    untouched = compat.copy_graph(gm.graph)
     try:
         lazy = transform(gm, asked, done)
     except Exception as error:

@@ -99,7 +99,7 @@ def test_several_outputs_one_of_them_an_input() -> None:
 
 
 def by_hand(result: Callable[[fx.Node], Any]) -> tuple[fx.GraphModule, fx.Node]:
-    """A graph with one checkpointed region ``x → result(tanh(x))``; the call is returned, its users are up to the test."""
+    """A graph with one checkpointed region ``x → result(tanh(x))``; its users are up to the test."""
     body = fx.Graph()
     x = body.placeholder("x")
     body.output(result(body.call_function(torch.tanh, (x,))))

@@ -217,7 +217,7 @@ def test_var_predicates_narrow(g: Build) -> None:
 
 def test_a_row_knows_where_it_stands() -> None:
     here = row(op("tanh", x), lambda m: None)
-    line = Path(__file__).read_text().splitlines().index("    here = row(op(\"tanh\", x), lambda m: None)") + 1
+    line = Path(__file__).read_text().splitlines().index('    here = row(op("tanh", x), lambda m: None)') + 1
     assert here.where == f"test_match.py:{line}"
 
 

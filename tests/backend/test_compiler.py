@@ -1,0 +1,241 @@
+"""The whole backend on a tiny Llama: right with either residual, and right when something inside of it is not."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import fastft
+from fastft import reporting
+from fastft.patterns._match import Match, Table, Var, row
+
+VOCAB, LAYERS = 61, 2
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    reporting.reset()
+
+
+def llama(layers: int = LAYERS, *, checkpointing: bool = False, dropout: float = 0.0) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, use_cache=False, attention_dropout=dropout,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def batch(seq: int = 12, size: int = 2) -> dict[str, torch.Tensor]:
+    ids = torch.randint(VOCAB, (size, seq), generator=torch.Generator().manual_seed(seq))
+    return {"input_ids": ids, "labels": ids}
+
+
+def step(model: torch.nn.Module, data: dict[str, Any], call: Any = None) -> dict[str, torch.Tensor]:
+    """Loss and every gradient of one step."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    loss = (model if call is None else call)(**data).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def compiled(model: torch.nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="fastft", options={"residual": "eager", "strict": True} | options)
+
+
+def close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        error = float((got[name] - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-30))
+        assert error <= 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_residual_eager(checkpointing: bool) -> None:
+    model = llama(checkpointing=checkpointing)
+    close(step(model, batch(), compiled(model)), step(model, batch()))
+    report = fastft.report()
+    assert report.counts["rms_norm"] == 2 * LAYERS + 1
+    assert (report.graphs, report.breaks, report.recompiles, report.errors) == (1, 0, 0, [])
+    assert report.timings.keys() == {"rewrite", "compile"}
+
+
+@pytest.mark.slow
+def test_residual_inductor() -> None:
+    model = llama(layers=1, checkpointing=True)
+    close(step(model, batch(), compiled(model, residual="inductor")), step(model, batch()))
+    report = fastft.report()
+    assert report.counts["rms_norm"] == 3
+    assert report.plan["recompute"] == "1 checkpointed regions recomputed in backward"
+
+
+def test_dropout_under_checkpointing() -> None:
+    model = llama(checkpointing=True, dropout=0.3)
+    close(step(model, batch(), compiled(model)), step(model, batch()))
+
+
+def test_the_ops_are_in_the_program() -> None:
+    model = llama()
+    call = compiled(model)
+    step(model, batch(), call)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(model, batch(), call)
+    times = {event.key: event.count for event in profile.key_averages()}
+    norms = 2 * LAYERS + 1
+    assert times["fastft::rms_norm"] == times["fastft::rms_norm_backward"] == norms
+
+
+def test_graphs_and_recompilations_are_counted() -> None:
+    model = llama(layers=1)
+    call = compiled(model)
+    for seq in (12, 17):
+        close(step(model, batch(seq), call), step(model, batch(seq)))
+    report = fastft.report()
+    assert (report.graphs, report.recompiles) == (2, 1)  # the second is for any length
+    assert len(fastft.reports()) == 2
+    assert [r.recompiles for r in fastft.reports()] == [0, 1]
+    assert fastft.reports()[0].counts == fastft.reports()[1].counts
+
+
+def test_training_goes_on_with_other_shapes_and_modes() -> None:
+    model = llama(layers=1)
+    call = compiled(model)
+    with torch.no_grad():
+        torch.testing.assert_close(call(**batch()).logits, model(**batch()).logits)
+    model.eval()
+    torch.testing.assert_close(call(**batch()).loss, model(**batch()).loss)
+    model.train()
+    close(step(model, batch(size=1), call), step(model, batch(size=1)))
+
+
+def test_logits_are_lazy_unless_asked() -> None:
+    model = llama(layers=1)
+    wanted = model(**batch()).logits
+    lazy = compiled(model)(**batch()).logits
+    assert type(lazy) is not torch.Tensor
+    torch.testing.assert_close(lazy + 0, wanted)
+    torch._dynamo.reset()
+    plain = compiled(model, lazy_logits=False)(**batch()).logits
+    assert type(plain) is torch.Tensor
+    torch.testing.assert_close(plain, wanted)
+
+
+def test_disabled_patterns_are_left() -> None:
+    model = llama(layers=1)
+    close(step(model, batch(), compiled(model, disable="rms_norm")), step(model, batch()))
+    assert "rms_norm" not in fastft.report().counts
+    assert [s.status for s in fastft.report().sites if s.pattern == "rms_norm"] == ["skipped"] * 3
+
+
+# -------------------------------------------------------------------------------------------- something inside is wrong
+
+
+def broken(m: Match) -> None:
+    raise KeyError("a rule of ours is wrong")
+
+
+@pytest.fixture
+def bad_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last table of all raises: after everything else was rewritten."""
+    from fastft.patterns import tables
+
+    bad = Table("bad", (row(Var("x"), broken),), lambda n: None)
+    monkeypatch.setattr("fastft.rewrite.tables", lambda: [*tables(), bad])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_failing_rule_costs_the_rewrites_not_the_training(
+    bad_rule: None, caplog: pytest.LogCaptureFixture, checkpointing: bool
+) -> None:
+    model = llama(layers=1, checkpointing=checkpointing, dropout=0.3)
+    with caplog.at_level(logging.WARNING, "fastft"):
+        got = step(model, batch(), compiled(model, strict=False))
+    close(got, step(model, batch()))
+    assert [r.getMessage() for r in caplog.records if r.name == "fastft"] == [
+        "fastft left a graph to Inductor: KeyError: 'a rule of ours is wrong'"
+    ]
+    report = fastft.report()
+    assert (report.graphs, report.sites, report.counts) == (1, [], {})
+    assert report.errors == ["rewriting failed, the graph was compiled without it: KeyError: 'a rule of ours is wrong'"]
+
+
+def test_strict_raises(bad_rule: None) -> None:
+    model = llama(layers=1)
+    with pytest.raises(Exception, match="a rule of ours is wrong"):
+        step(model, batch(), compiled(model))
+    assert fastft.reports() == []
+
+
+def test_a_graph_of_no_sites_compiles() -> None:
+    call = torch.compile(lambda x: x * 2, backend="fastft", options={"residual": "eager", "strict": True})
+    torch.testing.assert_close(call(torch.ones(3)), torch.full((3,), 2.0))
+    assert fastft.report().graphs == 1
+    assert fastft.report().sites == []
+
+
+# -------------------------------------------------------------------------------------------------------------- explain
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("how", ["stock", "compiled", "compiled in place"])
+def test_explain_says_what_training_would_do(how: str) -> None:
+    model = llama(checkpointing=True)
+    step(model, batch(), compiled(model))
+    trained = fastft.report()
+    reporting.reset()
+    torch._dynamo.reset()
+    model.zero_grad()
+    before = weights(model)
+    asked: Any = model
+    if how == "compiled":
+        asked = compiled(model)
+    elif how == "compiled in place":
+        model.compile(backend="fastft", options={"residual": "eager"})
+
+    report = fastft.explain(asked, **batch())
+
+    assert report.counts == trained.counts
+    assert [vars(s) for s in report.sites] == [vars(s) for s in trained.sites]
+    assert (report.graphs, report.breaks, report.errors) == (1, 0, [])
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+    assert fastft.reports() == []  # nothing was compiled
+    assert (model._compiled_call_impl is not None) == (how == "compiled in place")
+
+
+def test_explain_names_breaks() -> None:
+    class Breaks(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x * 2
+            torch._dynamo.graph_break()
+            return x + 1
+
+    report = fastft.explain(Breaks(), torch.ones(3))
+    assert (report.graphs, report.breaks) == (2, 1)
+    assert len(report.break_reasons) == 1
+
+
+def test_explain_has_the_backends_options() -> None:
+    report = fastft.explain(llama(layers=1), **batch(), options={"fuel": 0})
+    assert not report.counts
+    assert {s.status for s in report.sites} == {"skipped"}
+    with pytest.raises(ValueError, match="did you mean 'fuel'"):
+        fastft.explain(llama(layers=1), **batch(), options={"fule": 0})
+
+
+def test_explain_reports_a_failing_rule(bad_rule: None) -> None:
+    report = fastft.explain(llama(layers=1), **batch())
+    assert report.graphs == 1
+    assert report.errors == ["rewriting failed: KeyError: 'a rule of ours is wrong'"]

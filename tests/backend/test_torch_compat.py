@@ -1,0 +1,124 @@
+"""Everything that torch does not promise stands in one file, and all of it is there in the installed torch."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastft
+import fastft.autotune
+import fastft.kernels
+import fastft.patterns
+from fastft import _torch_compat as compat
+
+FILES = sorted(
+    file
+    for package in (fastft, fastft.kernels, fastft.patterns, fastft.autotune)
+    for root in package.__path__
+    for file in Path(root).rglob("*.py")
+)
+
+
+def private_imports(source: str) -> list[str]:
+    """``torch._*`` modules that a source imports, at any depth. ``torch._C._nn.linear`` is a graph target."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found += [n for n in names if n.split(".")[0] == "torch" and any(part.startswith("_") for part in n.split("."))]
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f"{f.parent.name}/{f.name}")
+def test_private_torch_is_imported_in_one_file_only(file: Path) -> None:
+    found = private_imports(file.read_text(encoding="utf-8"))
+    assert bool(found) == (file.name == "_torch_compat.py"), found
+
+
+def test_the_scan_finds_what_it_should() -> None:
+    assert private_imports("import torch._dynamo as d") == ["torch._dynamo"]
+    assert private_imports("def f():\n    from torch._inductor import config") == [
+        "torch._inductor", "torch._inductor.config",
+    ]  # fmt: skip
+    assert private_imports("from torch import _guards") == ["torch._guards"]
+    assert private_imports("from torch.fx import Node\nimport torch\nx = torch._C._nn.linear\nfrom . import _op") == []
+
+
+@pytest.mark.parametrize("name", compat.__all__)
+def test_every_name_is_there(name: str) -> None:
+    assert getattr(compat, name) is not None
+
+
+def test_every_public_name_is_listed() -> None:
+    source = ast.parse(Path(compat.__file__).read_text(encoding="utf-8"))
+    defined = {n.name for n in source.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
+    assert defined <= set(compat.__all__)
+    assert compat.__all__ == sorted(compat.__all__, key=lambda n: (n != n.upper(), n))
+
+
+def test_late_imports_work_too() -> None:
+    # Functions that import inside their bodies would otherwise fail only when they are first called.
+    source = ast.parse(Path(compat.__file__).read_text(encoding="utf-8"))
+    for node in ast.walk(source):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            exec(compile(ast.Module([node], []), compat.__file__, "exec"), {})
+
+
+def test_version() -> None:
+    assert torch.__version__.startswith(".".join(map(str, compat.version())))
+
+
+def test_checkpoint_op_and_autocast_nodes() -> None:
+    assert compat.is_checkpoint(torch.ops.higher_order.tag_activation_checkpoint)
+    assert not compat.is_checkpoint(torch.mul)
+    assert len(compat.autocast_nodes()) == 2
+
+
+def test_storage_is_shared_by_views() -> None:
+    x = torch.randn(4)
+    assert compat.storage_of(x) == compat.storage_of(x[1:])
+    assert compat.storage_of(x) != compat.storage_of(x.clone())
+    assert compat.storage_of(x.to_sparse()) is None
+
+
+def test_fake_mode_of_a_captured_graph() -> None:
+    modes = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: object) -> object:
+        modes.append(compat.fake_mode_of(gm))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: x * 2, backend=keep)(torch.ones(3))
+    assert modes[0] is not None
+    assert compat.fake_mode_of(torch.fx.symbolic_trace(lambda x: x * 2)) is None
+
+
+def test_cache_stamp_is_taken_back() -> None:
+    settings = compat.inductor_config
+    before = dict(settings.unsafe_marked_cacheable_functions)
+    with compat.cache_stamp({"fastft.x": "hash"}):
+        assert settings.unsafe_marked_cacheable_functions == before | {"fastft.x": "hash"}
+    assert dict(settings.unsafe_marked_cacheable_functions) == before
+
+
+def test_innermost_backend() -> None:
+    def backend(gm: object, inputs: object) -> None: ...
+
+    wrapped = torch._TorchCompileWrapper(functools.partial(backend), None, None, None)
+    assert compat.innermost_backend(wrapped) is backend
+    assert compat.innermost_backend(backend) is backend
+    assert compat.backend_in_trace() is None
+    assert compat.registered_backend("no such backend") is None
+
+
+def test_inductor_settings() -> None:
+    assert {"max_autotune", "triton.cudagraphs"} <= compat.inductor_settings()
