@@ -20,7 +20,7 @@ __all__ = [
     "PREFER_RECOMPUTE", "autocast_nodes", "backend_in_trace", "cache_stamp", "compile_with_aot_eager",
     "compile_with_inductor", "copy_graph", "dynamo_counters", "fake_mode_of", "inductor_cache_dir", "inductor_settings",
     "innermost_backend", "is_checkpoint", "is_recompile", "no_side_effect_calls", "qualified_name",
-    "registered_backend", "storage_of", "version", "wrapper_context",
+    "registered_backend", "storage_of", "tree_map", "version", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
@@ -166,3 +166,10 @@ def inductor_cache_dir() -> str:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return cache_dir()
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` (nested tuples, lists, dicts) with ``function`` applied to every leaf."""
+    from torch.utils._pytree import tree_map
+
+    return tree_map(function, tree)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastft import _torch_compat as compat
 from fastft.kernels.linear_cross_entropy import chunk_rows
 
 #: One row-wise operation on logits, by name, and its operand.
@@ -110,15 +111,11 @@ def _stamp(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """Changes whenever one of the tensors is written to, moved or freed."""
     known = []
     for t in tensors:
-        if t is None or _is_traced(t):
+        # A fake tensor, or one that another subclass wraps, has no memory to look at.
+        if t is None or type(t) not in (torch.Tensor, torch.nn.Parameter):
             continue
         known.append((t._version, t.device, t.untyped_storage().size(), t.data_ptr()))
     return tuple(known)
-
-
-def _is_traced(t: torch.Tensor) -> bool:
-    """A fake, functional or otherwise wrapped tensor has no memory to look at."""
-    return type(t) not in (torch.Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def _head(source: _Source) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -201,7 +198,8 @@ def _gradients(
     rows = hidden.detach().reshape(-1, hidden.shape[-1])
     flat = [a.reshape(rows.shape[0], *a.shape[hidden.dim() - 1 :]) for a in row_args]
     grad = grad.reshape(rows.shape[0], *grad.shape[hidden.dim() - 1 :])
-    head = [None if t is None else t.requires_grad_(n) for t, n in zip(_head(source), need[1:], strict=True)]
+    head_weight, head_bias = _head(source)
+    head = (head_weight.requires_grad_(need[1]), None if head_bias is None else head_bias.requires_grad_(need[2]))
     wide = torch.float64 if source.head_dtype == torch.float64 else torch.float32
     totals: list[torch.Tensor | None] = [
         torch.zeros_like(t, dtype=wide) if n and t is not None else None for t, n in zip(head, need[1:], strict=True)
@@ -210,7 +208,7 @@ def _gradients(
     for chunk in _chunks(rows.shape[0], weight.shape[0]):
         part = rows[chunk].requires_grad_(need[0])
         with torch.enable_grad():
-            out = reduce(_evaluate(part, head[0], head[1], source.steps), *(a[chunk] for a in flat))
+            out = reduce(_evaluate(part, *head, source.steps), *(a[chunk] for a in flat))
         operands = [t for t, n in zip((part, *head), need, strict=True) if n and t is not None]
         found = iter(torch.autograd.grad(out, operands, grad[chunk].to(out.dtype)))
         if grad_hidden is not None:
@@ -237,7 +235,8 @@ class _Make(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return (*_gradients(ctx.source, _itself, *ctx.saved_tensors, (), grad, ctx.needs_input_grad[:3]), None)
+        hidden, weight, bias = ctx.saved_tensors
+        return (*_gradients(ctx.source, _itself, hidden, weight, bias, (), grad, ctx.needs_input_grad[:3]), None)
 
 
 def _make(source: _Source) -> LazyLogits:
@@ -277,7 +276,7 @@ class LazyLogits(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
             # Autograd keeps operands for backward through detach: the same logits, computed once for both.
@@ -293,7 +292,7 @@ class LazyLogits(torch.Tensor):
         def real(x: Any) -> Any:
             return x._source.materialise() if isinstance(x, LazyLogits) else x
 
-        plain_args, plain_kwargs = torch.utils._pytree.tree_map(real, (args, kwargs))
+        plain_args, plain_kwargs = compat.tree_map(real, (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
         for lazy in written:
             lazy._source.family.writer = lazy._source.memory
@@ -301,7 +300,7 @@ class LazyLogits(torch.Tensor):
                 result = lazy
         return result
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(_plain(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:

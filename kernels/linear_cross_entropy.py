@@ -774,8 +774,8 @@ def linear_log_prob(
     wanted = (entropy, is_top1, mean_logits, log_sum_sq_probs)
     if not torch.is_grad_enabled():
         # autograd.Function reports needs_input_grad even here, and would compute the gradient for nothing.
-        log_prob, lse, *rest, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted, False)
-        return LogProb(log_prob, *rest, lse)
+        log_prob, lse, *optional, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted, False)
+        return LogProb._make((log_prob, *optional, lse))
     return LogProb(*_LinearLogProb.apply(hidden, weight, bias, labels, maths, wanted, entropy_gradient))
 
 

@@ -100,8 +100,8 @@ def _walk(anchor: fx.Node, logits: Any) -> _Chain | Reason:
     node = logits
     while isinstance(node, fx.Node) and see(node).op != "linear":
         seen = see(node)
-        step = seen.op in ("view", "flatten", "index", "mul", "div", "tanh") or is_noop(seen) or is_widening(seen)
-        if not step:
+        known = seen.op in ("view", "flatten", "index", "mul", "div", "tanh")
+        if not (known or is_noop(seen) or is_widening(seen)):
             return _not_a_head(node)
         path.append(node)
         node = seen.args[1] if seen.op == "mul" and _number(seen.args[0]) else seen.args[0]
