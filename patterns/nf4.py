@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,9 +98,11 @@ def read(node: Any) -> QuantizedLinear | Reason | None:
     if call is not None:
         inside, result, outer = _body(call)
         found = _plain(result, outer)
+        if found is None and any(dtype(operand) == torch.int8 for operand in outer.values()):
+            return Reason("quantization", "the weight is quantised as int8; NF4 is supported")
         if not isinstance(found, QuantizedLinear):
             return found
-        return QuantizedLinear(**{**vars(found), "inside": inside | {node}})
+        return replace(found, inside=inside | {node})
     return _plain(node, {})
 
 
@@ -119,10 +121,7 @@ def _body(call: fx.Node) -> tuple[frozenset[fx.Node], Any, dict[fx.Node, Any]]:
     owner: Any = call.graph.owning_module
     graph = getattr(owner, str(call.args[0].target)).graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    operands = call.args[2:]
-    # Older versions of torch hand the context over as first operand, which the call does not list.
-    skip = len(placeholders) - len(operands)
-    outer = dict(zip(placeholders[max(skip, 0) :], operands, strict=False))
+    outer = dict(zip(placeholders, call.args[2:], strict=True))
     result = next(n for n in graph.nodes if n.op == "output").args[0]
     while isinstance(result, (tuple, list)) and result:
         result = result[0]
