@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.shapes import shapes
 from fastft.compare import assert_within
 from fastft.kernels import lora_linear as module
 from fastft.kernels.lora_linear import OP, lora_linear, release_scratch
@@ -149,6 +150,14 @@ def test_dtypes(dtypes, own, device):
 )
 def test_shapes(dtypes, options, device):
     check(dtypes, device, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", shapes("lora_linear", tag="test"), ids=str)
+@pytest.mark.parametrize("name", ["fp32", "bf16-fp32-adapters"])
+def test_listed_shapes(name, shape, device):
+    lead = (shape["batch"], shape["seq"])
+    check(DTYPES[name], device, n=shape["out_features"], k=shape["in_features"], lead=lead, ranks=(shape["rank"],))
 
 
 @pytest.mark.parametrize("device", DEVICES)
