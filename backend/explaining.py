@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from fastft._torch_compat import dynamo_counters
+from fastft import reporting
 from fastft.options import Options
 from fastft.reporting import Report
-
 
 log = logging.getLogger("fastft")
 
@@ -28,7 +27,7 @@ def explain(model: torch.nn.Module, *args: Any, options: dict[str, Any] | None =
 
     asked = Options.of(options)
     merged = Report(bridges=bridges.rows())
-    before = dict(dynamo_counters().get("graph_break", {}))
+    before = reporting.graph_breaks()
 
     def capture(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         untouched = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
@@ -58,7 +57,7 @@ def explain(model: torch.nn.Module, *args: Any, options: dict[str, Any] | None =
         for module, call in in_place.items():
             module._compiled_call_impl = call
         torch._dynamo.reset()
-    after = dynamo_counters().get("graph_break", {})
-    merged.break_reasons = {k: n - before.get(k, 0) for k, n in after.items() if n > before.get(k, 0)}
-    merged.breaks = sum(merged.break_reasons.values())
+    broken = reporting.graph_breaks() - before
+    reporting.forget_breaks(broken)
+    merged.break_reasons, merged.breaks = dict(broken), broken.total()
     return merged

@@ -119,6 +119,8 @@ def _where(sites: list[Site]) -> str:
 
 
 _REPORTS: list[Report] = []
+#: Dynamo counts breaks from the start of the process; these are not ours to report.
+_OTHER_BREAKS: Counter[str] = Counter()
 
 
 def add(report: Report) -> None:
@@ -134,10 +136,8 @@ def reports() -> list[Report]:
 def report() -> Report:
     """All graphs' reports merged into one, with Dynamo's count of graph breaks and recompilations, and the bridges."""
     from fastft import bridges
-    from fastft._torch_compat import dynamo_counters
 
-    counters = dynamo_counters()
-    breaks = counters.get("graph_break", {})
+    breaks = dict(graph_breaks() - _OTHER_BREAKS)
     merged = Report(bridges=bridges.rows(), breaks=sum(breaks.values()), break_reasons=breaks)
     for one in _REPORTS:
         merged.sites += one.sites
@@ -150,6 +150,20 @@ def report() -> Report:
     return merged
 
 
+def graph_breaks() -> Counter[str]:
+    """Dynamo's own count of graph breaks in this process, by reason."""
+    from fastft._torch_compat import dynamo_counters
+
+    return Counter(dynamo_counters().get("graph_break", {}))
+
+
+def forget_breaks(breaks: Counter[str]) -> None:
+    """Leave these out of later reports: they did not happen in training."""
+    _OTHER_BREAKS.update(breaks)
+
+
 def reset() -> None:
-    """Forget all reports (for tests and for one benchmark after the other)."""
+    """Forget all reports, and the breaks so far (for tests and for one benchmark after the other)."""
     _REPORTS.clear()
+    _OTHER_BREAKS.clear()
+    _OTHER_BREAKS.update(graph_breaks())

@@ -225,6 +225,7 @@ def test_explain_names_breaks() -> None:
     report = fastft.explain(Breaks(), torch.ones(3))
     assert (report.graphs, report.breaks) == (2, 1)
     assert len(report.break_reasons) == 1
+    assert fastft.report().breaks == 0  # none of them happened in training
 
 
 def test_explain_has_the_backends_options() -> None:

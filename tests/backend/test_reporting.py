@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import fastft
 from fastft import reporting
@@ -104,7 +105,14 @@ def test_plans_that_agree_are_said_once() -> None:
 
 
 def test_reset() -> None:
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    torch._dynamo.reset()
+    torch.compile(breaks, backend="fastft", options={"residual": "eager"})(torch.ones(3))
     reporting.add(example())
+    assert fastft.report().breaks == sum(fastft.report().break_reasons.values()) == 1
     reporting.reset()
     assert fastft.reports() == []
-    assert fastft.report().graphs == 0
+    assert (fastft.report().graphs, fastft.report().breaks) == (0, 0)
