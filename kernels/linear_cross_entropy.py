@@ -14,10 +14,10 @@ Everything after ``r`` is fp32 (fp64 for fp64 inputs). Backward::
     d z / d r          = scale (1 - tanh^2(scale r / c)) / temperature
     dh = dr W              dW = sum_t dr_t h_t^T              db = sum_t dr_t
 
-Stages, and what never exists: [tokens, vocab] does not, in any dtype. Tokens are taken in chunks whose logits fill one
-reused buffer of at most ``CHUNK_BYTES``: (1) cuBLAS writes the chunk's logits into the buffer; (2) one Triton program
-per token reads them once for the online logsumexp, a second time (from L2) to overwrite them by the gradient; (3)
-cuBLAS multiplies the buffer by W.
+Stages, and what never exists: [tokens, vocab] does not, in any dtype. Tokens whose label is ignored (padding, prompts)
+are left out; the others are taken in chunks whose logits fill one reused buffer of at most ``CHUNK_BYTES``: (1) cuBLAS
+writes the chunk's logits into the buffer; (2) one Triton program per token reads them once for the online logsumexp, a
+second time (from L2) to overwrite them by the gradient; (3) cuBLAS multiplies the buffer by W.
 
 Frozen head: a token's gradient is linear in its own incoming gradient g_t, so stage 3 runs in forward with g_t = 1 and
 the backward only scales: dh_t = g_t u_t, where u_t = d log_prob_t / d h_t is kept as [tokens, hidden]. Two GEMMs in
@@ -393,7 +393,52 @@ def _check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
+def _capturing(x: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being recorded: nothing may wait for the GPU then."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _scored(labels: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
+    """Positions of the labels that count, when enough others (1 in 16) can be left out of every GEMM; else None.
+
+    Waits for the GPU once, which costs far less than a GEMM over padding and prompts; not while a CUDA graph is
+    recorded.
+    """
+    if _capturing(labels):
+        return None
+    keep = (labels != ignore_index).nonzero().squeeze(1)
+    return keep if 16 * keep.shape[0] <= 15 * labels.shape[0] else None
+
+
 def _forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    dtype: torch.dtype,
+    entropy: bool,
+    is_top1: bool,
+    mean_logits: bool,
+    log_sum_sq_probs: bool,
+    unit_gradient: bool,
+) -> tuple[torch.Tensor, ...]:
+    maths = (ignore_index, softcap, logit_scale, temperature, dtype)
+    wanted = (entropy, is_top1, mean_logits, log_sum_sq_probs, unit_gradient)
+    if not hidden.is_cuda:
+        _check_labels(labels, weight.shape[0], ignore_index)
+    keep = _scored(labels, ignore_index)
+    if keep is None:
+        return _forward_all(hidden, weight, bias, labels, *maths, *wanted)
+    found = _forward_all(hidden[keep], weight, bias, labels[keep], *maths, *wanted)
+    whole = _empty_outputs(hidden, dtype, *wanted)
+    return tuple(w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
+
+
+def _forward_all(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -412,8 +457,6 @@ def _forward(
     head = _Head(hidden, weight, bias, dtype, softcap, logit_scale, temperature)
     labels = labels.contiguous()
     outputs = _empty_outputs(hidden, dtype, entropy, is_top1, mean_logits, log_sum_sq_probs, unit_gradient)
-    if not hidden.is_cuda:
-        _check_labels(labels, weight.shape[0], ignore_index)
     for chunk in head.chunks():
         logits = head.logits(chunk)
         # An output nobody asked for is empty; its kernel argument is never touched.
@@ -519,11 +562,6 @@ def _forward_fake(
     return _empty_outputs(hidden, dtype, entropy, is_top1, mean_logits, log_sum_sq_probs, unit_gradient)
 
 
-def _capturing(x: torch.Tensor) -> bool:
-    """Whether a CUDA graph is being recorded: nothing may wait for the GPU then."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _empty_grads(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -573,6 +611,35 @@ def _backward(
         # Waiting for the GPU once costs far less than the GEMMs.
         dh, dw, db = _empty_grads(hidden, weight, bias, need_hidden, need_weight, need_bias)
         return dh.zero_(), dw.zero_(), db.zero_()
+    maths, need = (ignore_index, softcap, logit_scale, temperature, dtype), (need_hidden, need_weight, need_bias)
+    grads = (grad_log_prob, grad_entropy)
+    keep = _scored(labels, ignore_index)
+    if keep is None:
+        return _backward_all(*grads, hidden, weight, bias, labels, lse, entropy, *maths, *need)
+    picked = [None if g is None else g[keep] for g in grads]
+    entropy = entropy[keep] if entropy.shape[0] else entropy
+    dh, dw, db = _backward_all(*picked, hidden[keep], weight, bias, labels[keep], lse[keep], entropy, *maths, *need)
+    return hidden.new_zeros(hidden.shape).index_copy_(0, keep, dh) if need_hidden else dh, dw, db
+
+
+def _backward_all(
+    grad_log_prob: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     head = _Head(hidden, weight, bias, dtype, softcap, logit_scale, temperature)
     labels, wide = labels.contiguous(), _wide(dtype)
     g_log_prob = None if grad_log_prob is None else grad_log_prob.to(wide).contiguous()

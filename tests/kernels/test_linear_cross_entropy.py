@@ -83,7 +83,18 @@ def test_log_prob(dtype, frozen, maths, device):
     h, w, b, y = inputs(dtype, device, frozen=frozen)
     cotangents = [torch.randn(len(y), device=device) for _ in range(2)]
     check(linear_log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **maths, **ALL)
+    y[::4] = 0  # no token is left out
+    y[2] = -100
     check(linear_log_prob, linear_log_prob_reference, (h, w, None), y, cotangents, **maths)
+
+
+def test_ignored_tokens_are_left_out_of_every_gemm(device, monkeypatch):
+    h, w, b, y = inputs(torch.float32, device)
+    seen = []
+    logits = module._Head.logits
+    monkeypatch.setattr(module._Head, "logits", lambda self, chunk: seen.append(chunk) or logits(self, chunk))
+    linear_log_prob(h, w, b, y, entropy=True).entropy.sum().backward()
+    assert sum(c.stop - c.start for c in seen) == 2 * int((y != -100).sum())
 
 
 @pytest.mark.parametrize("shape", shapes("linear_cross_entropy", tag="test"), ids=str)
@@ -112,8 +123,11 @@ def test_like_stock_cross_entropy_when_every_label_is_ignored(frozen, device):
             assert not grad.any()
 
 
+@pytest.mark.parametrize("left_out", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_ignored_tokens_poison_nothing(frozen, device):
+def test_ignored_tokens_poison_nothing(frozen, left_out, device, monkeypatch):
+    if not left_out:
+        monkeypatch.setattr(module, "_scored", lambda labels, ignore_index: None)
     h, w, b, y = inputs(torch.float32, device, frozen=frozen)
     bad = h.detach().clone()
     bad[y == -100] = float("nan")
