@@ -16,14 +16,17 @@ The mask is a conjunction; a query q and a key k (positions in the sequence) mus
 
 A query that sees no key gives 0, as PyTorch's own attention does.
 
-Except for padding and dense, every causal mask lets a query see one interval of keys: from ``start(q)``, which never
-decreases, to q itself. So a key is seen by the queries from itself to before ``stop(k)``, which never decreases either.
-The kernels skip every tile outside these intervals and mask only tiles on their edges; packed documents therefore cost
-what they would cost apart. Whether there is any real padding, or more than one document, is known on the device only:
-``attention_mask`` finds out once for a step, for all layers, and says it in a boolean on the CPU (the step's one
-synchronisation). When the answer is no, attention is plainly causal and goes to cuDNN, the fastest there is on Hopper
-(measured, H100, 32 heads of 128, 4×2048: 520 TFLOP/s forward, 391 backward). Everything else goes to the Triton kernels
-here.
+Except for dense, and for padding between real tokens, every mask lets a query see one interval of keys: from
+``start(q)``, which never decreases, to q itself or to the sequence's ``end``. So a key is seen by the queries before
+``stop(k)``, which never decreases either. The kernels skip every tile outside these intervals and mask only tiles on
+their edges: padding costs nothing, and packed documents cost what they would cost apart.
+
+What the padding mask and the positions hold is known on the device only: ``attention_mask`` looks once for a step, for
+all layers, and says on the CPU which kind of mask it is (the step's one synchronisation). When nothing is hidden,
+attention is plainly causal and goes to cuDNN, the fastest there is on Hopper; everything else goes to the Triton
+kernels here. Measured on an H100 (torch 2.11, cuDNN 9.19), 32 query heads on 8 of 128, 4×2048, bf16, causal: cuDNN
+0.26 ms forward and 1.02 backward (528 and 337 TFLOP/s), these kernels 0.37 and 1.36, FlashAttention 2 0.48 and 1.51;
+four packed documents 0.18 and 0.69.
 
 Backward, from the saved out and logsumexp L, with do the gradient of out (FlashAttention 2,
 https://arxiv.org/abs/2307.08691, section 3.1)::
@@ -52,8 +55,11 @@ from fastft.kernels._op import INTERPRET, Cost, Op, Reason, Recompute, check_dty
 from fastft.kernels._rows import size
 from fastft.kernels._triton import HAS_TRITON, jit, tl, triton
 
-#: What :func:`attention_mask` finds out: start, stop, keep, plain.
-Found = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
+#: What :func:`attention_mask` finds out: start, stop, end, keep, kind.
+Found = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", torch.Tensor]
+
+#: Kinds of mask: real tokens between which lies padding; nothing hidden; padding on the left and right only, or none.
+HOLES, PLAIN, INTERVALS = 0, 1, 2
 
 # ---------------------------------------------------------------- reference
 
@@ -120,8 +126,8 @@ def reference(
     """Plain PyTorch, differentiable; fp32 inside (fp64 for fp64). Arguments as :func:`attention`'s."""
     start = None
     if mask is not None:
-        start, _, padding, _ = mask
-        chunk = chunk if start is None else 0
+        start, _, _, padding, _ = mask
+        start, chunk = (start, 0) if start.shape[1] == q.shape[2] else (None, chunk)
     lengths = q.shape[2], k.shape[2]
     shown = visible(*lengths, q.device, causal=causal, window=window, chunk=chunk, padding=padding, positions=positions)
     if start is not None:
@@ -160,26 +166,34 @@ def _hide(s: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 MAX_D = 256
 
 
-def _tiles(kernel: str, d: int, dtype: torch.dtype) -> dict[str, int]:
+#: Shared memory that a block may use on Hopper and Blackwell data-centre GPUs, for which the larger tiles are.
+ROOMY = 200 * 1024
+
+
+def _tiles(kernel: str, d: int, dtype: torch.dtype, roomy: bool) -> dict[str, int]:
     """Queries and keys in a tile, warps and pipeline stages of ``kernel`` ("forward", "dq", "dkdv").
 
-    ``d``: size of a head, rounded up to a power of two.
+    ``d``: size of a head, rounded up to a power of two. ``roomy``: whether the GPU has :data:`ROOMY` bytes.
     """
     if INTERPRET:  # several tiles at the tests' small sizes
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-    if dtype == torch.float32:  # no tensor cores, and twice the shared memory
-        small = 32 if d > 64 else 64
-        return {
-            "BLOCK_M": small,
-            "BLOCK_N": small if d <= 128 else 16,
-            "num_warps": 4 if d <= 64 else 8,
-            "num_stages": 1,
-        }
-    if d > 128:
-        m, n, warps, stages = {"forward": (128, 64, 8, 2), "dq": (64, 32, 4, 2), "dkdv": (32, 64, 8, 1)}[kernel]
+        m, n, warps, stages = 32, 16, 4, 1
+    elif dtype == torch.float32:  # no tensor cores, and twice the shared memory
+        m, n, warps, stages = (64, 64, 4, 1) if d <= 64 else (32, 32, 8, 1) if d <= 128 else (32, 16, 8, 1)
+        if not roomy:
+            m, n = (32, 16) if d <= 128 else (16, 16)
+    elif not roomy:
+        m, n, warps, stages = (64, 32, 4, 2) if d <= 128 else (32, 32, 8, 1)
+    elif d > 128:
+        m, n, warps, stages = {"forward": (128, 64, 8, 2), "dq": (64, 32, 4, 2), "dkdv": (64, 64, 8, 1)}[kernel]
+    elif d > 64:
+        m, n, warps, stages = {"forward": (128, 64, 8, 3), "dq": (64, 64, 4, 2), "dkdv": (32, 128, 8, 3)}[kernel]
     else:
-        m, n, warps, stages = {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkdv": (64, 128, 8, 2)}[kernel]
+        m, n, warps, stages = {"forward": (128, 64, 8, 3), "dq": (64, 64, 4, 3), "dkdv": (64, 64, 4, 3)}[kernel]
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+def _roomy(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= ROOMY
 
 
 # ---------------------------------------------------------------- device functions
@@ -286,11 +300,11 @@ def _forward_tiles(
 
 @jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, keep_ptr, dense_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, keep_ptr, dense_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, dense_b, dense_h, dense_m, dense_n,
     Hq, Sq, Sk, tiles, scale,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
     HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -305,6 +319,8 @@ def _forward_kernel(
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     start_ptr += b * Sq
     keep_ptr += b * Sk
+    if HAS_END:  # no query sees a key from there on
+        Sk = tl.load(end_ptr + b)
     k_ptr += b * k_b + h // GROUP * k_h
     v_ptr += b * v_b + h // GROUP * v_h
     valid = rows < Sq
@@ -415,11 +431,11 @@ def _dq_tiles(
 
 @jit
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, start_ptr, keep_ptr, dense_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, start_ptr, end_ptr, keep_ptr, dense_ptr, dq_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dq_b, dq_h, dq_s, dense_b, dense_h, dense_m, dense_n,
     Hq, Sq, Sk, tiles, scale,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
     HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -435,6 +451,8 @@ def _dq_kernel(
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     start_ptr += b * Sq
     keep_ptr += b * Sk
+    if HAS_END:  # no query sees a key from there on
+        Sk = tl.load(end_ptr + b)
     k_ptr += b * k_b + h // GROUP * k_h
     v_ptr += b * v_b + h // GROUP * v_h
     valid = rows < Sq
@@ -528,11 +546,11 @@ def _dkdv_tiles(
 
 @jit
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, stop_ptr, keep_ptr, dense_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, stop_ptr, end_ptr, keep_ptr, dense_ptr, dk_ptr, dv_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
     dense_b, dense_h, dense_m, dense_n, Hq, Sq, Sk, tiles, scale,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
     HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -563,6 +581,10 @@ def _dkdv_kernel(
     if BOUNDED:
         hi = tl.minimum(Sq, _past_query(tl.minimum(n0 + BLOCK_N, Sk) - 1, stop_ptr, Sq, WINDOW, CHUNK, HAS_START))
         outer = tl.minimum(Sq, _past_query(n0, stop_ptr, Sq, WINDOW, CHUNK, HAS_START)) // BLOCK_M * BLOCK_M
+    if HAS_END:
+        end = tl.load(end_ptr + b)
+        hi = tl.where(n0 < end, hi, 0)
+        outer = tl.where(n0 < end, outer, 0)
     if CAUSAL:
         lo = n0 // BLOCK_M * BLOCK_M
         inner = tl.cdiv(n0 + BLOCK_N - 1, BLOCK_M) * BLOCK_M
@@ -593,7 +615,11 @@ def _dkdv_kernel(
             D, DV, CAUSAL, SOFTCAP, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
         )  # fmt: skip
     dk *= scale
-    if HAS_PADDING:  # a hidden key reached no output: what was summed for it is not its gradient
+    # A hidden key reached no output: what was summed for it is not its gradient.
+    if HAS_END:
+        dk = tl.where((cols < end)[:, None], dk, 0.0)
+        dv = tl.where((cols < end)[:, None], dv, 0.0)
+    if HAS_PADDING:
         keep = (tl.load(keep_ptr + b * Sk + cols, mask=valid, other=0) != 0)[:, None]
         dk = tl.where(keep, dk, 0.0)
         dv = tl.where(keep, dv, 0.0)
@@ -636,9 +662,10 @@ class _Call:
         v: torch.Tensor,
         start: torch.Tensor | None,
         stop: torch.Tensor | None,
+        end: torch.Tensor | None,
         keep: torch.Tensor | None,
         dense: torch.Tensor | None,
-        plain: torch.Tensor | None,
+        kind: torch.Tensor | None,
         causal: bool,
         window: int,
         chunk: int,
@@ -649,12 +676,18 @@ class _Call:
         self.k_length, self.d_v = k.shape[2], v.shape[3]
         self.group = self.heads // k.shape[1]
         self.causal, self.scale, self.softcap = causal, scale, softcap
-        if plain is not None and bool(plain):
+        found = HOLES if kind is None else int(kind)
+        if found == PLAIN:
             start = stop = keep = None
-        # start and stop have the chunks in them; a window or chunk as long as the sequence hides nothing
+        # Keys of another sequence (an encoder's) have padding, and nothing else that is counted along the queries.
+        elif start is not None and start.shape[1] != self.q_length:
+            start = stop = None
+            found = HOLES
+        # start and stop have the chunks in them; a window or chunk as long as the sequence hides nothing.
         self.chunk = 0 if start is not None or chunk >= self.k_length else chunk
         self.window = 0 if window >= self.k_length else window
-        self.start, self.stop, self.keep, self.dense = start, stop, keep, dense
+        self.start, self.stop, self.end, self.keep, self.dense = start, stop, end, keep, dense
+        self.holes = keep is not None and found == HOLES
         bare = start is None and keep is None and dense is None and not (self.window or self.chunk)
         if not use_triton(q) or q.dtype == torch.float64:
             self.backend = "math" if softcap or self.d != self.d_v else "cpu"
@@ -692,10 +725,11 @@ class _Call:
         return {
             "D": self.d, "DV": self.d_v, "GROUP": self.group,
             "CAUSAL": self.causal, "WINDOW": self.window, "CHUNK": self.chunk,
-            "HAS_START": self.start is not None, "HAS_PADDING": self.keep is not None,
+            "HAS_START": self.start is not None,
+            "HAS_END": self.keep is not None and not self.holes, "HAS_PADDING": self.holes,
             "DENSE": 0 if self.dense is None else 1 if self.dense.dtype == torch.bool else 2, "SOFTCAP": self.softcap,
             "BLOCK_D": d, "BLOCK_DV": d_v, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-            **_tiles(kernel, max(d, d_v), q.dtype),
+            **_tiles(kernel, max(d, d_v), q.dtype, _roomy(q.device)),
         }  # fmt: skip
 
     def dense_operand(self, q: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -708,13 +742,17 @@ class _Call:
 
 def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> bool:
     """Whether cuDNN computes this call: PyTorch's own checks of device, shapes, versions and the user's switches."""
-    if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128:  # wider heads have no backward in every cuDNN
+    # Head sizes that its backward knows; the forward knows more.
+    d, d_v = q.shape[-1], v.shape[-1]
+    if q.dtype == torch.float32 or not (max(d, d_v) <= 128 or (d, d_v) in ((192, 128), (256, 256))):
         return False
-    # Its backward adds up dq in whatever order tiles finish.
+    # Its backward promises no order of summation.
     if torch.are_deterministic_algorithms_enabled():
         return False
-    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
-    return torch.backends.cuda.can_use_cudnn_attention(params)
+    with torch.enable_grad():  # asked for training: the backward has limits of its own
+        q = q.detach().requires_grad_()
+        params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, causal, q.shape[1] != k.shape[1])
+        return torch.backends.cuda.can_use_cudnn_attention(params)
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -748,7 +786,7 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any) -> t
     tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])
     dense, dense_strides = call.dense_operand(q)
     _forward_kernel[(tiles * call.batch * call.heads,)](
-        q, k, v, _or(call.start, q), _or(call.keep, q), dense, out, lse,
+        q, k, v, _or(call.start, q), _or(call.end, q), _or(call.keep, q), dense, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *dense_strides,
         call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
     )  # fmt: skip
@@ -824,7 +862,7 @@ def _backward(
         return dq, dk, dv
     if call.backend == "math":
         return _backward_math(call, do, q, k, v, out, lse, dq, dk, dv)
-    start, stop, keep = _or(call.start, q), _or(call.stop, q), _or(call.keep, q)
+    start, stop, end, keep = (_or(t, q) for t in (call.start, call.stop, call.end, call.keep))
     dense, dense_strides = call.dense_operand(q)
     delta = torch.empty_like(lse)
     block = 64
@@ -837,7 +875,7 @@ def _backward(
         constants = call.constants("dq", q)
         tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])
         _dq_kernel[(tiles * call.batch * call.heads,)](
-            q, k, v, do, lse, delta, start, keep, dense, dq,
+            q, k, v, do, lse, delta, start, end, keep, dense, dq,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dq.stride()[:3], *dense_strides,
             call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
         )  # fmt: skip
@@ -845,7 +883,7 @@ def _backward(
         constants = call.constants("dkdv", q)
         tiles = triton.cdiv(call.k_length, constants["BLOCK_N"])
         _dkdv_kernel[(tiles * call.batch * k.shape[1],)](
-            q, k, v, do, lse, delta, stop, keep, dense, dk, dv,
+            q, k, v, do, lse, delta, stop, end, keep, dense, dk, dv,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
             *dense_strides, call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
         )  # fmt: skip
@@ -906,52 +944,58 @@ def _backward_fake(
 
 def _mask(
     padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    start, stop, keep, plain = _mask_fake(padding, positions, chunk)
-    shown = positions if positions is not None else padding
-    length = shown.shape[1]
-    order = torch.arange(length, device=shown.device)
-    simple = torch.ones((), dtype=torch.bool, device=shown.device)
-    first = torch.zeros(shown.shape, dtype=torch.int64, device=shown.device)
-    if padding is not None:
-        visible_keys = padding.to(torch.bool)
-        keep.copy_(visible_keys)
-        simple &= visible_keys.all()
-    if positions is not None and length:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    start, stop, end, keep, kind = _mask_fake(padding, positions, chunk)
+    batch, length = start.shape
+    if start.numel() == 0:
+        return start, stop, end, keep, kind.fill_(PLAIN)
+    order = torch.arange(length, device=start.device)
+    left: torch.Tensor | int = 0
+    first = torch.zeros_like(start, dtype=torch.int64)
+    plain = whole = torch.ones((), dtype=torch.bool, device=start.device)
+    if positions is not None:
         new = _documents(positions)
-        simple &= ~new.any()
+        plain = ~new.any()
         first = torch.where(new, order, 0).cummax(-1).values
+    if padding is not None:
+        real = padding.to(torch.bool)
+        keep.copy_(real)
+        left = (real.cumsum(-1) == 0).sum(-1, keepdim=True)
+        last = torch.where(real, order + 1, 0).amax(-1)
+        end.copy_(last)
+        plain = plain & real.all()
+        whole = (real.sum(-1) == (last - left[:, 0]).clamp_min(0)).all()
+        first = torch.maximum(first, left)
     if chunk:
-        left = 0 if padding is None else (visible_keys.cumsum(-1) == 0).sum(-1, keepdim=True)
         first = torch.maximum(first, torch.div(order - left, chunk, rounding_mode="floor") * chunk + left)
-    if start.numel():
-        start.copy_(first)
-        stop.copy_(torch.searchsorted(start, order.to(torch.int32).expand_as(start).contiguous(), right=True))
-    # Under CUDA graph capture the answer cannot be waited for: the kernels then look at the mask itself.
-    capturing = shown.is_cuda and torch.cuda.is_current_stream_capturing()
-    return start, stop, keep, plain.fill_(False) if capturing else plain.copy_(simple)
+    start.copy_(first)
+    stop.copy_(torch.searchsorted(start, order.to(torch.int32).expand(batch, -1).contiguous(), right=True))
+    # Under CUDA graph capture the answer cannot be waited for: the kernels then look at every key's padding.
+    if start.is_cuda and torch.cuda.is_current_stream_capturing():
+        return start, stop, end, keep, kind.fill_(HOLES)
+    return start, stop, end, keep, kind.copy_(torch.where(plain, PLAIN, torch.where(whole, INTERVALS, HOLES)))
 
 
 def _mask_fake(
     padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     shown = positions if positions is not None else padding
     assert shown is not None, "attention_mask needs a padding mask or position ids"
-    bounded = positions is not None or chunk > 0
-    shape = tuple(shown.shape) if bounded else (0,)
-    start, stop = (shown.new_empty(shape, dtype=torch.int32) for _ in range(2))
-    keep = shown.new_empty((0,) if padding is None else tuple(padding.shape), dtype=torch.uint8)
-    return start, stop, keep, torch.empty((), dtype=torch.bool, device="cpu")
+    batch, length = shown.shape
+    start, stop = (shown.new_empty((batch, length), dtype=torch.int32) for _ in range(2))
+    end = shown.new_empty((0 if padding is None else batch,), dtype=torch.int32)
+    keep = shown.new_empty((0, 0) if padding is None else (batch, length), dtype=torch.uint8)
+    return start, stop, end, keep, torch.empty((), dtype=torch.int8, device="cpu")
 
 
 # ---------------------------------------------------------------- op
 
 _MASK = (
-    "Tensor? start, Tensor? stop, Tensor? keep, Tensor? dense, Tensor? plain, "
+    "Tensor? start, Tensor? stop, Tensor? end, Tensor? keep, Tensor? dense, Tensor? kind, "
     "bool causal, SymInt window, SymInt chunk, float scale, float softcap"
 )
 _raw_mask = raw_op(
-    "attention_mask(Tensor? padding, Tensor? positions, SymInt chunk) -> (Tensor, Tensor, Tensor, Tensor)",
+    "attention_mask(Tensor? padding, Tensor? positions, SymInt chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _mask,
     _mask_fake,
 )
@@ -966,9 +1010,9 @@ _raw_backward = raw_op(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, start, stop, keep, dense, plain, *constants):
-        out, lse = _raw(q, k, v, start, stop, keep, dense, plain, *constants)
-        ctx.save_for_backward(q, k, v, out, lse, start, stop, keep, dense, plain)
+    def forward(ctx, q, k, v, start, stop, end, keep, dense, kind, *constants):
+        out, lse = _raw(q, k, v, start, stop, end, keep, dense, kind, *constants)
+        ctx.save_for_backward(q, k, v, out, lse, start, stop, end, keep, dense, kind)
         ctx.constants = constants
         return out
 
@@ -977,20 +1021,19 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *mask = ctx.saved_tensors
         want_q, want_k, want_v = ctx.needs_input_grad[:3]
         dq, dk, dv = _raw_backward(do, q, k, v, out, lse, want_q, want_k or want_v, *mask, *ctx.constants)
-        return (dq if want_q else None, dk if want_k else None, dv if want_v else None, *(None,) * 10)
+        return (dq if want_q else None, dk if want_k else None, dv if want_v else None, *(None,) * 11)
 
 
 def attention_mask(padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int = 0) -> Found:
     """What the values of a padding mask ``[B, S]`` and of position_ids ``[B, S]`` say, for all layers of a step.
 
     start: first key that each query sees, chunks included, int32 ``[B, S]``; stop: one past the last query that sees
-    each key, likewise (both None with padding alone). keep: padding as uint8 ``[B, S]``, None without. plain: boolean
-    ``[]`` on the CPU, True when no token is padding and each sequence is one document: waiting for it is the one
+    each key, likewise. end: one past the last real token, int32 ``[B]``, and keep: padding as uint8 ``[B, S]``; both
+    None without padding. kind: int8 ``[]`` on the CPU, one of HOLES, PLAIN, INTERVALS: waiting for it is the one
     synchronisation of a step.
     """
-    start, stop, keep, plain = _raw_mask(padding, positions, chunk)
-    bounded = positions is not None or chunk
-    return start if bounded else None, stop if bounded else None, None if padding is None else keep, plain
+    start, stop, end, keep, kind = _raw_mask(padding, positions, chunk)
+    return (start, stop, None, None, kind) if padding is None else (start, stop, end, keep, kind)
 
 
 def attention(
@@ -1020,10 +1063,10 @@ def attention(
     """
     if mask is None and (padding is not None or positions is not None):
         mask = attention_mask(padding, positions, chunk)
-    start, stop, keep, plain = mask or (None, None, None, None)
+    start, stop, end, keep, kind = mask or (None,) * 5
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _Attention.apply(
-        q, k, v, start, stop, keep, dense, plain, causal, window, chunk, float(scale), float(softcap)
+        q, k, v, start, stop, end, keep, dense, kind, causal, window, chunk, float(scale), float(softcap)
     )
 
 

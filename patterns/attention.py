@@ -121,7 +121,7 @@ def _shared(structure: Structure) -> tuple[fx.Node | None, ...]:
             node = graph.call_function(attention_mask, args)
         with mode:
             node.meta["example_value"] = attention_mask(*fake)
-    return tuple(_item(node, i) for i in range(4))
+    return tuple(_item(node, i) for i in range(5))
 
 
 def _last_placeholder(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -4,7 +4,6 @@ TRITON_INTERPRET=1 and on CUDA."""
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -225,13 +224,12 @@ def test_backward_by_finite_differences(case: Case, softcap: float) -> None:
 def test_opcheck(case: Case) -> None:
     case = dataclasses.replace(case, b=1, hq=2, hk=1, sq=18, sk=18)
     (q, k, v), mask = inputs(case, torch.float32)
-    start = stop = keep = plain = None
+    found = (None,) * 5
     if mask["padding"] is not None or mask["positions"] is not None:
         args = (mask["padding"], mask["positions"], mask["chunk"])
         torch.library.opcheck(torch.ops.fastft.attention_mask.default, args)
-        start, stop, keep, plain = torch.ops.fastft.attention_mask(*args)
-        keep = keep if mask["padding"] is not None else None
-    rest = (start, stop, keep, mask["dense"], plain, case.causal, case.window, case.chunk, 0.25, 0.0)
+        found = module.attention_mask(*args)
+    rest = (*found[:4], mask["dense"], found[4], case.causal, case.window, case.chunk, 0.25, 0.0)
     torch.library.opcheck(torch.ops.fastft.attention.default, (q, k, v, *rest))
     out, lse = torch.ops.fastft.attention(q, k, v, *rest)
     for want_q, want_kv in ((True, True),) if case.packed else ((True, False), (False, True)):
@@ -239,28 +237,35 @@ def test_opcheck(case: Case) -> None:
         torch.library.opcheck(torch.ops.fastft.attention_backward.default, args)
 
 
-def test_mask_op() -> None:
-    """start and stop describe the dense mask; plain says that nothing is hidden."""
+KINDS = {"": module.PLAIN, "none": module.PLAIN, "holes": module.HOLES}
+
+
+@pytest.mark.parametrize("chunk", [0, 7])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("padding", ["", "none", "left", "right", "all", "holes"])
+def test_mask_op(padding: str, packed: bool, chunk: int) -> None:
+    """start, stop, end and keep describe the dense mask; kind says how much of it there is."""
+    if not padding and not packed:
+        return
     s = 40
     order = torch.arange(s, device=DEVICE)
-    for padding, packed, chunk in itertools.product(("", "left", "none"), (False, True), (0, 7)):
-        if not padding and not packed:
-            continue
-        pad = padding_mask(padding, 2, s)
-        positions = packed_positions(2, s) if packed else None
-        pad, positions = (t if t is None else t.to(DEVICE) for t in (pad, positions))
-        start, stop, keep, plain = torch.ops.fastft.attention_mask(pad, positions, chunk)
-        assert plain.device.type == "cpu" and bool(plain) == (padding != "left" and not packed)
-        if not packed and not chunk:
-            assert start.numel() == stop.numel() == 0
-            continue
-        seen = (order >= start[:, :, None].long()) & (order <= order[:, None])
-        if pad is not None:
-            seen &= keep.bool()[:, None, :]
-        wanted = visible(s, s, DEVICE, causal=True, chunk=chunk, padding=pad, positions=positions)[:, 0]
-        assert torch.equal(seen, wanted.expand_as(seen))
-        if pad is None:
-            assert torch.equal(stop.long() - 1, torch.where(seen, order[:, None], -1).amax(1))
+    pad = padding_mask(padding, 2, s)
+    positions = packed_positions(2, s) if packed else None
+    pad, positions = (t if t is None else t.to(DEVICE) for t in (pad, positions))
+    start, stop, end, keep, kind = module.attention_mask(pad, positions, chunk)
+    wanted_kind = KINDS.get(padding, module.INTERVALS)
+    if packed and wanted_kind == module.PLAIN:
+        wanted_kind = module.INTERVALS
+    assert kind.device.type == "cpu" and int(kind) == wanted_kind
+    seen = (order >= start[:, :, None]) & (order <= order[:, None])
+    if pad is None:
+        assert end is None and keep is None
+    else:
+        seen &= keep.bool()[:, None, :] if int(kind) == module.HOLES else (order < end[:, None])[:, None, :]
+    wanted = visible(s, s, DEVICE, causal=True, chunk=chunk, padding=pad, positions=positions)[:, 0]
+    assert torch.equal(seen, wanted.expand_as(seen))
+    # No query sees a key from its stop on, and none before, from the key itself, is hidden by its start.
+    assert torch.equal(stop[:, :, None] > order, (order[:, None] >= start[:, None, :]))
 
 
 def test_strides_of_inputs_and_gradients() -> None:
