@@ -12,11 +12,12 @@ from torch import fx
 from fastft import _torch_compat as compat
 from fastft import bridges
 from fastft import reporting
+from fastft.kernels.linear_cross_entropy import linear_log_prob
 from fastft.normalise import normalise
 from fastft.options import Options
 from fastft.outputs import LazyOutputs, drop_lazy, with_lazy
-from fastft.reporting import Report
-from fastft.rewrite import rewrite
+from fastft.reporting import REPLACED, Report, Site
+from fastft.rewrite import module_path, rewrite
 from fastft.stamp import source_hash
 
 log = logging.getLogger("fastft")
@@ -57,9 +58,14 @@ def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs
     start = time.perf_counter()
     # 2. Normalise: one flat graph.
     counts = normalise(gm, recompute=options.recompute == "asked")
+    bridged = [
+        Site("linear_cross_entropy", module_path(n), REPLACED, rule="bridges/trl_head.py", node=n.name, notes="TRL's fused head")
+        for n in gm.graph.nodes
+        if n.target is linear_log_prob
+    ]
     # 3., 4. Match and rewrite, each rewrite checked.
     rewritten = rewrite(gm, options, compat.fake_mode_of(gm))
-    done.sites = rewritten.sites
+    done.sites = bridged + rewritten.sites
     lazy = drop_lazy(gm, rewritten.lazy) if options.lazy_logits else None
     # 5. Plan: what the user put under checkpointing is recomputed layer by layer, cheap ops always.
     regions = counts["checkpoints"]

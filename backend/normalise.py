@@ -40,6 +40,10 @@ def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
             counts["checkpoints"] += 1
             layer = node.meta.get("ac_graph_id", counts["checkpoints"]) if recompute else None
             waiting += _inline(gm, node, body, layer)[::-1]
+    # Items that nobody reads (the second result of a higher-order op, as torch 2.11 lists it) would look like another use.
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op == "call_function" and node.target is operator.getitem and not node.users:
+            gm.graph.erase_node(node)
     gm.graph.lint()
     return counts
 

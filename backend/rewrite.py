@@ -20,6 +20,7 @@ from torch import fx
 
 from fastft import _torch_compat as compat
 from fastft.kernels._op import Reason, Recompute
+from fastft.kernels._triton import HAS_TRITON
 from fastft.options import Options
 from fastft.patterns import _see, tables
 from fastft.patterns._match import Match, Rewrite, Rule, Table
@@ -130,6 +131,17 @@ def _but(site: Site, status: str, reason: str, notes: str = "") -> Site:
     return Site(site.pattern, site.module, status, reason, site.rule, site.node, notes)
 
 
+def _device_problem(tensor: Any) -> Reason | None:
+    """Why no op of ours runs where this operand is, if so."""
+    if not isinstance(tensor, torch.Tensor) or tensor.device.type == "cpu":
+        return None
+    if tensor.device.type != "cuda":
+        return Reason("device", f"ops run on CUDA and CPU tensors, this one is on {tensor.device.type}")
+    if not HAS_TRITON:
+        return Reason("triton", "Triton is not installed, and kernels on CUDA need it: pip install triton")
+    return None
+
+
 def _moved(operands: dict[str, Any], moved: dict[fx.Node, fx.Node]) -> dict[str, Any]:
     """Operands of a lazy output, where some of them were replaced."""
     return {name: moved.get(what, what) if isinstance(what, fx.Node) else what for name, what in operands.items()}
@@ -137,6 +149,9 @@ def _moved(operands: dict[str, Any], moved: dict[fx.Node, fx.Node]) -> dict[str,
 
 def _unsafe(answer: Rewrite, order: dict[fx.Node, int], memory: Memory) -> Reason | None:
     """Why this rewrite must not be made, if so."""
+    for read in _reads(answer):
+        if (problem := _device_problem(_see.value(read))) is not None:
+            return problem
     inside = answer.inside | set(answer.outputs)
     for node in inside:
         seen = _see.see(node)
