@@ -9,6 +9,7 @@ place.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from torch import fx
 
 from fastft.kernels._op import OPS
-from fastft.kernels.linear_cross_entropy import linear_cross_entropy
+from fastft.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_prob
 from fastft.patterns._match import (
+    Bindings,
     Match,
+    Pattern,
     Reason,
     Rewrite,
     Table,
@@ -259,8 +262,109 @@ def _seed(node: fx.Node) -> str | None:
     return "cross_entropy" if see(node).op == "cross_entropy" else None
 
 
-TABLE = Table(
+LOSS = Table(
     NAME,
     (row(op("cross_entropy"), _build),),  # -log softmax(softcap(scale · W h))[label], reduced
     _seed,
 )
+
+
+# TRL's head, traced (fastft.bridges.trl_head): every position is scored, an ignored one with label 0, and its results
+# are filled with 0. Told which labels are ignored, the op leaves them out of its GEMMs.
+
+
+def ignoring_log_prob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    items: tuple[int, ...],
+    ignore_index: int,
+    **options: Any,
+) -> Any:
+    """The fields ``items`` of :func:`linear_log_prob` for ``labels`` of any shape: those equal to ``ignore_index`` are
+    ignored, other negative ones count as 0. One field comes as itself, several as a tuple.
+    """
+    flat = labels.reshape(-1)
+    flat = torch.where(flat == ignore_index, ignore_index, flat.clamp(min=0))
+    found = linear_log_prob(hidden, weight, bias, flat, ignore_index=ignore_index, **options)
+    return found[items[0]] if len(items) == 1 else tuple(found[i] for i in items)
+
+
+class _Call(Pattern):
+    """A call of this very function."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def match(self, found: Any, bound: Bindings) -> Iterator[Bindings]:
+        if isinstance(found, fx.Node) and found.target is self.target:
+            yield bound
+
+
+def _is(node: Any, *names: str) -> bool:
+    """Whether a node calls a function or method of one of these names."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+        return False
+    return (node.target if node.op == "call_method" else getattr(node.target, "__name__", "")) in names
+
+
+def _argument(node: fx.Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _ignored_by(mask: Any) -> tuple[Any, Any] | None:
+    """``(labels, ignore_index)`` when ``mask`` is true exactly where labels are ignored: ``~(labels != i)``, ``labels
+    == i``.
+    """
+    negated = _is(mask, "invert", "bitwise_not", "logical_not", "__invert__")
+    compared = mask.args[0] if negated else mask
+    if not _is(compared, *(("ne", "__ne__") if negated else ("eq", "__eq__"))) or len(compared.args) != 2:
+        return None
+    return compared.args[0], compared.args[1]
+
+
+def _build_ignoring(m: Match) -> Rewrite | Reason | None:
+    hidden, weight, bias, labels = m.anchor.args
+    clamped = through(labels, "noop", "view", "flatten")
+    if "ignore_index" in m.anchor.kwargs or not _is(clamped, "clamp", "clamp_min"):
+        return None
+    source = clamped.args[0]
+    if _argument(clamped, 1, "min") != 0 or _argument(clamped, 2, "max") is not None:
+        return None
+    fields = sorted(m.anchor.users, key=lambda n: n.args[1])
+    fills = []
+    for field in fields:
+        users = list(field.users)
+        while users:
+            user = users.pop()
+            if see(user).op in ("view", "flatten") or is_noop(see(user)):
+                users += user.users
+            elif _is(user, "masked_fill") and _argument(user, 2, "value") == 0:
+                fills.append(_ignored_by(_argument(user, 1, "mask")))
+            else:
+                return Reason("unmasked", f"{user.name} reads results of positions whose label is ignored")
+    if not fills or any(f != fills[0] for f in fills) or fills[0] is None or fills[0][0] is not source:
+        return Reason("mask", "the results are not all filled with 0 where the same labels are ignored")
+    if not isinstance(fills[0][1], int):
+        return Reason("mask", f"the label that is ignored, {fills[0][1]}, is no constant")
+    options = {"items": tuple(f.args[1] for f in fields), "ignore_index": fills[0][1], **m.anchor.kwargs}
+    return Rewrite(
+        ignoring_log_prob,
+        (hidden, weight, bias, source),
+        options,
+        outputs=tuple(fields),
+        inside=frozenset((m.anchor, *fields)),
+        notes="ignored tokens are left out",
+        kernel=OPS["linear_log_prob"],
+    )
+
+
+IGNORED = Table(
+    "ignored_tokens",
+    (row(_Call(linear_log_prob), _build_ignoring),),  # log_prob(max(y, 0)) filled with 0 where y is ignored
+    lambda node: None,
+)
+
+TABLES = (LOSS, IGNORED)

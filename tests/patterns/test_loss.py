@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import fastft
+import fastft.bridges.trl_head  # lets Dynamo keep linear_log_prob as one call
+from fastft.kernels.linear_cross_entropy import linear_log_prob
 from fastft.lazy_logits import LazyLogits
-from fastft.patterns.loss import rows_linear_cross_entropy
+from fastft.patterns.loss import ignoring_log_prob, rows_linear_cross_entropy
 from tests.patterns._sites import check_site, rewritten
 
 B, S, H, V = 2, 6, 8, 19
@@ -230,3 +232,60 @@ def test_left_alone_with_a_reason(name):
 def test_a_loss_of_something_else_is_no_site():
     _, report, _ = rewritten(lambda h, w: F.mse_loss(F.linear(h, w), torch.zeros(B, S, V)), *operands())
     assert not report.sites
+
+
+# -- TRL's head, which scores ignored labels too
+
+
+def trl_head(h, w, labels, outputs=(0, 1, 2), mask=lambda y: ~(y != -100), floor=0, fill=0):
+    """TRL's fused head after the bridge: every position is scored, ignored ones are filled with 0."""
+    found = linear_log_prob(h.reshape(-1, H), w, None, labels.clamp(min=floor).reshape(-1), entropy=True, is_top1=True)
+    return tuple(found[i].view(labels.shape).masked_fill(mask(labels), fill) for i in outputs)
+
+
+@pytest.mark.parametrize("outputs", [(0, 1, 2), (0,), (1, 2)])
+@pytest.mark.parametrize("mask", [lambda y: ~(y != -100), lambda y: y == -100, lambda y: torch.logical_not(y != -100)])
+def test_ignored_tokens_are_left_out(outputs, mask):
+    h, w = operands()
+    labels = LABELS.clone()
+    labels[:, :3] = -100
+    labels[1, 4] = -7  # a negative label that is not ignored counts as 0, as in TRL
+    ours, report, graph = rewritten(lambda h, w: trl_head(h, w, labels, outputs, mask), h, w)
+    assert report.counts == {"ignored_tokens": 1}
+    targets = [n.target for n in graph.graph.nodes]
+    assert ignoring_log_prob in targets and linear_log_prob not in targets
+    theirs = trl_head(h, w, labels, outputs, mask)
+    for a, e in zip(ours, theirs, strict=True):
+        assert a.dtype == e.dtype and torch.allclose(a.float(), e.float(), atol=1e-6)
+    grads = [
+        torch.autograd.grad(sum(o.square().sum() for o in out if o.requires_grad), [h, w]) for out in (ours, theirs)
+    ]
+    for a, e in zip(*grads, strict=True):
+        assert torch.allclose(a, e, rtol=1e-4, atol=1e-5)
+
+
+SCORED = {
+    "no fill": (
+        "unmasked",
+        lambda h, w: linear_log_prob(h.view(-1, H), w, None, LABELS.clamp(min=0).view(-1))[0].exp(),
+    ),
+    "other labels": ("mask", lambda h, w: trl_head(h, w, LABELS, mask=lambda y: (y + 1) == -99)),
+    "other fill": ("unmasked", lambda h, w: trl_head(h, w, LABELS, fill=1)),
+    "two masks": (
+        "mask",
+        lambda h, w: trl_head(h, w, LABELS, (0,), mask=lambda y: (y == -100) | (y == 3)),
+    ),
+    "other floor": (None, lambda h, w: trl_head(h, w, LABELS.abs(), floor=1)),
+    "no clamp": (None, lambda h, w: linear_log_prob(h.view(-1, H), w, None, LABELS.abs().view(-1) % V)[0]),
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_every_token_is_scored(name):
+    code, fn = SCORED[name]
+    h, w = operands()
+    if name == "other floor":
+        w = torch.randn(200, H, requires_grad=True)
+    _, report, _ = rewritten(fn, h, w)
+    assert [s.reason.split(":")[0] for s in report.missed] == ([code] if code else [])
+    assert not report.counts
