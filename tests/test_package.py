@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import fastft
+import fastft.kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -84,6 +86,17 @@ def test_dependencies_have_no_upper_bound() -> None:
     # An upper bound here would make pip move a user's torch or transformers down.
     for requirement in map(Requirement, importlib.metadata.requires("fastft") or []):
         assert all(specifier.operator in (">=", "!=") for specifier in requirement.specifier), requirement
+
+
+def test_every_op_has_a_reference_a_cost_and_a_test_of_its_file() -> None:
+    # Shapes and benchmarks of every op: tests/test_bench.py.
+    for name, op in fastft.kernels.load().items():
+        assert op.reference is not op.call, name
+        assert op.cost is not None, name
+        file = Path(inspect.getfile(op.reference))
+        test = ROOT / "tests" / "kernels" / f"test_{file.stem}.py"
+        assert test.is_file(), f"{name}: {test} is missing"
+        assert f"{op.call.__name__}(" in test.read_text(encoding="utf-8"), f"{test} does not call {name}"
 
 
 @pytest.mark.slow
