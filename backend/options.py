@@ -12,6 +12,7 @@ from fastft import _torch_compat as compat
 
 #: ``mode=`` values and what they mean here; the others are refused with a reason.
 MODES = ("default", "max-autotune-no-cudagraphs")
+_NO_CUDA_GRAPHS = "captures CUDA graphs, which fastft's reused dequantisation buffers do not allow"
 
 
 class OptionError(ValueError):
@@ -74,6 +75,8 @@ class Options:
         for name in self.inductor:
             if name not in settings:
                 raise OptionError(f"option inductor names {name!r}{_nearest(name, settings)}; Inductor has no such setting")
+        if self.inductor.get("triton.cudagraphs"):
+            raise OptionError(f"option inductor sets triton.cudagraphs: it {_NO_CUDA_GRAPHS}; leave it out")
         from fastft.patterns import table_names
 
         names = table_names()
@@ -88,8 +91,7 @@ class Options:
             return dataclasses.replace(self, inductor={"max_autotune": True, **self.inductor})
         if mode in ("reduce-overhead", "max-autotune"):
             raise OptionError(
-                f"mode={mode!r} captures CUDA graphs, which fastft's reused dequantisation buffers do not allow; use "
-                f'mode="max-autotune-no-cudagraphs" or leave mode out'
+                f'mode={mode!r} {_NO_CUDA_GRAPHS}; use mode="max-autotune-no-cudagraphs" or leave mode out'
             )
         raise OptionError(f"fastft has no mode {mode!r}{_nearest(str(mode), MODES)}; it has {', '.join(MODES)}")
 

@@ -99,7 +99,8 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
                 problem = problem or _replace(gm, answer, fake_mode, order)
                 if not isinstance(problem, Reason):
                     fuel.burn()
-                    done.sites.append(_but(site, REPLACED, "", answer.notes))
+                    notes = "" if answer.lazy and not options.lazy_logits else answer.notes
+                    done.sites.append(_but(site, REPLACED, "", notes))
                     done.lazy = {problem.get(n, n): _moved(ops, problem) for n, ops in {**done.lazy, **answer.lazy}.items()}
                     consumed |= set(answer.outputs)
                     refused.pop(node, None)

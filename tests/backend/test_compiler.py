@@ -123,10 +123,13 @@ def test_logits_are_lazy_unless_asked() -> None:
     lazy = compiled(model)(**batch()).logits
     assert type(lazy) is not torch.Tensor
     torch.testing.assert_close(lazy + 0, wanted)
+    assert any("logits" in s.notes for s in fastft.report().sites)
     torch._dynamo.reset()
+    reporting.reset()
     plain = compiled(model, lazy_logits=False)(**batch()).logits
     assert type(plain) is torch.Tensor
     torch.testing.assert_close(plain, wanted)
+    assert not any("logits" in s.notes for s in fastft.report().sites)
 
 
 def test_disabled_patterns_are_left() -> None:

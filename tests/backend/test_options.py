@@ -94,6 +94,7 @@ def test_accepted(options: dict[str, Any], wanted: Options) -> None:
         ({"strict": 1}, "option strict is 1; it is True or False"),
         ({"recompute": "always"}, "option recompute is 'always'; it is one of 'asked', 'never'"),
         ({"inductor": "fast"}, "option inductor is 'fast'; it is a dict"),
+        ({"inductor": {"triton.cudagraphs": True}}, "sets triton.cudagraphs: it captures CUDA graphs, which fastft's"),
         ({"inductor": {"max_autotun": True}}, "option inductor names 'max_autotun' (did you mean 'max_autotune'?)"),
     ],
 )

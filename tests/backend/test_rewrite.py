@@ -219,6 +219,18 @@ def test_a_copy_that_is_written_to_is_not_looked_through(g: Build, use: Any) -> 
     assert reason(done).startswith("in_place: add_")
 
 
+def test_views_are_known_by_the_graph_too(g: Build, use: Any) -> None:
+    # Of an inlined region, values outside may have other fake memory than those inside that they are views of.
+    a = g.input(3)
+    inner = g.call(torch.tanh, a)
+    view = g.call("view", inner, 3, 1)
+    view.meta["example_value"] = view.meta["example_value"].clone()
+    written = g.call("add_", view, 1.0)
+    gm = g.module(g.call("mul", inner, 2.0), written)
+    done = use(gm, table(lambda m: Rewrite(scaled_tanh, (m["x"], m["c"]), may_escape=frozenset({inner}))))
+    assert reason(done).startswith("in_place: add_")
+
+
 def test_writes_elsewhere_do_not_matter(g: Build, use: Any) -> None:
     a, b = g.input(3), g.input(3)
     first = g.call("add_", a, 1.0)  # before anything is read
