@@ -224,8 +224,8 @@ def main(argv: list[str] | None = None) -> None:
     print("Reading the Python documentation and training a tokenizer on it", flush=True)
     pairs = python_docs.pairs()
     tokenizer = python_docs.tokenizer(pair["prompt"] + pair["completion"] for pair in pairs)
-    data = python_docs.Dataset.from_list(pairs)
-    print(f"  {len(pairs)} pairs, {len(tokenizer)} tokens in the vocabulary")
+    data = python_docs.Dataset.from_list(pairs[: max(1000, chosen.steps * chosen.batch)])
+    print(f"  {len(pairs)} pairs, {len(data)} of them to train on, {len(tokenizer)} tokens in the vocabulary")
 
     # The base model is scratch: in memory where there is a file system with room for it, and gone when the demo ends.
     shm = Path("/dev/shm")
