@@ -166,14 +166,15 @@ def _hide(s: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 MAX_D = 256
 
 
-#: Shared memory that a block may use on Hopper and Blackwell data-centre GPUs, for which the larger tiles are.
-ROOMY = 200 * 1024
+#: Compute capabilities with 227 KiB of shared memory for a block (Hopper, data-centre Blackwell): for these are the
+#: larger tiles.
+ROOMY = {(9, 0), (10, 0), (10, 3)}
 
 
 def _tiles(kernel: str, d: int, dtype: torch.dtype, roomy: bool) -> dict[str, int]:
     """Queries and keys in a tile, warps and pipeline stages of ``kernel`` ("forward", "dq", "dkdv").
 
-    ``d``: size of a head, rounded up to a power of two. ``roomy``: whether the GPU has :data:`ROOMY` bytes.
+    ``d``: size of a head, rounded up to a power of two. ``roomy``: whether the GPU is one of :data:`ROOMY`.
     """
     if INTERPRET:  # several tiles at the tests' small sizes
         m, n, warps, stages = 32, 16, 4, 1
@@ -193,7 +194,7 @@ def _tiles(kernel: str, d: int, dtype: torch.dtype, roomy: bool) -> dict[str, in
 
 
 def _roomy(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= ROOMY
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ROOMY
 
 
 # ---------------------------------------------------------------- device functions

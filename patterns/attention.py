@@ -1,7 +1,8 @@
 """Attention: ``scaled_dot_product_attention`` with keys and values repeated for their query heads and a dense mask.
 
-The op takes the keys and values as they were before ``repeat_kv``, and the mask's structure (:mod:`fastft.patterns.masks`) in place of the mask, which
-nobody computes any more once its last user is replaced. A mask that is not understood stays, as an operand.
+The op takes the keys and values as they were before ``repeat_kv``, and the mask's structure
+(:mod:`fastft.patterns.masks`) in place of the mask, which nobody computes any more once its last user is replaced. A
+mask that is not understood stays, as an operand.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from fastft.patterns.masks import Structure, recover
 def rounded_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, to: torch.dtype, **options: Any
 ) -> torch.Tensor:
-    """:func:`attention` of q, k and v rounded to one dtype, as autocast rounds them before ``scaled_dot_product_attention``."""
+    """:func:`attention` of q, k and v rounded to one dtype, as autocast rounds them."""
     return attention(q.to(to), k.to(to), v.to(to), **options)
 
 
 def _sdpa(m: Match) -> Rewrite | Reason | None:
-    q, k, v, mask, dropout_p, is_causal, scale, gqa = see(m.anchor).args
+    q, k, v, mask, dropout_p, is_causal, scale, _ = see(m.anchor).args
     if any(rank(t) != 4 for t in (q, k, v)):
         return Reason("shape", f"q has {rank(q)} axes: [batch, heads, seq, head] is needed")
     k, v = _solid(k), _solid(v)
@@ -101,9 +102,9 @@ def _recover(mask: fx.Node, q: fx.Node, k: fx.Node) -> Structure | Reason:
 
 
 def _shared(structure: Structure) -> tuple[fx.Node | None, ...]:
-    """The results of ``attention_mask``, computed where its operands are: the node that another layer has made, or a new one.
+    """The results of ``attention_mask``, from the node that another layer has made, or from a new one.
 
-    It stands outside every layer, so that no layer's recomputation asks again.
+    It stands where its operands are, outside every layer, so that no layer's recomputation asks again.
     """
     padding, positions = structure.padding, structure.positions
     operands = [n for n in (padding, positions) if n is not None]
@@ -158,7 +159,7 @@ def _solid(node: fx.Node) -> fx.Node:
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:
-    """What ``repeat_kv`` was given: ``x[:, :, None].expand(b, h, n, s, d).reshape(b, h n, s, d)`` → x. Or ``node`` itself."""
+    """What ``repeat_kv`` was given, or ``node`` itself: ``x[:, :, None].expand(b, h, n, s, d).reshape(b, h n, s, d)``."""
     whole = see(node)
     if whole.op != "view":
         return node
@@ -167,7 +168,7 @@ def _unrepeated(node: fx.Node) -> fx.Node:
         return node
     narrow = through(wide.args[0], "noop")
     seen = see(narrow)
-    b, h, s, d = shape(node)
+    b, _, s, d = shape(node)
     sizes = shape(through(whole.args[0], "noop"))
     if len(sizes) != 5 or not all(same_size(x, y) for x, y in zip((b, s, d), (sizes[0], *sizes[3:]), strict=True)):
         return node

@@ -1,12 +1,14 @@
 """What a dense attention mask says, read off the graph that computes it.
 
-transformers, while tracing, builds every mask as a boolean ``[B, 1, Sq, Sk]`` from index tensors: ``kv <= q``, ``kv > q - w``,
-``attention_mask[b, kv]``, ``documents[b, q] == documents[b, kv]``, joined by ``&``. :func:`recover` evaluates that graph on symbols instead of
-numbers, from the mask upward, and answers with the conjunction it stands for. Constants come from the graph; nothing is read off names or configs.
+transformers, while tracing, builds every mask as a boolean ``[B, 1, Sq, Sk]`` from index tensors: ``kv <= q``,
+``kv > q - w``, ``attention_mask[b, kv]``, ``documents[b, q] == documents[b, kv]``, joined by ``&``. :func:`recover`
+evaluates that graph on symbols instead of numbers, from the mask upward, and answers with the conjunction it stands
+for. Constants come from the graph; nothing is read off names or configs.
 
-The symbols: a :class:`Coordinate` is an integer tensor that counts along one axis of the mask; :class:`Rows` is a tensor with one row for each
-sequence of the batch; :class:`Gathered` is such a row laid along an axis of the mask; a :class:`Constant` is the same number everywhere; a
-:class:`Mask` is a conjunction of parts. Whatever else is met is :class:`Unknown`, and names what it was.
+The symbols: a :class:`Coordinate` is an integer tensor that counts along one axis of the mask; :class:`Rows` is a
+tensor with one row for each sequence of the batch; :class:`Gathered` is such a row laid along an axis of the mask; a
+:class:`Constant` is the same number everywhere; a :class:`Mask` is a conjunction of parts. Whatever else is met is
+:class:`Unknown`, and names what it was.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ BATCH, QUERY, KEY = -4, -2, -1  # axes of the mask, counted from the last as bro
 
 @dataclass(frozen=True)
 class Structure:
-    """A conjunction: what of it holds, with its constants, and the tensors it reads (``[B, Sk]`` padding, ``[B, S]`` positions)."""
+    """A conjunction: what of it holds, its constants, and the tensors it reads (padding ``[B, Sk]``, positions ``[B, S]``)."""
 
     causal: bool = False
     window: int = 0
@@ -53,7 +55,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class Coordinate:
-    """``(i + offset − left[b]) // chunk``, i counting along ``axis`` from 0; without ``left`` and ``chunk`` where they are None and 0."""
+    """``(i + offset − left[b]) // chunk``, i counting along ``axis`` from 0; no ``left`` when None, no ``chunk`` when 0."""
 
     axis: int
     offset: int = 0
@@ -69,8 +71,9 @@ class Coordinate:
 class Rows:
     """A function of ``of``, ``[B, S]``:
 
-    ``values`` (itself), ``counts`` (cumsum), ``before`` (True up to the first nonzero value), ``left`` (how many those are, ``[B]``),
-    ``steps`` (difference from the previous value, 1 at the first), ``breaks`` (steps ≠ 1), ``documents`` (which document a token is in).
+    ``values`` (itself), ``counts`` (cumsum), ``before`` (True up to the first nonzero value), ``left`` (how many those
+    are, ``[B]``), ``steps`` (difference from the previous value, 1 at the first), ``breaks`` (steps ≠ 1), ``documents``
+    (which document a token is in).
     """
 
     kind: str
@@ -92,7 +95,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Mask:
-    """``parts``: ``("causal",)``, ``("window", w)``, ``("chunk", c, left)``, ``("padding", node)``, ``("packed", node)``."""
+    """``("causal",)``, ``("window", w)``, ``("chunk", c, left)``, ``("padding", node)``, ``("packed", node)``, joined."""
 
     parts: frozenset[tuple[Any, ...]]
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastft.compare import assert_within
 from fastft.kernels import attention as module
 from fastft.kernels._op import INTERPRET
+from fastft.kernels._triton import HAS_TRITON
 from fastft.kernels.attention import attention, reference, supported, visible
 
 CUDA = torch.cuda.is_available() and not INTERPRET
@@ -382,3 +383,22 @@ def test_plain_causal_is_cudnn_on_cuda() -> None:
     with profile(activities=[ProfilerActivity.CPU]) as prof:
         attention(*tensors, **mask)
     assert any("_scaled_dot_product_cudnn_attention" in e.key for e in prof.key_averages())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRET or CUDA or not HAS_TRITON, reason="Triton's compiler, in place of a GPU")
+@pytest.mark.parametrize("roomy", [True, False], ids=["H100", "smaller GPU"])
+@pytest.mark.parametrize("d", [128, 256])
+def test_compiles_within_shared_memory(d: int, roomy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.kernels._hopper import compiling
+
+    monkeypatch.setattr(module, "_roomy", lambda device: roomy)
+    tensors, mask = inputs(Case(hq=4, d=d, dv=d, padding="left"), torch.bfloat16)
+    with compiling(module) as kernels:
+        run(lambda *t: attention(*t, **mask), tensors, torch.zeros(2, 4, 44, d, dtype=torch.bfloat16))
+    assert len(kernels) == 4, "forward, delta, dq, dk and dv"
+    for kernel in kernels:
+        assert kernel.metadata.shared <= (227 if roomy else 99) * 1024
+        # A tile of 64 queries or more is a warp group's, which is what Hopper's tensor cores take.
+        if roomy and "delta" not in kernel.metadata.name:
+            assert "wgmma" in kernel.asm["ptx"]

@@ -128,7 +128,7 @@ def test_an_empty_cache_before_the_keys() -> None:
         k, v = (torch.cat([torch.tensor([]), t], dim=-2) for t in (k, v))
         return sdpa(q, k, v, causal()), k, v
 
-    (out, *_), report, graph = rewritten(layer, *leaves())
+    (out, *_), report, _ = rewritten(layer, *leaves())
     assert report.counts == {"attention": 1}
     assert torch.allclose(out, layer(*leaves())[0], atol=1e-6)
 
