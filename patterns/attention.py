@@ -159,7 +159,7 @@ def _solid(node: fx.Node) -> fx.Node:
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:
-    """What ``repeat_kv`` was given, or ``node`` itself: ``x[:, :, None].expand(b, h, n, s, d).reshape(b, h n, s, d)``."""
+    """What ``repeat_kv`` was given, or ``node``: ``x[:, :, None].expand(b, h, n, s, d).reshape(b, h n, s, d)``."""
     whole = see(node)
     if whole.op != "view":
         return node

@@ -31,7 +31,7 @@ BATCH, QUERY, KEY = -4, -2, -1  # axes of the mask, counted from the last as bro
 
 @dataclass(frozen=True)
 class Structure:
-    """A conjunction: what of it holds, its constants, and the tensors it reads (padding ``[B, Sk]``, positions ``[B, S]``)."""
+    """A conjunction: its parts, their constants, the tensors they read (padding ``[B, Sk]``, positions ``[B, S]``)."""
 
     causal: bool = False
     window: int = 0
@@ -55,7 +55,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class Coordinate:
-    """``(i + offset − left[b]) // chunk``, i counting along ``axis`` from 0; no ``left`` when None, no ``chunk`` when 0."""
+    """``(i + offset − left[b]) // chunk``, i counting along ``axis`` from 0; without ``left`` if None, ``chunk`` if 0."""
 
     axis: int
     offset: int = 0
@@ -95,7 +95,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Mask:
-    """``("causal",)``, ``("window", w)``, ``("chunk", c, left)``, ``("padding", node)``, ``("packed", node)``, joined."""
+    """``("causal",)``, ``("window", w)``, ``("chunk", c, left)``, ``("padding", node)``, ``("packed", node)``."""
 
     parts: frozenset[tuple[Any, ...]]
 

@@ -224,7 +224,7 @@ LOOKALIKES: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...
     "step of two": (lambda: torch.arange(0, 2 * S, 2)[None] <= torch.arange(S)[:, None], ()),
     "triangle moved": (lambda: torch.ones(S, S, dtype=torch.bool).tril(1), ()),
     "nothing": (lambda: torch.zeros(S, S, dtype=torch.bool), ()),
-    "integers as a mask": (lambda g: g[torch.arange(B)[:, None, None, None], cols()] & (cols() <= rows()), (padding(),)),
+    "integers": (lambda g: g[torch.arange(B)[:, None, None, None], cols()] & (cols() <= rows()), (padding(),)),
 }  # fmt: skip
 
 
