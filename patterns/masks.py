@@ -55,7 +55,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class Coordinate:
-    """``(i + offset − left[b]) // chunk``, i counting along ``axis`` from 0; without ``left`` if None, ``chunk`` if 0."""
+    """``(i + offset − left[b]) // chunk``, i counting along ``axis`` from 0; no ``left`` if None, no ``chunk`` if 0."""
 
     axis: int
     offset: int = 0
