@@ -1,7 +1,8 @@
 """fastft: a kernel-first ``torch.compile`` backend for fine-tuning stock models.
 
-``torch.compile(model, backend="fastft")`` needs no import of this package. What is here is for looking at what the backend did. Everything is
-loaded on first use, because ``torch.backends`` autoload imports this module while torch itself is being imported.
+``torch.compile(model, backend="fastft")`` needs no import of this package. What is here is for looking at what the
+backend did. Everything is loaded on first use, because ``torch.backends`` autoload imports this module while torch
+itself is being imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The only file that imports what torch does not promise to keep. Supported: torch 2.11 to 2.15; a test imports every name here."""
+"""The only file that imports what torch does not promise to keep. Supported: torch 2.11 to 2.15; a test imports every
+name here.
+"""
 
 from __future__ import annotations
 
@@ -48,14 +50,18 @@ def no_side_effect_calls() -> tuple[Any, ...]:
 
 
 def fake_mode_of(gm: torch.fx.GraphModule) -> Any:
-    """The FakeTensorMode of the tensors in a Dynamo graph's metadata (Dynamo hands backends a fresh one for the inputs), or None."""
+    """The FakeTensorMode of the tensors in a Dynamo graph's metadata (Dynamo hands backends a fresh one for the
+    inputs), or None.
+    """
     for node in gm.graph.nodes:
         if isinstance(node.meta.get("example_value"), FakeTensor):
             return node.meta["example_value"].fake_mode
     return None
 
 
-def compile_with_inductor(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
+def compile_with_inductor(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
+) -> Callable[..., Any]:
     """Inductor's ``compile_fx`` with config patches that hold for the lazily compiled backward too."""
     from torch._inductor.compile_fx import compile_fx
 
@@ -63,14 +69,16 @@ def compile_with_inductor(gm: torch.fx.GraphModule, example_inputs: Sequence[Any
 
 
 def compile_with_aot_eager(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """AOTAutograd without a code generator: what runs checkpoint higher-order ops op by op, with the right random state."""
+    """AOTAutograd without a code generator: what runs checkpoint higher-order ops op by op, with the right random
+    state.
+    """
     from torch._dynamo.backends.debugging import aot_eager
 
     return aot_eager(gm, list(example_inputs))
 
 
 def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
-    """A copy of a Dynamo graph, with what Dynamo notes on its inputs beside their metadata (AOTAutograd asks for it)."""
+    """A copy of a Dynamo graph, with what Dynamo notes on its inputs beside metadata (AOTAutograd asks for it)."""
     copied = copy.deepcopy(graph)
     for old, new in zip(graph.nodes, copied.nodes, strict=True):
         if hasattr(old, "_dynamo_source"):
@@ -93,7 +101,9 @@ def inductor_settings() -> frozenset[str]:
 
 @contextlib.contextmanager
 def cache_stamp(functions: Mapping[str, str]) -> Iterator[None]:
-    """Let AOTAutograd's cache hold graphs that call ``functions`` (qualified name → hash of what they do): the hash becomes part of the key."""
+    """Let AOTAutograd's cache hold graphs that call ``functions`` (qualified name → hash of what they do): the hash
+    becomes part of the key.
+    """
     merged = {**inductor_config.unsafe_marked_cacheable_functions, **functions}
     with inductor_config.patch(unsafe_marked_cacheable_functions=merged):
         yield
@@ -102,8 +112,6 @@ def cache_stamp(functions: Mapping[str, str]) -> Iterator[None]:
 def dynamo_counters() -> dict[str, dict[str, int]]:
     """Dynamo's own counters (graph breaks by reason, recompilations, cache hits)."""
     return {k: dict(v) for k, v in torch._dynamo.utils.counters.items()}
-
-
 
 
 def is_recompile() -> bool:
@@ -118,9 +126,11 @@ def qualified_name(function: Callable[..., Any]) -> str:
 
 
 def backend_in_trace() -> Any:
-    """What ``torch.compile(backend=...)`` resolved to, for the frame that Dynamo is tracing now; None outside of a trace.
+    """What ``torch.compile(backend=...)`` resolved to, for the frame that Dynamo is tracing now; None outside of a
+    trace.
 
-    Called from Python that Dynamo runs while tracing (``assume_constant_result``). Unwraps what torch puts around a backend: the minifier's wrapper,
+    Called from Python that Dynamo runs while tracing (``assume_constant_result``). Unwraps what torch puts around a
+    backend: the minifier's wrapper,
     ``torch.compile``'s own (which holds mode and options), DDP's graph splitter, partials.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -148,21 +158,27 @@ def innermost_backend(backend: Any) -> Any:
 
 
 def registered_backend(name: str) -> Any:
-    """The function registered with Dynamo as backend ``name``, or None if nobody looked it up yet (this does not load it)."""
+    """The function registered with Dynamo as backend ``name``, or None if nobody looked it up yet (this does not load
+    it).
+    """
     from torch._dynamo.backends.registry import _COMPILER_FNS
 
     return _COMPILER_FNS.get(name)
 
 
 def wrapper_context(module: torch.nn.Module) -> Any:
-    """The context of a ``torch.compile(module)`` wrapper, which compiles any callable as the wrapper compiles its module; None for other modules."""
+    """The context of a ``torch.compile(module)`` wrapper, which compiles any callable as the wrapper compiles its
+    module; None for other modules.
+    """
     from torch._dynamo.eval_frame import OptimizedModule
 
     return module.dynamo_ctx if isinstance(module, OptimizedModule) else None
 
 
 def inductor_cache_dir() -> str:
-    """The folder in which Inductor, and AOTAutograd's cache with it, keeps what it compiled (it is created if it is missing)."""
+    """The folder in which Inductor, and AOTAutograd's cache with it, keeps what it compiled (it is created if it is
+    missing).
+    """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return cache_dir()

@@ -10,8 +10,7 @@ from typing import Any
 from torch import fx
 
 from fastft import _torch_compat as compat
-from fastft import bridges
-from fastft import reporting
+from fastft import bridges, reporting
 from fastft.kernels.linear_cross_entropy import linear_log_prob
 from fastft.normalise import normalise
 from fastft.options import Options
@@ -22,14 +21,21 @@ from fastft.stamp import source_hash
 
 log = logging.getLogger("fastft")
 
-# torch imports this module when it looks the backend up: before anything is traced, so what must change tracing is put in place here.
+# torch imports this module when it looks the backend up: before anything is traced, so what must change tracing is
+# put in place here.
 bridges.install()
 
 
 def fastft(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile one Dynamo graph. ``options`` are those of :class:`fastft.Options`; raises :class:`fastft.options.OptionError` for others."""
+    """Compile one Dynamo graph. ``options`` are those of :class:`fastft.Options`; raises
+    :class:`fastft.options.OptionError` for others.
+    """
     asked = Options.of(options, mode)
     done = Report(graphs=1, recompiles=int(compat.is_recompile()))
     untouched = compat.copy_graph(gm.graph)
@@ -59,7 +65,14 @@ def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs
     # 2. Normalise: one flat graph.
     counts = normalise(gm, recompute=options.recompute == "asked")
     bridged = [
-        Site("linear_cross_entropy", module_path(n), REPLACED, rule="bridges/trl_head.py", node=n.name, notes="TRL's fused head")
+        Site(
+            "linear_cross_entropy",
+            module_path(n),
+            REPLACED,
+            rule="bridges/trl_head.py",
+            node=n.name,
+            notes="TRL's fused head",
+        )
         for n in gm.graph.nodes
         if n.target is linear_log_prob
     ]
@@ -87,7 +100,11 @@ def _compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
         if any(compat.is_checkpoint(n.target) for n in gm.graph.nodes):
             return compat.compile_with_aot_eager(gm, example_inputs)
         return gm.forward
-    ours = [n.target for n in gm.graph.nodes if n.op == "call_function" and str(getattr(n.target, "__module__", "")).startswith("fastft.")]
+    ours = [
+        n.target
+        for n in gm.graph.nodes
+        if n.op == "call_function" and str(getattr(n.target, "__module__", "")).startswith("fastft.")
+    ]
     stamp = source_hash()
     with compat.cache_stamp({"fastft": stamp, **{compat.qualified_name(target): stamp for target in ours}}):
         return compat.compile_with_inductor(gm, example_inputs, options.inductor)

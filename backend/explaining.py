@@ -16,11 +16,12 @@ log = logging.getLogger("fastft")
 
 
 def explain(model: torch.nn.Module, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
-    """Say what fastft would do with ``model(*args, **kwargs)``: every site replaced or left, and why, graph breaks, bridges.
+    """Say what fastft would do with ``model(*args, **kwargs)``: every site replaced or left, and why, graph breaks,
+    bridges.
 
-    The model runs once, op by op, as it would in training (in the grad and train mode it is in); nothing is compiled, no
-    gradient is taken, and the model is left as it was. What torch compiled in this process before is compiled again at its
-    next call, as after ``torch._dynamo.explain``. ``options`` are those of the backend.
+    The model runs once, op by op, as it would in training (in the grad and train mode it is in); nothing is compiled,
+    no gradient is taken, and the model is left as it was. What torch compiled in this process before is compiled
+    again at its next call, as after ``torch._dynamo.explain``. ``options`` are those of the backend.
     """
     from fastft import bridges
     from fastft.compiler import transform

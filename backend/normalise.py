@@ -1,9 +1,10 @@
 """Step 2 of the pipeline: one flat graph, without what does nothing.
 
-Gradient checkpointing traces to a higher-order op with the layer as its body. Executed as it is, it would run with ``preserve_rng_state=False``
-(dropout gets another mask in the backward: silently wrong gradients), and no rule could look across its boundary. So each body is inlined, and its nodes
-remember that the user allowed recomputation there: AOTAutograd's partitioner reads the same two tags that it writes itself for the higher-order op.
-A body with a selective-checkpointing context function of the user's stays as it is.
+Gradient checkpointing traces to a higher-order op with the layer as its body. Executed as it is, it would run with
+``preserve_rng_state=False`` (dropout gets another mask in the backward: silently wrong gradients), and no rule could
+look across its boundary. So each body is inlined, and its nodes remember that the user allowed recomputation there:
+AOTAutograd's partitioner reads the same two tags that it writes itself for the higher-order op. A body with a
+selective-checkpointing context function of the user's stays as it is.
 
 A region inside a region belongs to the outer one, which is recomputed as a whole.
 """
@@ -20,7 +21,8 @@ from fastft import _torch_compat as compat
 
 
 def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
-    """Inline checkpoint bodies and drop calls without effect, in place. ``recompute=False`` forgets that the user allowed recomputation.
+    """Inline checkpoint bodies and drop calls without effect, in place. ``recompute=False`` forgets that the user
+    allowed recomputation.
 
     Returns counts for the report: ``checkpoints`` inlined, ``kept`` (a user's own checkpoint policy).
     """
@@ -40,7 +42,8 @@ def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
             counts["checkpoints"] += 1
             layer = node.meta.get("ac_graph_id", counts["checkpoints"]) if recompute else None
             waiting += _inline(gm, node, body, layer)[::-1]
-    # Items that nobody reads (the second result of a higher-order op, as torch 2.11 lists it) would look like another use.
+    # Items that nobody reads (the second result of a higher-order op, as torch 2.11 lists it) would look like another
+    # use.
     for node in reversed(list(gm.graph.nodes)):
         if node.op == "call_function" and node.target is operator.getitem and not node.users:
             gm.graph.erase_node(node)
@@ -49,7 +52,7 @@ def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
 
 
 def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, layer: int | None) -> list[fx.Node]:
-    """Replace ``call`` by the nodes of ``body``, tagged as recomputable region number ``layer``; returns these nodes."""
+    """Replace ``call`` by the nodes of ``body``, tagged as recomputable region number ``layer``; returns them."""
     holder, *operands = call.args
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     mapped: dict[fx.Node, Any] = dict(zip(placeholders, operands, strict=True))
@@ -57,7 +60,9 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, layer: int 
     added: list[fx.Node] = []
     with gm.graph.inserting_before(call):
         for node in body.graph.nodes:
-            if node.op == "placeholder" or (node.op == "call_function" and node.target in compat.no_side_effect_calls()):
+            if node.op == "placeholder" or (
+                node.op == "call_function" and node.target in compat.no_side_effect_calls()
+            ):
                 continue
             if node.op == "output":
                 result = fx.map_arg(node.args[0], lambda n: mapped[n])
@@ -79,7 +84,7 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, layer: int 
 
 
 def _move_attribute(gm: fx.GraphModule, body: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """Give the outer module what a body's ``get_attr`` refers to (another higher-order op's body), under a free name."""
+    """Give the outer module what a body's ``get_attr`` refers to (another op's body), under a free name."""
     name = base = str(node.target).replace(".", "_")
     number = 0
     while hasattr(gm, name):

@@ -23,14 +23,18 @@ class OptionError(ValueError):
 class Options:
     """What a user can ask of the backend.
 
-    ``residual``: who compiles what no rule replaced: ``"inductor"`` (default), or ``"eager"``, which runs it op by op, for debugging.
+    ``residual``: who compiles what no rule replaced: ``"inductor"`` (default), or ``"eager"``, which runs it op by
+    op, for debugging.
     ``fuel``: only the first so many rewrites are made (table by table, each from the end of the graph); None: all. For
     finding a wrong rewrite by bisection.
-    ``disable``: patterns that are left alone (``["rotary", "attention"]`` or ``"rotary,attention"``); names as in the report.
+    ``disable``: patterns that are left alone (``["rotary", "attention"]`` or ``"rotary,attention"``); names as in the
+    report.
     ``lazy_logits``: the model's logits output is computed only when somebody reads it (default True).
-    ``recompute``: ``"asked"`` (default) recomputes the layers that the user put under gradient checkpointing; ``"never"`` keeps everything.
+    ``recompute``: ``"asked"`` (default) recomputes the layers that the user put under gradient checkpointing;
+    ``"never"`` keeps everything.
     ``strict``: an internal error is raised instead of leaving that graph to Inductor alone.
-    ``inductor``: config patches for Inductor (``{"max_autotune": True}``), as ``torch.compile(options=...)`` takes them without us.
+    ``inductor``: config patches for Inductor (``{"max_autotune": True}``), as ``torch.compile(options=...)`` takes
+    them without us.
     """
 
     residual: str = "inductor"
@@ -43,14 +47,18 @@ class Options:
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
-        """Read what ``torch.compile`` was given. Raises :class:`OptionError`, naming what was asked, what is allowed, and the nearest known name."""
+        """Read what ``torch.compile`` was given. Raises :class:`OptionError`, naming what was asked, what is allowed,
+        and the nearest known name.
+        """
         if options is not None and not isinstance(options, Mapping):
             raise OptionError(f"options is {options!r}; it is a dict of option names and values")
         given = dict(options or {})
         known = {f.name for f in dataclasses.fields(cls)}
         for key in given:
             if key not in known:
-                raise OptionError(f"fastft has no option {key!r}{_nearest(key, known)}; it has {', '.join(sorted(known))}")
+                raise OptionError(
+                    f"fastft has no option {key!r}{_nearest(key, known)}; it has {', '.join(sorted(known))}"
+                )
         if isinstance(given.get("disable"), str):
             given["disable"] = tuple(n.strip() for n in given["disable"].split(",") if n.strip())
         elif "disable" in given:
@@ -65,7 +73,9 @@ class Options:
         _one_of("residual", self.residual, ("inductor", "eager"))
         _one_of("recompute", self.recompute, ("asked", "never"))
         if self.fuel is not None and (isinstance(self.fuel, bool) or not isinstance(self.fuel, int) or self.fuel < 0):
-            raise OptionError(f"option fuel is {self.fuel!r}; it is a number of rewrites, 0 or more, or None for all of them")
+            raise OptionError(
+                f"option fuel is {self.fuel!r}; it is a number of rewrites, 0 or more, or None for all of them"
+            )
         for name in ("lazy_logits", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name} is {getattr(self, name)!r}; it is True or False")
@@ -74,7 +84,9 @@ class Options:
         settings = compat.inductor_settings()
         for name in self.inductor:
             if name not in settings:
-                raise OptionError(f"option inductor names {name!r}{_nearest(name, settings)}; Inductor has no such setting")
+                raise OptionError(
+                    f"option inductor names {name!r}{_nearest(name, settings)}; Inductor has no such setting"
+                )
         if self.inductor.get("triton.cudagraphs"):
             raise OptionError(f"option inductor sets triton.cudagraphs: it {_NO_CUDA_GRAPHS}; leave it out")
         from fastft.patterns import table_names
@@ -82,7 +94,9 @@ class Options:
         names = table_names()
         for name in self.disable:
             if name not in names:
-                raise OptionError(f"option disable names {name!r}{_nearest(name, names)}; the patterns are {', '.join(names)}")
+                raise OptionError(
+                    f"option disable names {name!r}{_nearest(name, names)}; the patterns are {', '.join(names)}"
+                )
 
     def _with_mode(self, mode: str | None) -> Options:
         if mode in (None, "default"):
@@ -98,7 +112,9 @@ class Options:
 
 def _one_of(name: str, got: Any, allowed: tuple[str, ...]) -> None:
     if got not in allowed:
-        raise OptionError(f"option {name} is {got!r}{_nearest(str(got), allowed)}; it is one of {', '.join(map(repr, allowed))}")
+        raise OptionError(
+            f"option {name} is {got!r}{_nearest(str(got), allowed)}; it is one of {', '.join(map(repr, allowed))}"
+        )
 
 
 def _nearest(word: str, known: Any) -> str:

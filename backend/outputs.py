@@ -1,6 +1,7 @@
 """Graph outputs that exist only when somebody reads them.
 
-A lazy output (the model's logits) is dropped from the graph; what it can be computed from is returned in its place, and the callable wraps that.
+A lazy output (the model's logits) is dropped from the graph; what it can be computed from is returned in its place,
+and the callable wraps that.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class At:
 
 @dataclass(frozen=True)
 class LazyOutputs:
-    """``outputs``: how many the caller expects; ``plans``: for each lazy one its position and the operands of ``lazy_logits``."""
+    """``outputs``: how many the caller expects; ``plans``: for each lazy one its position and the operands of
+    ``lazy_logits``.
+    """
 
     outputs: int
     plans: tuple[tuple[int, dict[str, Any]], ...]
@@ -64,11 +67,16 @@ def with_lazy(compiled: Callable[..., Any], lazy: LazyOutputs) -> Callable[..., 
 
     def run(*args: Any) -> tuple[Any, ...]:
         # Compiled code may free its arguments: the inputs are looked up before the call.
-        ready = [{k: args[v.index] if isinstance(v, At) and v.kind == "input" else v for k, v in ops.items()} for _, ops in lazy.plans]
+        ready = [
+            {k: args[v.index] if isinstance(v, At) and v.kind == "input" else v for k, v in ops.items()}
+            for _, ops in lazy.plans
+        ]
         results = list(compiled(*args))
         outputs = results[: lazy.outputs]
         for (position, _), operands in zip(lazy.plans, ready, strict=True):
-            outputs[position] = lazy_logits(**{k: results[v.index] if isinstance(v, At) else v for k, v in operands.items()})
+            outputs[position] = lazy_logits(
+                **{k: results[v.index] if isinstance(v, At) else v for k, v in operands.items()}
+            )
         return tuple(outputs)
 
     return run

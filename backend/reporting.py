@@ -17,7 +17,8 @@ REPLACED, MISSED, SKIPPED = "replaced", "missed", "skipped"
 class Site:
     """One place in a graph that is, or looks like, one that fastft knows.
 
-    ``status``: ``"replaced"``; ``"missed"`` (recognised, but left as it was: ``reason``); ``"skipped"`` (switched off by an option).
+    ``status``: ``"replaced"``; ``"missed"`` (recognised, but left as it was: ``reason``); ``"skipped"`` (switched off
+    by an option).
     ``module``: path of the module it belongs to; ``rule``: ``file:line`` of the rule; ``node``: its name in the graph.
     """
 
@@ -89,7 +90,13 @@ class Report:
         for site in self.sites:
             rows.setdefault((site.pattern, site.status, site.reason), []).append(site)
         table = Table(title="fastft: sites", title_justify="left")
-        for name, justify in (("pattern", "left"), ("status", "left"), ("sites", "right"), ("why / rule", "left"), ("where", "left")):
+        for name, justify in (
+            ("pattern", "left"),
+            ("status", "left"),
+            ("sites", "right"),
+            ("why / rule", "left"),
+            ("where", "left"),
+        ):
             table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for (pattern, status, reason), sites in sorted(rows.items(), key=lambda r: (r[0][1] != REPLACED, r[0])):
             rules = ", ".join(sorted({s.rule for s in sites if s.rule}))
@@ -107,7 +114,10 @@ class Report:
         for key, what in self.plan.items():
             console.print(f"plan: {key}: {what}", markup=False)
         for bridge in self.bridges:
-            console.print(f"bridge {bridge.name}: {bridge.status}" + (f" ({bridge.reason})" if bridge.reason else ""), markup=False)
+            console.print(
+                f"bridge {bridge.name}: {bridge.status}" + (f" ({bridge.reason})" if bridge.reason else ""),
+                markup=False,
+            )
         for error in self.errors:
             console.print(f"error: {error}", markup=False)
         return out.getvalue()

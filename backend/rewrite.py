@@ -1,8 +1,8 @@
 """Steps 3 and 4: try every table of rules on a graph, make the rewrites, check each, and say what was left.
 
 A rewrite is made only when it is safe to make: every consumed value that somebody else uses is free to compute, no
-in-place op stands between what is read and where it is read, no gradient is cut in the middle (``no_grad``), and the op's
-result (run on fake tensors) has the shape, dtype and device of what it replaces.
+in-place op stands between what is read and where it is read, no gradient is cut in the middle (``no_grad``), and the
+op's result (run on fake tensors) has the shape, dtype and device of what it replaces.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ _FREE = _see.VIEWS | {"cast", "contiguous", "size", "input"}
 
 @dataclass
 class Rewritten:
-    """What the rewriting of one graph did: the sites, and the graph outputs that are to be lazy (node → operands of ``lazy_logits``)."""
+    """What the rewriting of one graph did: the sites, and the graph outputs that are to be lazy (node → operands of
+    ``lazy_logits``).
+    """
 
     sites: list[Site] = field(default_factory=list)
     lazy: dict[fx.Node, dict[str, Any]] = field(default_factory=dict)
@@ -68,7 +70,9 @@ def rewrite(gm: fx.GraphModule, options: Options, fake_mode: Any) -> Rewritten:
 
 
 def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_mode: Any, done: Rewritten) -> None:
-    """One table over the whole graph, last node first, so that the largest pattern that ends at a value is seen before its parts."""
+    """One table over the whole graph, last node first, so that the largest pattern that ends at a value is seen
+    before its parts.
+    """
     refused: dict[fx.Node, Site] = {}
     consumed: set[fx.Node] = set()
     memory = Memory(gm.graph)
@@ -101,7 +105,9 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
                     fuel.burn()
                     notes = "" if answer.lazy and not options.lazy_logits else answer.notes
                     done.sites.append(_but(site, REPLACED, "", notes))
-                    done.lazy = {problem.get(n, n): _moved(ops, problem) for n, ops in {**done.lazy, **answer.lazy}.items()}
+                    done.lazy = {
+                        problem.get(n, n): _moved(ops, problem) for n, ops in {**done.lazy, **answer.lazy}.items()
+                    }
                     consumed |= set(answer.outputs)
                     refused.pop(node, None)
                     break
@@ -204,7 +210,9 @@ def _between(outputs: Sequence[fx.Node], reads: set[fx.Node]) -> set[fx.Node]:
 
 
 def _cuts_gradient(node: fx.Node) -> bool:
-    """Whether ``node`` is a number that a gradient could flow through and does not: it was computed under ``no_grad``."""
+    """Whether ``node`` is a number that a gradient could flow through and does not: it was computed under
+    ``no_grad``.
+    """
     kind = _see.dtype(node)
     if kind is None or not kind.is_floating_point or _see.requires_grad(node):
         return False
@@ -218,7 +226,9 @@ class Memory:
         self.writes = [(n, {_base(w) for w in _see.written(n)}) for n in graph.nodes if _see.in_place(n)]
 
     def written(self, since: dict[fx.Node, int], until: int, order: dict[fx.Node, int]) -> fx.Node | None:
-        """An in-place op before position ``until`` that writes to the memory of a node of ``since`` from its position on."""
+        """An in-place op before position ``until`` that writes to the memory of a node of ``since`` from its position
+        on.
+        """
         for write, bases in self.writes:
             if write._erased or not order[write] < until:
                 continue
@@ -284,7 +294,9 @@ def _replace(
 
 
 def _relax_views(old: fx.Node, new: fx.Node) -> None:
-    """Let ``view`` below ``new`` be ``reshape`` where strides are no longer what they were (a view is still one if it can be)."""
+    """Let ``view`` below ``new`` be ``reshape`` where strides are no longer what they were (a view is still one if it
+    can be).
+    """
     was, got = _see.value(old), _see.value(new)
     if not isinstance(was, torch.Tensor) or was.stride() == got.stride():
         return
@@ -306,15 +318,24 @@ def _run_fake(answer: Rewrite, fake_mode: Any) -> Any:
         with guard, torch.set_grad_enabled(grad):
             return answer.target(*args, **kwargs)
     except Exception as error:  # any failure on fake tensors would be one at run time: the site stays as it was
-        return Reason("op_failed", f"{getattr(answer.target, '__name__', answer.target)} on fake tensors: {type(error).__name__}: {error}")
+        return Reason(
+            "op_failed",
+            f"{getattr(answer.target, '__name__', answer.target)} on fake tensors: {type(error).__name__}: {error}",
+        )
 
 
 def _differs(old: fx.Node, got: Any) -> Reason | None:
     """Why ``got`` cannot stand for ``old``, if so: shape, dtype and device must be the same."""
     was = _see.value(old)
     if not isinstance(was, torch.Tensor) or not isinstance(got, torch.Tensor):
-        return None if type(was) is type(got) else Reason("kind", f"{old.name} is {type(was).__name__}, the op gives {type(got).__name__}")
-    if len(was.shape) != len(got.shape) or not all(_see.same_size(a, b) for a, b in zip(was.shape, got.shape, strict=True)):
+        return (
+            None
+            if type(was) is type(got)
+            else Reason("kind", f"{old.name} is {type(was).__name__}, the op gives {type(got).__name__}")
+        )
+    if len(was.shape) != len(got.shape) or not all(
+        _see.same_size(a, b) for a, b in zip(was.shape, got.shape, strict=True)
+    ):
         return Reason("shape", f"{old.name} has shape {tuple(was.shape)}, the op gives {tuple(got.shape)}")
     if was.dtype != got.dtype:
         return Reason("dtype", f"{old.name} is {was.dtype}, the op gives {got.dtype}")
@@ -353,7 +374,9 @@ def _has_effect(node: fx.Node) -> bool:
 
 
 def module_path(node: fx.Node) -> str:
-    """Path of the module that a node belongs to (``model.layers.0.mlp``), from Dynamo's module stack; empty when it has none."""
+    """Path of the module that a node belongs to (``model.layers.0.mlp``), from Dynamo's module stack; empty when it
+    has none.
+    """
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""

@@ -1,7 +1,7 @@
 """A hash of everything that decides what fastft's ops compute, for torch's compile caches.
 
-AOTAutograd's cache knows a custom op by its name only: with an edited backward formula it would hand out the old gradient. The stamp makes an edit
-miss the cache.
+AOTAutograd's cache knows a custom op by its name only: with an edited backward formula it would hand out the old
+gradient. The stamp makes an edit miss the cache.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""One file for each op: maths, reference, Triton forward and backward, op, cost. ``fastft.kernels.load()`` imports them all."""
+"""One file for each op: maths, reference, Triton forward and backward, op, cost. ``fastft.kernels.load()`` imports
+them all.
+"""
 
 from __future__ import annotations
 

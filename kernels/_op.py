@@ -1,11 +1,14 @@
-"""What every op's file is made of: raw ops in the dispatcher, and one record that says all there is to know about the op.
+"""What every op's file is made of: raw ops in the dispatcher, and one record that says all there is to know about the
+op.
 
-The life of an op, in the order its file has it: the maths, the reference, the Triton kernels, the two raw ops (``torch.ops.fastft.<name>`` and
-``torch.ops.fastft.<name>_backward``), the ``autograd.Function`` that joins them, the differentiable function that a rewritten graph calls, and the
-:class:`Op` record.
+The life of an op, in the order its file has it: the maths, the reference, the Triton kernels, the two raw ops
+(``torch.ops.fastft.<name>`` and
+``torch.ops.fastft.<name>_backward``), the ``autograd.Function`` that joins them, the differentiable function that a
+rewritten graph calls, and the :class:`Op` record.
 
-Raw ops are functional (no argument is written to), return what the backward needs as explicit outputs, and are opaque to Inductor. They are defined
-with ``torch.library.Library``, which costs 2 µs a call where ``torch.library.custom_op`` costs 7.
+Raw ops are functional (no argument is written to), return what the backward needs as explicit outputs, and are opaque
+to Inductor. They are defined with ``torch.library.Library``, which costs 2 µs a call where
+``torch.library.custom_op`` costs 7.
 """
 
 from __future__ import annotations
@@ -22,20 +25,23 @@ import torch
 
 LIBRARY = torch.library.Library("fastft", "FRAGMENT")
 
-#: True when Triton runs kernels in its interpreter, on CPU tensors: how the tests run the kernels themselves without a GPU.
+#: True when Triton runs kernels in its interpreter, on CPU tensors: how the tests run the kernels themselves without
+#: a GPU.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """Whether an op's body launches its Triton kernel for ``x`` (CUDA, or the interpreter) or runs its reference (any other CPU tensor)."""
+    """Whether an op's body launches its Triton kernel for ``x`` (CUDA, or the interpreter) or runs its reference (any
+    other CPU tensor).
+    """
     return x.is_cuda or INTERPRET
 
 
 def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define ``torch.ops.fastft.<name>`` from ``schema`` (``"rms_norm(Tensor x, ...) -> (Tensor, Tensor)"``).
 
-    ``run`` is the body on every device; ambient autocast is switched off inside it, since it would turn fp32 maths into bf16 silently. ``fake`` gives
-    the outputs' shapes, dtypes and strides. Returns the op's default overload.
+    ``run`` is the body on every device; ambient autocast is switched off inside it, since it would turn fp32 maths
+    into bf16 silently. ``fake`` gives the outputs' shapes, dtypes and strides. Returns the op's default overload.
     """
     name = schema.split("(", 1)[0].strip()
 
@@ -56,7 +62,9 @@ def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a site was left as it was. ``code`` is stable and short (``"dtype"``); ``text`` is one sentence for a person, with what was found."""
+    """Why a site was left as it was. ``code`` is stable and short (``"dtype"``); ``text`` is one sentence for a
+    person, with what was found.
+    """
 
     code: str
     text: str
@@ -85,9 +93,11 @@ class Cost:
 class Op:
     """Everything about one op.
 
-    ``call`` is what a rewritten graph calls: differentiable, functional, a module-level function (torch's caches find it by its name).
+    ``call`` is what a rewritten graph calls: differentiable, functional, a module-level function (torch's caches find
+    it by its name).
     ``reference`` has the same signature and plain PyTorch inside: what tests and benchmarks compare with.
-    ``supported`` takes the same arguments (fake tensors will do) and returns None, or the :class:`Reason` the op cannot run.
+    ``supported`` takes the same arguments (fake tensors will do) and returns None, or the :class:`Reason` the op
+    cannot run.
     ``cost`` takes the same arguments too, or sympy symbols where its docstring says so.
     """
 
@@ -113,10 +123,14 @@ def register(op: Op) -> Op:
 
 
 def check_dtypes(*tensors: torch.Tensor | None, allowed: Sequence[torch.dtype] = ()) -> Reason | None:
-    """A ``dtype`` reason when a tensor's dtype is not one the kernels know (default: fp32, fp16, bf16; fp64 runs on the CPU's reference)."""
+    """A ``dtype`` reason when a tensor's dtype is not one the kernels know (default: fp32, fp16, bf16; fp64 runs on
+    the CPU's reference).
+    """
     known = tuple(allowed) or (torch.float32, torch.float16, torch.bfloat16)
     for t in tensors:
         if t is None or t.dtype in known or (t.dtype == torch.float64 and t.device.type == "cpu"):
             continue
-        return Reason("dtype", f"dtype {t.dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in known)}")
+        return Reason(
+            "dtype", f"dtype {t.dtype} is not one of {', '.join(str(d).removeprefix('torch.') for d in known)}"
+        )
     return None

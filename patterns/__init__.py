@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastft.patterns._match import Table
 
-# The loss takes the head's linear with it, LoRA takes the NF4 linear below it, rotary and attention look through repeated and transposed heads.
-# A file that is not named here comes last.
+# The loss takes the head's linear with it, LoRA takes the NF4 linear below it, rotary and attention look through
+# repeated and transposed heads. A file that is not named here comes last.
 _ORDER = ("loss", "attention", "rotary", "norm", "mlp", "lora", "nf4")
 
 

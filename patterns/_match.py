@@ -1,8 +1,10 @@
 """The matcher: patterns over canonical nodes, and tables of rules ``(pattern, build)``.
 
-A pattern says what a subgraph looks like from its last node (the anchor) upward. Commutative ops match in both orders, with backtracking; the same
-``Var`` twice must be the same node; no-ops (casts to the same dtype, ``contiguous``, ``x[:]``) are looked through everywhere, and ``cast(p)`` also looks
-through casts that change the dtype. A rule's ``build`` receives the :class:`Match` and answers with
+A pattern says what a subgraph looks like from its last node (the anchor) upward. Commutative ops match in both
+orders, with backtracking; the same
+``Var`` twice must be the same node; no-ops (casts to the same dtype, ``contiguous``, ``x[:]``) are looked through
+everywhere, and ``cast(p)`` also looks through casts that change the dtype. A rule's ``build`` receives the
+:class:`Match` and answers with
 
 * a :class:`Rewrite`: the site is replaced;
 * a :class:`~fastft.kernels._op.Reason`: the site was recognised and stays as it was, with this reason in the report;
@@ -21,11 +23,24 @@ from torch import fx
 
 from fastft.kernels._op import OPS, Reason
 from fastft.kernels._op import Op as Kernel
-from fastft.patterns._see import Seen, dtype, is_noop, is_widening, rank, requires_grad, same_size, see, shape, through, value
+from fastft.patterns._see import (
+    Seen,
+    dtype,
+    is_noop,
+    is_widening,
+    rank,
+    requires_grad,
+    same_size,
+    see,
+    shape,
+    through,
+    value,
+)
 
 __all__ = [
-    "Match", "Pattern", "Reason", "Rewrite", "Rule", "Seen", "Table", "Var", "alt", "cast", "const", "down", "dtype", "is_noop", "is_widening", "number", "op", "rank",
-    "requires_grad", "row", "same_size", "see", "shape", "through", "use", "value",
+    "Match", "Pattern", "Reason", "Rewrite", "Rule", "Seen", "Table", "Var", "alt", "cast", "const", "down", "dtype",
+    "is_noop", "is_widening", "number", "op", "rank", "requires_grad", "row", "same_size", "see", "shape", "through",
+    "use", "value",
 ]  # fmt: skip
 
 COMMUTATIVE = {"mul", "add"}
@@ -51,7 +66,9 @@ class Bindings:
 
 
 class Pattern:
-    """Something a node can look like. Compose with :func:`op`, :func:`cast`, :func:`alt`; ``p * q`` and ``p + q`` are the commutative ops."""
+    """Something a node can look like. Compose with :func:`op`, :func:`cast`, :func:`alt`; ``p * q`` and ``p + q`` are
+    the commutative ops.
+    """
 
     #: canonical ops that this pattern's anchor can have; None: any.
     anchors: frozenset[str] | None = None
@@ -106,7 +123,9 @@ class const(Pattern):
 
 
 class op(Pattern):
-    """A canonical op with these operand patterns; operands beyond the given ones are not looked at. Looks through no-ops first."""
+    """A canonical op with these operand patterns; operands beyond the given ones are not looked at. Looks through
+    no-ops first.
+    """
 
     def __init__(self, name: str, *operands: Any) -> None:
         self.name = name
@@ -152,7 +171,9 @@ class cast(Pattern):
 
 
 class down(Pattern):
-    """``inner``, or a cast to a narrower dtype of ``inner`` when that cast is its only use: for anchors whose result is rounded at the end."""
+    """``inner``, or a cast to a narrower dtype of ``inner`` when that cast is its only use: for anchors whose result
+    is rounded at the end.
+    """
 
     def __init__(self, inner: Pattern) -> None:
         self.inner = inner
@@ -171,7 +192,9 @@ class alt(Pattern):
 
     def __init__(self, *choices: Pattern) -> None:
         self.choices = choices
-        self.anchors = None if any(c.anchors is None for c in choices) else frozenset().union(*(c.anchors or () for c in choices))
+        self.anchors = (
+            None if any(c.anchors is None for c in choices) else frozenset().union(*(c.anchors or () for c in choices))
+        )
 
     def match(self, found: Any, bound: Bindings) -> Iterator[Bindings]:
         for choice in self.choices:
@@ -195,12 +218,14 @@ class Match:
 
 @dataclass
 class Rewrite:
-    """Replace ``outputs`` by the results of ``target(*args, **kwargs)`` (one output: the result itself; several: its first items, in order).
+    """Replace ``outputs`` by the results of ``target(*args, **kwargs)`` (one output: the result itself; several: its
+    first items, in order).
 
-    ``inside`` are the nodes that the site consists of, outputs included (left empty: those of the match). A consumed node that somebody else uses
-    too is a reason to refuse unless it is free to compute (a view or a cast) or ``may_escape`` says that keeping it is right. ``lazy`` maps a graph output
-    (logits) to the operands of :func:`fastft.lazy_logits.lazy_logits`. ``notes`` go into the report beside the site. ``out_dtype`` is not needed here: the
-    replaced value's dtype, shape and device are checked against the target's.
+    ``inside`` are the nodes that the site consists of, outputs included (left empty: those of the match). A consumed
+    node that somebody else uses too is a reason to refuse unless it is free to compute (a view or a cast) or
+    ``may_escape`` says that keeping it is right. ``lazy`` maps a graph output (logits) to the operands of
+    :func:`fastft.lazy_logits.lazy_logits`. ``notes`` go into the report beside the site. ``out_dtype`` is not needed
+    here: the replaced value's dtype, shape and device are checked against the target's.
     """
 
     target: Callable[..., Any]
@@ -215,7 +240,9 @@ class Rewrite:
 
 
 def use(kernel: str, *args: Any, **kwargs: Any) -> Rewrite | Reason:
-    """A :class:`Rewrite` that calls the op named ``kernel`` with these operands (nodes, numbers), or the reason that op gives against it."""
+    """A :class:`Rewrite` that calls the op named ``kernel`` with these operands (nodes, numbers), or the reason that
+    op gives against it.
+    """
     record = OPS[kernel]
     fake_args, fake_kwargs = fx.node.map_aggregate((args, kwargs), value)
     reason = record.supported(*fake_args, **fake_kwargs)
@@ -251,8 +278,8 @@ def row(pattern: Pattern, build: Build) -> Rule:
 class Table:
     """The rules for one family of sites.
 
-    ``seed`` tells of a node that is still in the graph afterwards whether it looks like such a site: the report lists it as missed. It answers with
-    what was seen ("rsqrt of a mean of squares"), or None.
+    ``seed`` tells of a node that is still in the graph afterwards whether it looks like such a site: the report lists
+    it as missed. It answers with what was seen ("rsqrt of a mean of squares"), or None.
     """
 
     name: str

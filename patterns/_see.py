@@ -1,8 +1,9 @@
 """One canonical way to look at a node of a Dynamo graph, whatever way its author spelled it.
 
-``see(node)`` answers ``Seen(op, args)``: a lower-case name of the field (``"mul"``, ``"cast"``, ``"linear"``) and its operands in a fixed order.
-``x * y``, ``torch.mul(x, y)`` and ``x.mul(y)`` are all ``Seen("mul", (x, y))``. The graph itself is left as it is. In-place spellings are never seen as
-the functional op: they come back as ``"in_place"``, which no rule matches.
+``see(node)`` answers ``Seen(op, args)``: a lower-case name of the field (``"mul"``, ``"cast"``, ``"linear"``) and its
+operands in a fixed order.
+``x * y``, ``torch.mul(x, y)`` and ``x.mul(y)`` are all ``Seen("mul", (x, y))``. The graph itself is left as it is.
+In-place spellings are never seen as the functional op: they come back as ``"in_place"``, which no rule matches.
 """
 
 from __future__ import annotations
@@ -164,7 +165,10 @@ def _activation(op: str) -> Callable[[fx.Node], Seen]:
 
 
 def _gelu(node: fx.Node) -> Seen:
-    return Seen("gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu", (node.args[0] if node.args else node.kwargs["input"],))
+    return Seen(
+        "gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu",
+        (node.args[0] if node.args else node.kwargs["input"],),
+    )
 
 
 _FUNCTIONS: dict[Any, Callable[[fx.Node], Seen]] = {
@@ -188,11 +192,32 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node], Seen]] = {
     F.dropout: _dropout,
     F.layer_norm: _pick("layer_norm", "input", "normalized_shape", "weight", "bias", "eps", eps=1e-5),
     torch._C._nn.scaled_dot_product_attention: _pick(
-        "sdpa", "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", dropout_p=0.0, is_causal=False, enable_gqa=False
+        "sdpa",
+        "query",
+        "key",
+        "value",
+        "attn_mask",
+        "dropout_p",
+        "is_causal",
+        "scale",
+        "enable_gqa",
+        dropout_p=0.0,
+        is_causal=False,
+        enable_gqa=False,
     ),
     F.cross_entropy: _pick(
-        "cross_entropy", "input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing",
-        ignore_index=-100, reduction="mean", label_smoothing=0.0,
+        "cross_entropy",
+        "input",
+        "target",
+        "weight",
+        "size_average",
+        "ignore_index",
+        "reduce",
+        "reduction",
+        "label_smoothing",
+        ignore_index=-100,
+        reduction="mean",
+        label_smoothing=0.0,
     ),
     torch.cat: _pick("cat", "tensors", "dim", dim=0),
     torch.chunk: _pick("chunk", "input", "chunks", "dim", dim=0),
@@ -263,7 +288,19 @@ _IN_PLACE = {
 _IN_PLACE_METHODS = {f"__{f.__name__}__" for f in _IN_PLACE if f is not operator.setitem} | {"__setitem__"}
 
 #: Ops that move no numbers: a value seen through them is the same value in another shape.
-VIEWS = {"view", "expand", "permute", "flatten", "transpose", "unsqueeze", "squeeze", "chunk", "split", "getitem", "index"}
+VIEWS = {
+    "view",
+    "expand",
+    "permute",
+    "flatten",
+    "transpose",
+    "unsqueeze",
+    "squeeze",
+    "chunk",
+    "split",
+    "getitem",
+    "index",
+}
 
 
 def in_place(node: fx.Node) -> bool:
@@ -289,7 +326,9 @@ def written(node: fx.Node) -> tuple[Any, ...]:
     schema = getattr(_overload(node.target), "_schema", None)
     if schema is not None:
         given = dict(enumerate(node.args)) | dict(node.kwargs)
-        parameters = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        parameters = [
+            (i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+        ]
         return tuple(given[k] for i, a in parameters for k in (i, a.name) if isinstance(given.get(k), fx.Node))
     position = _inplace_position(node.target)
     if node.kwargs.get("inplace", position is not None and len(node.args) > position and node.args[position]) is True:
@@ -316,7 +355,9 @@ def _inplace_position(target: Any) -> int | None:
 
 
 def see(node: Any) -> Seen:
-    """The canonical view of a node; ``UNKNOWN`` when the op is not one that rules speak about, or the value is no node."""
+    """The canonical view of a node; ``UNKNOWN`` when the op is not one that rules speak about, or the value is no
+    node.
+    """
     if not isinstance(node, fx.Node):
         return UNKNOWN
     if node.op == "placeholder":
@@ -370,7 +411,10 @@ def is_noop(seen: Seen) -> bool:
         return seen.args[1] == 0 or seen.args[2] is False
     if seen.op == "index":
         index = seen.args[1] if isinstance(seen.args[1], (tuple, list)) else (seen.args[1],)
-        return all(i is Ellipsis or (isinstance(i, slice) and i.start in (None, 0) and i.stop is None and i.step in (None, 1)) for i in index)
+        return all(
+            i is Ellipsis or (isinstance(i, slice) and i.start in (None, 0) and i.stop is None and i.step in (None, 1))
+            for i in index
+        )
     if seen.op in ("mul", "add"):
         neutral = 1 if seen.op == "mul" else 0
         kind = dtype(seen.args[0])  # a whole number times 1.0 is of another dtype
