@@ -612,13 +612,13 @@ def _backward(
         dh, dw, db = _empty_grads(hidden, weight, bias, need_hidden, need_weight, need_bias)
         return dh.zero_(), dw.zero_(), db.zero_()
     maths, need = (ignore_index, softcap, logit_scale, temperature, dtype), (need_hidden, need_weight, need_bias)
-    grads = (grad_log_prob, grad_entropy)
     keep = _scored(labels, ignore_index)
     if keep is None:
-        return _backward_all(*grads, hidden, weight, bias, labels, lse, entropy, *maths, *need)
-    picked = [None if g is None else g[keep] for g in grads]
+        return _backward_all(grad_log_prob, grad_entropy, hidden, weight, bias, labels, lse, entropy, *maths, *need)
+    g_log_prob, g_entropy = (None if g is None else g[keep] for g in (grad_log_prob, grad_entropy))
     entropy = entropy[keep] if entropy.shape[0] else entropy
-    dh, dw, db = _backward_all(*picked, hidden[keep], weight, bias, labels[keep], lse[keep], entropy, *maths, *need)
+    picked = (hidden[keep], weight, bias, labels[keep], lse[keep], entropy)
+    dh, dw, db = _backward_all(g_log_prob, g_entropy, *picked, *maths, *need)
     return hidden.new_zeros(hidden.shape).index_copy_(0, keep, dh) if need_hidden else dh, dw, db
 
 

@@ -333,7 +333,7 @@ def _build_ignoring(m: Match) -> Rewrite | Reason | None:
     source = clamped.args[0]
     if _argument(clamped, 1, "min") != 0 or _argument(clamped, 2, "max") is not None:
         return None
-    fields = sorted(m.anchor.users, key=lambda n: n.args[1])
+    fields: list[Any] = sorted(m.anchor.users, key=lambda n: str(n.args[1]))
     fills = []
     for field in fields:
         users = list(field.users)
