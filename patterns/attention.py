@@ -195,12 +195,17 @@ def _seed(node: fx.Node) -> str | None:
     if seen.op == "sdpa":
         return "scaled_dot_product_attention"
     if seen.op == "softmax" and rank(node) == 4 and _scores(seen.args[0]):
-        return "softmax of attention scores, spelled out (attn_implementation='eager': use 'sdpa')"
+        return "softmax of attention scores, spelled out (attn_implementation='eager')"
     return None
 
 
 def _scores(node: Any) -> bool:
-    return see(through(node, "noop", "cast", "add", "mul", "div", "sub", "index", "tanh", "cat")).op == "matmul"
+    """Whether a value is a product that was scaled, capped, masked, shifted, or stands first in a ``cat`` with sinks."""
+    while True:
+        seen = see(through(node, "noop", "cast", "add", "mul", "div", "sub", "index", "tanh"))
+        if seen.op != "cat" or not isinstance(seen.args[0], (tuple, list)):
+            return seen.op == "matmul"
+        node = seen.args[0][0]
 
 
 TABLE = Table(

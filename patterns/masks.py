@@ -387,6 +387,9 @@ def _compare(name: str) -> Callable[[fx.Node, Evaluate], Symbol | None]:
             return _equal(a, b, name == "eq") or _equal(b, a, name == "eq")
         if isinstance(a, Coordinate) and isinstance(b, Coordinate):
             return _ordered(name, a, b)
+        # A position is never negative: how transformers says "every key" of a mask that is not causal.
+        if name == "ge" and isinstance(a, Coordinate) and not a.chunk and a.left is None and isinstance(b, Constant):
+            return Constant(True) if b.number <= a.offset else None
         return None
 
     return rule

@@ -217,6 +217,14 @@ def test_eager_attention_is_reported_as_missed() -> None:
         scores = torch.matmul(q, repeat_kv(k, 2).transpose(2, 3)) * 0.3
         return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), repeat_kv(v, 2))
 
-    _, report, _ = rewritten(eager, *leaves())
-    (missed,) = report.missed
-    assert missed.pattern == "attention" and "eager" in missed.reason
+    def sinks(q, k, v, sink):
+        """gpt-oss: a learned score that takes part in the softmax and reaches no value."""
+        scores = torch.matmul(q, repeat_kv(k, 2).transpose(2, 3)) * 0.3 + torch.zeros(S, S)
+        both = torch.cat([scores, sink.reshape(1, -1, 1, 1).expand(B, -1, S, -1)], dim=-1)
+        both = both - both.max(dim=-1, keepdim=True).values
+        return torch.matmul(F.softmax(both, dim=-1, dtype=torch.float32)[..., :-1].to(q.dtype), repeat_kv(v, 2))
+
+    for fn, args in ((eager, leaves()), (sinks, [*leaves(), torch.zeros(HQ)])):
+        _, report, _ = rewritten(fn, *args)
+        (missed,) = report.missed
+        assert missed.pattern == "attention" and "eager" in missed.reason

@@ -162,6 +162,7 @@ SPELLINGS = {
         "causal & window(4)",
     ),
     "chunks": (lambda: (cols() // 5 == rows() // 5) & (cols() <= rows()), "causal & chunk(5)"),
+    "every position": (lambda: (rows() >= 0) & (cols() <= rows()), "causal"),
     "all": (lambda: torch.ones(B, 1, S, S, dtype=torch.bool), "full"),
     "chunks alone": (lambda: torch.floor_divide(cols(), 5) == rows() // 5, "chunk(5)"),
 }
@@ -200,6 +201,7 @@ def test_packed() -> None:
 
 P = padding().bool()
 LOOKALIKES: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    "not the first": (lambda: (rows() >= 1) & (cols() <= rows()), ()),
     "strictly below": (lambda: cols() < rows(), ()),
     "one to the right": (lambda: cols() <= rows() + 1, ()),
     "anticausal": (lambda: cols() >= rows() + 1, ()),
