@@ -200,7 +200,7 @@ def _seed(node: fx.Node) -> str | None:
 
 
 def _scores(node: Any) -> bool:
-    """Whether a value is a product that was scaled, capped, masked, shifted, or stands first in a ``cat`` with sinks."""
+    """Whether a value is a product, scaled, capped, masked, shifted, or standing first in a ``cat`` with sinks."""
     while True:
         seen = see(through(node, "noop", "cast", "add", "mul", "div", "sub", "index", "tanh"))
         if seen.op != "cat" or not isinstance(seen.args[0], (tuple, list)):
