@@ -65,7 +65,8 @@ def compile_with_inductor(
     """Inductor's ``compile_fx`` with config patches that hold for the lazily compiled backward too."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    return compiled
 
 
 def compile_with_aot_eager(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

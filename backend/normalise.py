@@ -103,7 +103,8 @@ def _replace_outputs(gm: fx.GraphModule, call: fx.Node, result: Any) -> None:
     """Point the users of the higher-order op (getitems of its tuple) at the inlined values."""
     for user in list(call.users):
         if isinstance(result, (tuple, list)) and user.op == "call_function" and user.target is operator.getitem:
-            _replace(user, result[user.args[1]])
+            item: Any = user.args[1]
+            _replace(user, result[item])
             gm.graph.erase_node(user)
     if call.users:  # one value that is no tuple, or the whole tuple (as a graph's output)
         _replace(call, result)
