@@ -100,18 +100,18 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
                     refused[node] = _but(site, SKIPPED, "out of fuel")
                     consumed |= answer.inside
                     break
-                problem = problem or _replace(gm, answer, fake_mode, order)
-                if not isinstance(problem, Reason):
+                made = problem or _replace(gm, answer, fake_mode, order)
+                if not isinstance(made, Reason):
                     fuel.burn()
                     notes = "" if answer.lazy and not options.lazy_logits else answer.notes
                     done.sites.append(_but(site, REPLACED, "", notes))
                     done.lazy = {
-                        problem.get(n, n): _moved(ops, problem) for n, ops in {**done.lazy, **answer.lazy}.items()
+                        made.get(n, n): _moved(ops, made) for n, ops in {**done.lazy, **answer.lazy}.items()
                     }
                     consumed |= set(answer.outputs)
                     refused.pop(node, None)
                     break
-                answer = problem
+                answer = made
             refused.setdefault(node, _but(site, MISSED, f"{answer.code}: {answer.text}"))
             if answer.code != "escapes":
                 recognised |= match.inside - {node}
@@ -284,8 +284,12 @@ def _replace(
     order[new] = order[last]
     for item in replacements:
         order[item] = order[last]
+
+    def moves(user: fx.Node) -> bool:
+        return user is not new
+
     for old, item in zip(answer.outputs, replacements, strict=True):
-        old.replace_all_uses_with(item, delete_user_cb=lambda user, new=new: user is not new)
+        old.replace_all_uses_with(item, delete_user_cb=moves)
         item.meta.setdefault("nn_module_stack", old.meta.get("nn_module_stack"))
         _relax_views(old, item)
     for old in answer.outputs:

@@ -13,6 +13,7 @@ to Inductor. They are defined with ``torch.library.Library``, which costs 2 µs 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import os
@@ -47,10 +48,14 @@ def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
 
     @functools.wraps(run)
     def body(*args: Any) -> Any:
-        device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
-        if not torch.is_autocast_enabled(device):
-            return run(*args)
-        with torch.autocast(device, enabled=False):
+        first = next((a for a in args if isinstance(a, torch.Tensor)), None)
+        with contextlib.ExitStack() as stack:
+            if first is not None and first.is_cuda and first.device.index != torch.cuda.current_device():
+                # Triton launches on the current device, which need not be the tensors' (a model split over several).
+                stack.enter_context(torch.cuda.device(first.device))
+            device = "cpu" if first is None else first.device.type
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
             return run(*args)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

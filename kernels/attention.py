@@ -846,8 +846,10 @@ def _backward(
             _as_bshd(do), q, k, v, out, lse.unsqueeze(-1), seed, seed, None, None, None,
             call.q_length, call.k_length, 0.0, call.causal, scale=call.scale,
         )  # fmt: skip
-        return tuple(
-            _as_bshd(g) if w else n for g, w, n in zip(grads, (want_q, want_kv, want_kv), (dq, dk, dv), strict=True)
+        return (
+            _as_bshd(grads[0]) if want_q else dq,
+            _as_bshd(grads[1]) if want_kv else dk,
+            _as_bshd(grads[2]) if want_kv else dv,
         )
     if call.backend == "cpu":
         bias = call.bias(q) if not _only_causal(call) else None

@@ -1,7 +1,7 @@
 """Tiny models of the families that the tests cover, built from configs, and how many sites each has.
 
-Two layers each, hidden size 64. Nothing is downloaded. A family's ``sites`` are what its module counts say there is to replace in one training step
-with labels: the tests demand exactly these.
+Two layers each, hidden size 64. Nothing is downloaded. A family's ``sites`` are what its module counts say there is to
+replace in one training step with labels: the tests demand exactly these.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SIZES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """``norms`` RMSNorms by module count; ``loras`` linears by layer; one rotary and one attention site and one MLP by layer, one loss."""
+    """``norms``: RMSNorms by module count; ``linears``: in a layer. A layer has one rotary, attention and MLP site."""
 
     name: str
     build: Callable[..., transformers.PreTrainedModel]
@@ -39,12 +39,24 @@ class Family:
 
     def sites(self, lora: bool = False) -> dict[str, int]:
         """Replaced sites that a training step must have, by pattern."""
-        wanted = {"linear_cross_entropy": 1, "attention": LAYERS, "rotary": LAYERS, "rms_norm": self.norms, "mlp": LAYERS}
+        wanted = {
+            "linear_cross_entropy": 1,
+            "attention": LAYERS,
+            "rotary": LAYERS,
+            "rms_norm": self.norms,
+            "mlp": LAYERS,
+        }
         return wanted | ({"lora": self.linears * LAYERS} if lora else {})
 
 
 def _llama3() -> transformers.PreTrainedModel:
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
     config = transformers.LlamaConfig(**_SIZES, rope_parameters={**rope, "original_max_position_embeddings": 64})
     return transformers.LlamaForCausalLM(config)
 
@@ -63,13 +75,21 @@ def _gemma2() -> transformers.PreTrainedModel:
 
 
 def _gemma3() -> transformers.PreTrainedModel:
-    config = transformers.Gemma3TextConfig(**_SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    config = transformers.Gemma3TextConfig(
+        **_SIZES,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )
     return transformers.Gemma3ForCausalLM(config)
 
 
 def _phi4() -> transformers.PreTrainedModel:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**_SIZES, rope_parameters=rope, partial_rotary_factor=0.5))
+    return transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(**_SIZES, rope_parameters=rope, partial_rotary_factor=0.5)
+    )
 
 
 FAMILIES = {
@@ -85,7 +105,14 @@ FAMILIES = {
 }
 
 
-def build(name: str, *, dtype: torch.dtype = torch.float32, lora: float | None = None, checkpointing: bool = False, seed: int = 0) -> torch.nn.Module:
+def build(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    lora: float | None = None,
+    checkpointing: bool = False,
+    seed: int = 0,
+) -> torch.nn.Module:
     """A family's model in train mode. ``lora``: LoRA on all linears with this dropout (None: full fine-tuning)."""
     torch.manual_seed(seed)
     model = FAMILIES[name].build()
@@ -98,7 +125,9 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, lora: float | None =
     if lora is not None:
         import peft
 
-        config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=lora, target_modules="all-linear", init_lora_weights=False)
+        config = peft.LoraConfig(
+            r=4, lora_alpha=8, lora_dropout=lora, target_modules="all-linear", init_lora_weights=False
+        )
         model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -110,7 +139,7 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, lora: float | None =
 
 
 def batch(kind: str = "plain", rows: int = 2, length: int = 40, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Token ids and labels: ``plain``; ``padding`` (right-padded, padding ignored in the loss); ``packing`` (documents by ``position_ids``)."""
+    """Ids and labels: ``plain``; ``padding`` (right, ignored in the loss); ``packing`` (``position_ids``)."""
     generator = torch.Generator().manual_seed(seed)
     rows = 1 if kind == "packing" else rows
     ids = torch.randint(1, VOCAB, (rows, length), generator=generator)

@@ -11,7 +11,6 @@ import fastft
 from fastft import reporting
 from fastft.compare import relative_error, rounding
 
-
 Gradients = dict[str, torch.Tensor]
 Step = tuple[torch.Tensor, Gradients]
 
@@ -32,7 +31,9 @@ def compiled(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
     return torch.compile(model, backend="fastft", options={"residual": "eager", "strict": True, **options})  # type: ignore[return-value]
 
 
-def compiled_step(model: torch.nn.Module, batch: dict[str, Any], seed: int = 0, **options: Any) -> tuple[torch.Tensor, Gradients, fastft.Report]:
+def compiled_step(
+    model: torch.nn.Module, batch: dict[str, Any], seed: int = 0, **options: Any
+) -> tuple[torch.Tensor, Gradients, fastft.Report]:
     """Loss, gradients and report of one compiled step."""
     loss, grads = step(model, batch, seed, compiled(model, **options))
     return loss, grads, fastft.report()
@@ -41,17 +42,21 @@ def compiled_step(model: torch.nn.Module, batch: dict[str, Any], seed: int = 0, 
 def check_equal(ours: Step, eager: Step, relative: float = 1e-5) -> None:
     """Loss and every gradient within ``relative`` of eager's: for fp32 models."""
     assert ours[1].keys() == eager[1].keys()
-    errors = {"loss": relative_error(ours[0], eager[0])} | {n: relative_error(g, eager[1][n]) for n, g in ours[1].items()}
-    wrong = [f"{n}: {error:.2e} from eager, allowed {relative:.0e}" for n, error in errors.items() if not error <= relative]
+    errors = {"loss": relative_error(ours[0], eager[0])} | {
+        n: relative_error(g, eager[1][n]) for n, g in ours[1].items()
+    }
+    wrong = [
+        f"{n}: {error:.2e} from eager, allowed {relative:.0e}" for n, error in errors.items() if not error <= relative
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 def check_rule(ours: list[Step], eager: list[Step], exact: list[Step], *, tokens: int = 1) -> None:
     """The error rule for the loss and every gradient, over several batches.
 
-    Errors are root mean squares over the batches: in a tiny model a single batch's error is a handful of roundings, ours as much as eager's, and a
-    ratio of two such draws says little. A loss is one number, a mean over ``tokens`` losses that each carry a rounding in the gradients' dtype:
-    that over √tokens is its rounding term.
+    Errors are root mean squares over the batches: in a tiny model a single batch's error is a handful of roundings, as
+    eager's is, and a ratio of two such draws says little. A loss is one number, a mean over ``tokens`` losses that
+    each carry a rounding in the gradients' dtype: that over √tokens is its rounding term.
     """
     names = ["loss", *eager[0][1]]
     assert all(run[1].keys() == eager[0][1].keys() for run in ours)
@@ -59,7 +64,9 @@ def check_rule(ours: list[Step], eager: list[Step], exact: list[Step], *, tokens
 
     def rms(runs: list[Step], name: str) -> float:
         pick = (lambda run: run[0]) if name == "loss" else (lambda run: run[1][name])
-        return math.sqrt(sum(relative_error(pick(run), pick(true)) ** 2 for run, true in zip(runs, exact, strict=True)) / len(runs))
+        return math.sqrt(
+            sum(relative_error(pick(run), pick(true)) ** 2 for run, true in zip(runs, exact, strict=True)) / len(runs)
+        )
 
     wrong = []
     for name in names:

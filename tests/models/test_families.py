@@ -27,7 +27,7 @@ def test_every_site_is_replaced_and_exact(name: str, kind: str) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_lora_in_bf16(name: str, checkpointing: bool, dropout: float) -> None:
-    """bf16 LoRA: errors at most twice those of bf16 eager against fp32, from the same rounded weights and the same dropout."""
+    """bf16 LoRA: errors at most twice bf16 eager's against fp32, from the same rounded weights and dropout masks."""
     batches = [batch("padding", seed=seed) for seed in range(4)]
     reference = build(name, lora=dropout, dtype=torch.bfloat16).float()
     exact = [step(reference, data, seed) for seed, data in enumerate(batches)]

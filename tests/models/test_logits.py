@@ -49,9 +49,9 @@ def test_a_loss_of_the_users_on_read_logits_has_eagers_gradients() -> None:
 
 @pytest.mark.parametrize("lora", [None, 0.0], ids=["full", "lora"])
 def test_unread_logits_are_never_allocated(lora: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing as large as [batch, seq, vocab] in any dtype is allocated in a training step; reading the logits allocates it."""
+    """Nothing as large as [batch, seq, vocab] in any dtype is allocated in a step; reading the logits allocates it."""
     monkeypatch.setattr(loss_op, "CHUNK_BYTES", 16 * VOCAB * 4)
-    # 64 hidden, 128 intermediate and vocabulary: enough tokens that [tokens, vocab] is larger than weights, and the MLP narrower than the vocabulary.
+    # A vocabulary much wider than the MLP, and enough tokens that [tokens, vocab] is larger than any weight.
     data = batch("plain", rows=4, length=250)
     model = build("llama3", lora=lora)
     tokens = data["input_ids"].numel()
