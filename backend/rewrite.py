@@ -377,6 +377,10 @@ def _has_effect(node: fx.Node) -> bool:
     return bool(node.is_impure()) and _see.see(node) is _see.UNKNOWN
 
 
+#: Words in Dynamo's paths that name no module of the user's (TRL replaces ``forward`` by a bound method).
+_NO_MODULE = {"L", "G", "self", "__self__", "__dict__", "_modules", "_orig_mod", "forward"}
+
+
 def module_path(node: fx.Node) -> str:
     """Path of the module that a node belongs to (``model.layers.0.mlp``), from Dynamo's module stack; empty when it
     has none.
@@ -386,4 +390,4 @@ def module_path(node: fx.Node) -> str:
         return ""
     path = str(list(stack.values())[-1][0])
     words = [quoted or name for quoted, name in re.findall(r"(\w+)'\]|(\w+)", path)]
-    return ".".join(w for w in words if w not in ("L", "self", "__dict__", "_modules", "_orig_mod", "G"))
+    return ".".join(w for w in words if w not in _NO_MODULE)

@@ -57,8 +57,10 @@ def _forward_kernel(
     mask = (row < rows)[:, None] & (col < N)[None, :]
     x = tl.load(tile_at(x_ptr, row, col, inner, x_outer, x_inner), mask=mask, other=0.0).to(tl.float32)
     m = tl.sum(x, axis=1) / N
-    # The row is in registers: the variance is taken around the mean, not from mean(x²) − m², which cancels.
+    # The row is in registers: the variance is taken around the mean, not from mean(x²) − m², which cancels. Where the
+    # mean is large it is itself rounded; what it misses is the mean of the differences.
     x = tl.where(mask, x - m[:, None], 0.0)
+    x = tl.where(mask, x - (tl.sum(x, axis=1) / N)[:, None], 0.0)
     r = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + EPS)
     y = x * r[:, None]
     if HAS_WEIGHT:
@@ -203,6 +205,8 @@ def _backward(
         walk.count, walk.inner, dy_outer, dy_inner, x_outer, x_inner, r_outer, r_inner, dx_outer, dx_inner,
         N=n, HAS_WEIGHT=weight is not None, WANT_DX=want_dx, WANT_DWEIGHT=want_dweight, WANT_DBIAS=want_dbias,
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        # w · g fused into its difference from its own mean would not be rounded as the mean is: no zero where N is 1.
+        enable_fp_fusion=False,
     )  # fmt: skip
     return dx, dweight.copy_(dw.sum(0)) if want_dweight else dweight, dbias.copy_(db.sum(0)) if want_dbias else dbias
 

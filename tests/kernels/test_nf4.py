@@ -10,7 +10,8 @@ from fastft.kernels.nf4 import NF4, OP, nf4_dequantize
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# Bitsandbytes' CPU library rounds fp16 by the processor's own instructions: where there is a GPU, that is compared with.
+DEVICES = ["cuda" if torch.cuda.is_available() else "cpu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 #: Even row lengths are multiples of the blocksize, 64: with others bitsandbytes' CPU kernel (not its CUDA and generic
 #: ones) reads the wrong scales.
