@@ -75,6 +75,10 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, layer: int 
             if layer is not None:
                 new.meta["recompute"] = compat.PREFER_RECOMPUTE
                 new.meta["ac_graph_id"] = layer
+            else:
+                # torch 2.11 tags a body's nodes while it traces them.
+                new.meta.pop("recompute", None)
+                new.meta.pop("ac_graph_id", None)
             mapped[node] = new
             added.append(new)
     _replace_outputs(gm, call, result)
