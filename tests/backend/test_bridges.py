@@ -16,8 +16,8 @@ from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.backends.registry import _COMPILER_FNS
 from torch.utils.checkpoint import checkpoint
 
+from fastft import _torch_compat as compat
 from fastft import autoload, bridges
-from fastft._torch_compat import version
 from fastft.bridges import _bridge, _tracing
 from fastft.bridges._bridge import NotNeeded, StayOut
 
@@ -654,7 +654,7 @@ def test_dora_is_stock_elsewhere(ours: Recorder, other: Recorder) -> None:
     assert dequantize_module_weight(layer) == "HQQ"
     torch.compile(lambda m: dequantize_module_weight(m) + 1, backend=other)(torch.nn.Linear(4, 4))
     # torch 2.11 traces the test of the weight's type that later versions break at.
-    assert breaks() > 0 or version() < (2, 12)
+    assert breaks() > 0 or compat.version() < (2, 12)
 
 
 def test_dora_stays_out() -> None:
