@@ -10,7 +10,7 @@ from fastft.kernels.nf4 import NF4, OP, nf4_dequantize
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
-# Bitsandbytes' CPU library rounds fp16 by the processor's own instructions: a GPU, where there is one, is compared with.
+# Bitsandbytes' CPU library rounds fp16 as the processor at hand does: where there is a GPU, that is compared with.
 DEVICES = ["cuda" if torch.cuda.is_available() else "cpu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 #: Even row lengths are multiples of the blocksize, 64: with others bitsandbytes' CPU kernel (not its CUDA and generic
