@@ -74,6 +74,7 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
     before its parts.
     """
     refused: dict[fx.Node, Site] = {}
+    parts: set[fx.Node] = set()  # of refused sites: a smaller site among them may be made, but is no other miss
     consumed: set[fx.Node] = set()
     memory = Memory(gm.graph)
     by_op: dict[str, list[Rule]] = {}
@@ -112,13 +113,15 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
                     refused.pop(node, None)
                     break
                 answer = made
-            refused.setdefault(node, _but(site, MISSED, f"{answer.code}: {answer.text}"))
+            if node not in parts:
+                refused.setdefault(node, _but(site, MISSED, f"{answer.code}: {answer.text}"))
+            parts |= match.inside - {node}
             if answer.code != "escapes":
                 recognised |= match.inside - {node}
         else:
             consumed |= recognised  # the parts of a site that stays as it was are no sites of their own
     for node in gm.graph.nodes:
-        if node in refused or node in consumed:
+        if node in refused or node in consumed or node in parts:
             continue
         if node.op in ("call_function", "call_method") and (what := table.seed(node)) is not None:
             status = SKIPPED if table.name in options.disable else MISSED
