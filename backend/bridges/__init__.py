@@ -77,6 +77,8 @@ _log = logging.getLogger("fastft")
 _NAMES = tuple(spec.name for spec in TABLE)
 #: name of bridge → module → how it went: status and reason.
 _OUTCOMES: dict[str, dict[str, tuple[str, str]]] = {}
+#: bridges that were found switched off, and said to be.
+_TOLD: set[str] = set()
 
 
 def install(*names: str) -> None:
@@ -87,6 +89,10 @@ def install(*names: str) -> None:
     """
     off = switched_off(_NAMES)
     for spec in TABLE:
+        if spec.name in off and not names and spec.name not in _TOLD:
+            # Something is compiled with fastft in this process: what the switch costs is said once.
+            _TOLD.add(spec.name)
+            _log.warning("bridge %s is switched off by FASTFT_BRIDGES: %s", spec.name, spec.otherwise)
         if spec.name in off or spec.name in _OUTCOMES or (names and spec.name not in names):
             continue
         _OUTCOMES[spec.name] = {}

@@ -93,6 +93,16 @@ def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {r.status for r in bridges.rows()} == {"switched off"}
 
 
+def test_switched_off_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(bridges, "_TOLD", set())
+    monkeypatch.setenv("FASTFT_BRIDGES", "-compiled_wrapper")
+    bridges.install("accelerate_backend")  # what runs at every import of torch says nothing
+    assert not caplog.messages
+    for _ in range(2):
+        bridges.install()
+    assert len(caplog.messages) == 1 and "TRL would train a wrapper uncompiled" in caplog.messages[0]
+
+
 @pytest.mark.parametrize("value", ["-trl_hed", "trl_head", "-trl_head;"])
 def test_a_wrong_switch_names_the_nearest(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("FASTFT_BRIDGES", value)
