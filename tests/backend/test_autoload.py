@@ -40,7 +40,8 @@ def test_cheap(tmp_path: Path) -> None:
         for _ in range(4)
     ]
     # The first run compiles the two files; of the others the best counts, since this machine does other things too.
-    assert min(times[1:]) < 2.0, f"milliseconds: {times}"
+    # 1.3 ms on an idle machine; one that runs other tests beside this has cold caches. A heavy import costs 100 ms.
+    assert min(times[1:]) < 6.0, f"milliseconds: {times}"
 
 
 def test_accelerate_takes_the_name_without_any_import_of_ours() -> None:
