@@ -9,9 +9,11 @@ The first bridge is laid before anything is compiled (:mod:`fastft.autoload`), s
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 from fastft.autoload import when_imported
@@ -103,7 +105,8 @@ def install(*names: str) -> None:
 def _apply(spec: Spec, module: ModuleType) -> None:
     try:
         check_version(spec)
-        importlib.import_module(f"fastft.bridges.{spec.name}").apply(module)
+        with _same_random_numbers():
+            importlib.import_module(f"fastft.bridges.{spec.name}").apply(module)
         outcome = INSTALLED, spec.does
     except NotNeeded as reason:
         outcome = NOT_NEEDED, str(reason)
@@ -115,6 +118,21 @@ def _apply(spec: Spec, module: ModuleType) -> None:
         outcome = STAYED_OUT, f"{outcome[1]}; {spec.otherwise}"
         _log.warning("bridge %s stayed out of %s: %s", spec.name, module.__name__, outcome[1])
     _OUTCOMES[spec.name][module.__name__] = outcome
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Give the random state back: a bridge's check may build a small layer, in the middle of a program that has set
+    its seed.
+    """
+    # While torch itself is being imported nobody has set a seed.
+    get_state = getattr(sys.modules.get("torch"), "get_rng_state", None)
+    state = get_state() if get_state is not None else None
+    try:
+        yield
+    finally:
+        if state is not None:
+            sys.modules["torch"].set_rng_state(state)
 
 
 def rows() -> list[Bridge]:

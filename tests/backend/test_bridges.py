@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,6 +92,21 @@ def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {r.name for r in bridges.rows() if r.status == "switched off"} == {"trl_head", "peft_hook"}
     monkeypatch.setenv("FASTFT_BRIDGES", "0")
     assert {r.status for r in bridges.rows()} == {"switched off"}
+
+
+def test_laying_a_bridge_leaves_the_random_numbers() -> None:
+    """Importing PEFT after a seed was set and fastft was loaded must not change what is drawn next."""
+    script = (
+        "import torch\n"
+        "import fastft.compiler\n"
+        "torch.manual_seed(0); expected = torch.rand(3)\n"
+        "torch.manual_seed(0)\n"
+        "import peft, transformers.trainer, trl.trainer.utils\n"
+        "assert torch.equal(torch.rand(3), expected)\n"
+        "assert all(row.status == 'installed' for row in fastft.bridges.rows()), fastft.bridges.rows()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_switched_off_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
