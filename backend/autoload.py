@@ -1,5 +1,5 @@
-"""Runs while torch is being imported (entry point group ``torch.backends``): imports nothing heavy, costs under 2 ms,
-and cannot raise.
+"""Runs while torch is being imported (entry point group ``torch.backends``): imports nothing heavy and
+cannot raise.
 
 It is there for one bridge. accelerate refuses the name of a backend that it does not know before torch is asked for it,
 so that bridge has to be laid before any model is compiled; all the others wait until torch looks the backend up.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import operator
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +37,6 @@ class Rewritten:
 
     sites: list[Site] = field(default_factory=list)
     lazy: dict[fx.Node, dict[str, Any]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Fuel:
@@ -61,9 +59,7 @@ def rewrite(gm: fx.GraphModule, options: Options, fake_mode: Any) -> Rewritten:
     done = Rewritten()
     fuel = Fuel(options.fuel)
     for table in tables():
-        start = time.perf_counter()
         _apply(gm, table, options, fuel, fake_mode, done)
-        done.seconds[table.name] = time.perf_counter() - start
     gm.graph.lint()
     gm.recompile()
     return done

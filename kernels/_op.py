@@ -7,8 +7,8 @@ The life of an op, in the order its file has it: the maths, the reference, the T
 rewritten graph calls, and the :class:`Op` record.
 
 Raw ops are functional (no argument is written to), return what the backward needs as explicit outputs, and are opaque
-to Inductor. They are defined with ``torch.library.Library``, which costs 2 µs a call where
-``torch.library.custom_op`` costs 7.
+to Inductor. They are defined with ``torch.library.Library``, whose calls cost less than those of
+``torch.library.custom_op``.
 """
 
 from __future__ import annotations

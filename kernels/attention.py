@@ -23,10 +23,8 @@ their edges: padding costs nothing, and packed documents cost what they would co
 
 What the padding mask and the positions hold is known on the device only: ``attention_mask`` looks once for a step, for
 all layers, and says on the CPU which kind of mask it is (the step's one synchronisation). When nothing is hidden,
-attention is plainly causal and goes to cuDNN, the fastest there is on Hopper; everything else goes to the Triton
-kernels here. Measured on an H100 (torch 2.11, cuDNN 9.19), 32 query heads on 8 of 128, 4×2048, bf16, causal: cuDNN
-0.26 ms forward and 1.02 backward (528 and 337 TFLOP/s), these kernels 0.37 and 1.36, FlashAttention 2 0.48 and 1.51;
-four packed documents 0.18 and 0.69.
+attention is plainly causal and goes to cuDNN, which plain Triton does not match on Hopper; everything else goes to the
+Triton kernels here. ``bench/kernels.py`` times both.
 
 Backward, from the saved out and logsumexp L, with do the gradient of out (FlashAttention 2,
 https://arxiv.org/abs/2307.08691, section 3.1)::

@@ -24,7 +24,7 @@ bits of mantissa), products of bf16 numbers are exact in fp32, and thin matrices
 cast.
 
 An NF4 weight is dequantised into a scratch that all layers share, once for the forward and once for ∂x, and the GEMM is
-cuBLAS's: at training sizes the launch costs 5 % of the GEMM, and a bf16 copy of the model never exists.
+cuBLAS's: at training sizes the launch is small beside the GEMM, and a bf16 copy of the model never exists.
 """
 
 from __future__ import annotations

@@ -99,7 +99,6 @@ def test_replaces_and_removes(g: Build, use: Any) -> None:
     assert done.sites[0].rule.startswith("test_rewrite.py:")
     assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [scaled_tanh, torch.sigmoid]
     torch.testing.assert_close(run(gm, t), before)
-    assert list(done.seconds) == ["scaled_tanh"]
 
 
 def test_the_new_node_knows_where_it_comes_from(g: Build, use: Any) -> None:
