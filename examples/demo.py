@@ -227,11 +227,12 @@ def main(argv: list[str] | None = None) -> None:
     data = python_docs.Dataset.from_list(pairs[: max(1000, chosen.steps * chosen.batch)])
     print(f"  {len(pairs)} pairs, {len(data)} of them to train on, {len(tokenizer)} tokens in the vocabulary")
 
+    precision = "NF4" if chosen.nf4 else "bf16" if torch.cuda.is_available() else "fp32"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     # The base model is scratch: in memory where there is a file system with room for it, and gone when the demo ends.
     shm = Path("/dev/shm")
     roomy = shm.is_dir() and shutil.disk_usage(shm).free > 8 * 2**30
     base = Path(tempfile.mkdtemp(prefix="fastft-demo-", dir=shm if roomy else None))
-    runs: list[dict[str, Any]] = []
     try:
         print("Building the base model and training it on the standard library's source", flush=True)
         parameters = build(base, size, tokenizer)
@@ -243,35 +244,33 @@ def main(argv: list[str] | None = None) -> None:
             "learning_rate": size.learning_rate,
             "nf4": chosen.nf4,
         }
+        runs: list[dict[str, Any]] = []
+        result: dict[str, Any] = {
+            "title": f"LoRA on a {parameters / 1e6:,.1f}M-parameter Llama, {precision}",
+            "device": device,
+            "torch": torch.__version__,
+            "parameters": parameters,
+            "settings": {key: value for key, value in vars(chosen).items() if key not in ("out", "plot")}
+            | {"size": asdict(size)},
+            "runs": runs,
+        }
         # Eager first: nothing that fastft sets up when torch.compile asks for it can touch the run it is compared with.
         for label in ["eager"] * (not chosen.no_eager) + [chosen.backend] * (not chosen.eager_only):
             for seed in chosen.seeds:
                 backend = None if label == "eager" else label
                 runs.append(train(label, seed, backend=backend, output=str(out / f"adapter-{label}"), **settings))
+                # After every run: a demo that is stopped leaves the curves it has.
+                result["comparison"] = compare(runs, chosen.backend)
+                (out / "losses.json").write_text(json.dumps(result, indent=1) + "\n")
     finally:
         shutil.rmtree(base, ignore_errors=True)
 
-    precision = "NF4" if chosen.nf4 else "bf16" if torch.cuda.is_available() else "fp32"
-    title = f"LoRA on a {parameters / 1e6:,.1f}M-parameter Llama, {precision}"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    comparison = compare(runs, chosen.backend)
-    result = {
-        "title": title,
-        "device": device,
-        "torch": torch.__version__,
-        "parameters": parameters,
-        "settings": {key: value for key, value in vars(chosen).items() if key not in ("out", "plot")}
-        | {"size": asdict(size)},
-        "comparison": comparison,
-        "runs": runs,
-    }
-    (out / "losses.json").write_text(json.dumps(result, indent=1) + "\n")
     try:
         plot(result, out / "losses.png")
     except ImportError:
         print(f"\nmatplotlib is not installed: draw losses.png later with --plot {out / 'losses.json'}")
 
-    print(f"\n{title}, {chosen.steps} steps of {chosen.batch} sequences on {device}")
+    print(f"\n{result['title']}, {chosen.steps} steps of {chosen.batch} sequences on {device}")
     for run in runs:
         steady = statistics.median(run["seconds"][len(run["seconds"]) // 2 :])
         peak = "" if run["peak_bytes"] is None else f", peak {run['peak_bytes'] / 2**30:.2f} GiB"
@@ -280,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
             f"  {run['run']:>8}, seed {run['seed']}: loss {run['loss'][0]:.3f} -> {statistics.fmean(tail):.3f}, "
             f"first step {run['seconds'][0]:.1f} s, then {steady:.3f} s a step{peak}"
         )
-    for name, value in comparison.items():
+    for name, value in result["comparison"].items():
         print(f"  {name.replace('_', ' ')}: {value:.4f} nats")
     if chosen.backend == "fastft" and not chosen.eager_only:
         import fastft
