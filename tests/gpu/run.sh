@@ -57,11 +57,9 @@ install_fastft() { # from the tree that came along; from the wheel where pip's s
 unpack .device/site.tar.xz "$site" || { note "cannot unpack .device/site.tar.xz: is .device carried?"; cat "$summary"; exit 1; }
 if [[ " $* " == *liger* || " $* " == *unsloth* ]]; then unpack .device/peers.tar.xz "$peers" || note "no peers"; fi
 install_fastft || { note "fastft cannot be installed here"; tail -20 "$log"; cat "$summary"; exit 1; }
-# A tree that travelled has no .git; the pack says what it was.
-if ! commit=$(git rev-parse HEAD 2>/dev/null); then
-  commit=$(cat .device/commit 2>/dev/null || echo unknown)
-  export FASTFT_COMMIT=$commit
-fi
+# The pack says what is measured: a tree that travelled has no .git, or one that knows only what had landed.
+commit=$(cat .device/commit 2>/dev/null) || commit=unknown
+export FASTFT_COMMIT=$commit
 export PYTHONPATH=$site PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-cache}
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
