@@ -143,6 +143,11 @@ def _matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torc
     return out
 
 
+def _times(scale: float, x: torch.Tensor) -> torch.Tensor:
+    """scale · x, in place. PEFT's usual scaling is 1, and two launches a layer for nothing are felt in small models."""
+    return x if scale == 1 else x.mul_(scale)
+
+
 def _add_thin(y: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
     """y += scale · h @ up, in place, with one rounding to y's dtype at the end. h [T, r], up [r, N], y [T, N]."""
     if y.dtype == h.dtype == up.dtype:
@@ -308,16 +313,16 @@ def _backward(
             if onto_x:
                 _add_thin(dx, u, down.to(lora_dtype), scale)
             if need_x_lora[i]:
-                dx_lora = _matmul(u, down.to(lora_dtype), lora_dtype).mul_(scale).view(*dy.shape[:-1], k)
+                dx_lora = _times(scale, _matmul(u, down.to(lora_dtype), lora_dtype)).view(*dy.shape[:-1], k)
             if need_a[i]:
                 source = x_lora[i] if own[i] else x
                 assert source is not None
                 wide = torch.promote_types(down.dtype, torch.float32)
-                da = _matmul(u.t(), _rows(source), wide).mul_(scale).to(down.dtype)
+                da = _times(scale, _matmul(u.t(), _rows(source), wide)).to(down.dtype)
         if need_b[i]:
             assert h is not None
             wide = torch.promote_types(up.dtype, torch.float32)
-            db = _matmul(thin_g.t(), h[:, start:end], wide).mul_(scale).to(up.dtype)
+            db = _times(scale, _matmul(thin_g.t(), h[:, start:end], wide)).to(up.dtype)
         grads += [da, db, dx_lora]
         start = end
     return [dx.view(*dy.shape[:-1], k) if need_x else dx, dw, dsum, *grads]
