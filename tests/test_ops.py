@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import fastft.kernels
 from bench.shapes import SHAPES
 from fastft.kernels._op import OPS, Op, Recompute, register
+from tests.kernels._samples import Sample, differentiable, samples
 
 KERNEL_TESTS = Path(__file__).parent / "kernels"
 ops = pytest.mark.parametrize("op", fastft.kernels.load().values(), ids=lambda op: op.name)
@@ -70,6 +73,60 @@ def test_opening_docstring(op: Op) -> None:
     # The maths and the shapes stand at the top of each file.
     doc = inspect.getmodule(op.call).__doc__ or ""  # type: ignore[union-attr]
     assert "[" in doc, "the module's docstring gives no shapes"
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every call of a raw op that passes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple[object, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "fastft":
+            assert not kwargs, f"{func} is called with keywords"
+            self.calls.append((func, tree_map_only(torch.Tensor, torch.Tensor.detach, args)))
+        return func(*args, **(kwargs or {}))
+
+
+def run(op: Op, sample: Sample) -> None:
+    """Forward, and backward where there is one."""
+    outs = [out for out in sample.outputs(op.call) if out.requires_grad]
+    if outs:
+        torch.autograd.grad(outs, sample.leaves(), [torch.randn_like(out) for out in outs])
+
+
+@ops
+def test_opcheck_of_every_raw_op(op: Op) -> None:
+    # The arguments are those that the op itself passes to its raw ops, forward and backward.
+    with Recorder() as recorder:
+        for sample in samples(op):
+            run(op, sample)
+    for func, args in recorder.calls:
+        torch.library.opcheck(func, args)
+    missing = set(op.raw) - {func._opname for func, _ in recorder.calls}
+    assert not missing, f"no sample of {op.name} calls {sorted(missing)}: add one to tests/kernels/_samples.py"
+
+
+@ops
+def test_gradcheck_of_reference_and_backward(op: Op) -> None:
+    # In fp64 an op's body is PyTorch, with the backward derived by hand.
+    for sample in samples(op, torch.float64) if differentiable(op) else ():
+        leaves = sample.leaves()
+        for fn in (op.reference, op.call):
+
+            def outputs(*tensors, sample=sample, fn=fn):  # type: ignore[no-untyped-def]
+                return tuple(out for out in sample.outputs(fn, tensors) if out.requires_grad)
+
+            assert outputs(*leaves), f"no output of {fn.__qualname__} has a gradient ({sample.name})"
+            assert torch.autograd.gradcheck(outputs, leaves), f"{fn.__qualname__}, {sample.name}"
+
+
+@ops
+def test_an_op_without_a_backward_gives_no_gradient(op: Op) -> None:
+    for sample in samples(op):
+        assert bool(sample.leaves()) == differentiable(op), sample.name
+        assert any(out.requires_grad for out in sample.outputs(op.call)) == differentiable(op), sample.name
 
 
 def test_every_registered_raw_op_belongs_to_an_op() -> None:
