@@ -166,15 +166,15 @@ def _unsafe(answer: Rewrite, order: dict[fx.Node, int], memory: Memory) -> Reaso
         for user in node.users:
             if user not in inside:
                 return Reason("escapes", f"the intermediate {node.name} is also used by {user.name}")
-    last = max(answer.outputs, key=lambda n: order[n])
+    last, place = max(answer.outputs, key=lambda n: order[n]), _place(answer, order)
     for output in answer.outputs:
         for user in output.users:
-            if user not in inside and order.get(user, len(order)) < order[last]:
-                return Reason("order", f"{output.name} is used before {last.name} is computed")
+            if user not in inside and order.get(user, len(order)) < order[place]:
+                return Reason("order", f"{output.name} is used before {place.name} is computed")
     reads = _reads(answer)
     for read in reads:
-        if order.get(read, 0) > order[last]:
-            return Reason("order", f"{read.name} is computed after {last.name}")
+        if order.get(read, 0) > order[place]:
+            return Reason("order", f"{read.name} is computed after {place.name}")
     skipped = _between(answer.outputs, reads)
     if any(_see.requires_grad(output) for output in answer.outputs):
         for node in skipped:
@@ -182,11 +182,17 @@ def _unsafe(answer: Rewrite, order: dict[fx.Node, int], memory: Memory) -> Reaso
                 return Reason("no_grad", f"no gradient flows through {node.name}, and one would through the op")
     # A value that the op reads may be written to until somebody here reads it; one that the op never sees, not at all.
     since = {node: order.get(node, 0) for node in skipped}
-    since |= {read: min((order.get(u, 0) for u in read.users if u in skipped), default=order[last]) for read in reads}
+    for read in reads:
+        since[read] = min([order.get(u, 0) for u in read.users if u in skipped] + [order[place]])
     barrier = memory.written(since, order[last], order)
     if barrier is not None:
         return Reason("in_place", f"{barrier.name} writes to one of its values in between")
     return None
+
+
+def _place(answer: Rewrite, order: dict[fx.Node, int]) -> fx.Node:
+    """The replaced value behind which the op is inserted."""
+    return (min if answer.early else max)(answer.outputs, key=lambda n: order[n])
 
 
 def _reads(answer: Rewrite) -> set[fx.Node]:
@@ -252,11 +258,11 @@ def _storage(node: Any) -> int | None:
 def _replace(
     gm: fx.GraphModule, answer: Rewrite, fake_mode: Any, order: dict[fx.Node, int]
 ) -> Reason | dict[fx.Node, fx.Node]:
-    """Insert the op after the last replaced value, check it, move the users over and erase what nobody uses any more.
+    """Insert the op in its place, check it, move the users over and erase what nobody uses any more.
 
     Returns what each output was replaced by, or the reason that nothing was done.
     """
-    last = max(answer.outputs, key=lambda n: order[n])
+    place = _place(answer, order)
     values = _run_fake(answer, fake_mode)
     if isinstance(values, Reason):
         return values
@@ -269,20 +275,20 @@ def _replace(
         problem = _differs(old, got)
         if problem is not None:
             return problem
-    with gm.graph.inserting_after(last):
+    with gm.graph.inserting_after(place):
         new = gm.graph.call_function(answer.target, answer.args, answer.kwargs)
-    _tag(new, last, values, answer)
+    _tag(new, place, values, answer)
     replacements = [new]
     if len(answer.outputs) > 1:
         replacements = []
         for index, got in reversed(list(enumerate(results))):
             with gm.graph.inserting_after(new):
                 item = gm.graph.call_function(operator.getitem, (new, index))
-            _tag(item, last, got, answer)
+            _tag(item, place, got, answer)
             replacements.insert(0, item)
-    order[new] = order[last]
+    order[new] = order[place]
     for item in replacements:
-        order[item] = order[last]
+        order[item] = order[place]
 
     def moves(user: fx.Node) -> bool:
         return user is not new

@@ -105,6 +105,28 @@ def lora_linear(s: Shape) -> Case:
     return Case((x, weight, None, [a], [b], [1.0]), [x, a, b], kwargs, _bytes(x, weight) + out, flops, others)
 
 
+def _joint_adapters(s: Shape) -> tuple[torch.Tensor, list[list[torch.Tensor]], list[list[torch.Tensor]], float]:
+    """x, each layer's A and B, the operations: as :func:`_adapters`, for layers that share x."""
+    each = [_adapters(Shape(s.op, s.model, {**s.dims, "out_features": n}, s.tags)) for n in s["out_features"]]
+    return each[0][0], [[a] for _, a, _, _ in each], [[b] for _, _, b, _ in each], sum(flops for *_, flops in each)
+
+
+def lora_linears(s: Shape) -> Case:
+    x, a, b, flops = _joint_adapters(s)
+    weight = [_random(n, s["in_features"], scale=s["in_features"] ** -0.5) for n in s["out_features"]]
+    kwargs = dict(dtype=DTYPE, lora_dtype=DTYPE)
+    out = x.numel() // s["in_features"] * sum(s["out_features"]) * x.element_size()
+    wanted = [x, *(t for pair in zip(a, b, strict=True) for (t,) in pair)]
+    scaling = [[1.0]] * len(weight)
+
+    def apart() -> list[torch.Tensor]:
+        op = OPS["lora_linear"].call
+        return [op(x, w, None, *thin, **kwargs) for w, *thin in zip(weight, a, b, scaling, strict=True)]
+
+    others = {"one after the other": apart, "base linears alone": lambda: [F.linear(x, w) for w in weight]}
+    return Case((x, weight, (), a, b, scaling), wanted, kwargs, _bytes(x, *weight) + out, flops, others)
+
+
 def _quantised(out_features: int, in_features: int) -> tuple[torch.Tensor, Any]:
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = _random(out_features, in_features, scale=in_features**-0.5)
@@ -175,6 +197,7 @@ MAKERS: dict[str, list[tuple[str, Callable[[Shape], Case]]]] = {
     "glu_packed": [("glu", glu_packed)],
     "rotary": [("rotary", rotary)],
     "lora_linear": [("lora_linear", lora_linear), ("lora_linear", lora_linear_nf4)],
+    "lora_linears": [("lora_linears", lora_linears)],
     "nf4_dequantize": [("nf4", nf4_dequantize)],
     "linear_cross_entropy": [("linear_cross_entropy", linear_cross_entropy)],
     "linear_log_prob": [("linear_cross_entropy", linear_cross_entropy)],

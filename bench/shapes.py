@@ -223,6 +223,10 @@ def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterato
         if (out_features, in_features) not in seen:
             seen.add((out_features, in_features))
             yield shape("lora_linear", **tokens, in_features=in_features, out_features=out_features, rank=16)
+    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):  # what reads one input, where not fused
+        widths = tuple(out_features for name, out_features, _ in linears(model) if name in group)
+        if widths:
+            yield shape("lora_linears", **tokens, in_features=hidden, out_features=widths, rank=16)
     softcap = config.get("final_logit_softcapping")
     yield shape("linear_cross_entropy", **tokens, hidden=hidden, vocab=config["vocab_size"], softcap=softcap)
 
@@ -262,6 +266,7 @@ def _tests() -> Iterator[Shape]:
     ):
         sizes = dict(batch=batch, seq=seq, in_features=in_features, out_features=out_features)
         yield shape("lora_linear", **sizes, rank=rank)
+        yield shape("lora_linears", **{**sizes, "out_features": (out_features, 16)}, rank=rank)
     for out_features, in_features in ((16, 64), (48, 80), (80, 64), (7, 192)):
         yield shape("nf4", out_features=out_features, in_features=in_features)
     for batch, seq, hidden, vocab, softcap in (

@@ -1,4 +1,4 @@
-"""Linear layer with LoRA adapters, over a dense or an NF4 weight.
+"""Linear layers with LoRA adapters, over dense or NF4 weights: one, or several that read the same input.
 
 LoRA (Hu et al., 2021, arXiv:2106.09685) adds to a linear layer products of two thin matrices, rank r ≪ N, K::
 
@@ -12,6 +12,10 @@ Backward, with g = ∂L/∂y and the thin product uᵢ = g Bᵢ [T, r]::
 
     ∂x = g W + Σ sᵢ uᵢ Aᵢ   (over the adapters that read x itself)          ∂x̃ᵢ = sᵢ uᵢ Aᵢ
     ∂Bᵢ = sᵢ gᵀ hᵢ      ∂Aᵢ = sᵢ uᵢᵀ x̃ᵢ      ∂W = gᵀ x      ∂bias = Σₜ g      ∂bᵢ = sᵢ Σₜ g
+
+Layers that read the same x (q, k and v; gate and up) are one op, because their thin products are: with the Aᵢ of all
+layers below each other, h and ∂A are one product each, which reads x once, and ∂x is accumulated by the GEMMs, layer
+after layer, with a single thin product on top. None of them writes a [T, K] tensor that somebody has to add up.
 
 Kept for it: x, and h (r numbers a token). The [T, N] output of an adapter never exists by itself: the second product is
 accumulated into y by the GEMM, in fp32 registers, and likewise into ∂x.
@@ -31,6 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -84,6 +89,64 @@ def lora_linear_reference(
         h = F.linear((x if own is None else own).to(lora_dtype), a[i].to(lora_dtype))
         y = y + F.linear(h, b[i].to(lora_dtype), None if more is None else more.to(lora_dtype)) * scaling[i]
     return y.to(out_dtype)
+
+
+def lora_linears_reference(
+    x: torch.Tensor,
+    weight: Tensors,
+    bias: Optionals = (),
+    a: Sequence[Tensors] = (),
+    b: Sequence[Tensors] = (),
+    scaling: Sequence[Sequence[float]] = (),
+    *,
+    b_bias: Sequence[Optionals] = (),
+    quant: Sequence[Tensors] = (),
+    shape: Sequence[Sequence[int]] = (),
+    blocksize: Sequence[int] = (),
+    blocksize2: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """:func:`lora_linears` in plain PyTorch: a layer after the other."""
+    layers = _by_layer(weight, bias, a, b, scaling, b_bias, quant, shape, blocksize, blocksize2)
+    dtypes: dict[str, Any] = {"dtype": dtype, "lora_dtype": lora_dtype, "out_dtype": out_dtype}
+    return tuple(lora_linear_reference(x, *args, **(kwargs | dtypes)) for args, kwargs in layers)
+
+
+def _by_layer(
+    weight: Tensors,
+    bias: Optionals,
+    a: Sequence[Tensors],
+    b: Sequence[Tensors],
+    scaling: Sequence[Sequence[float]],
+    b_bias: Sequence[Optionals],
+    quant: Sequence[Tensors],
+    shape: Sequence[Sequence[int]],
+    blocksize: Sequence[int],
+    blocksize2: Sequence[int],
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Each layer's arguments as :func:`lora_linear` takes them, after x. Raises ValueError for lists that do not pair
+    up.
+    """
+    count = len(weight)
+    columns: dict[str, Any] = {
+        "bias": bias or [None] * count,
+        "a": a or [()] * count,
+        "b": b or [()] * count,
+        "scaling": scaling or [()] * count,
+        "b_bias": b_bias or [()] * count,
+        "quant": quant or [()] * count,
+        "shape": shape or [()] * count,
+        "blocksize": blocksize or [64] * count,
+        "blocksize2": blocksize2 or [256] * count,
+    }
+    for name, column in columns.items():
+        if len(column) != count:
+            raise ValueError(f"lora_linears: {count} weights, and {name} for {len(column)}; none, or one for each")
+    rows = [{name: column[i] for name, column in columns.items()} for i in range(count)]
+    positional = ("bias", "a", "b", "scaling")
+    return [((w, *(row.pop(name) for name in positional)), row) for w, row in zip(weight, rows, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------- matrix products
@@ -146,6 +209,14 @@ def _matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torc
 def _times(scale: float, x: torch.Tensor) -> torch.Tensor:
     """scale · x, in place. PEFT's usual scaling is 1, and two launches a layer for nothing are felt in small models."""
     return x if scale == 1 else x.mul_(scale)
+
+
+def _matmul_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """out[:] = left @ right; ``out`` may be columns of a larger matrix."""
+    if left.dtype == right.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(_matmul(left, right, out.dtype))
 
 
 def _add_thin(y: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
@@ -221,8 +292,33 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _stack(matrices: Tensors, dtype: torch.dtype) -> torch.Tensor:
+    """Matrices below each other, in ``dtype``."""
+    if len(matrices) == 1:
+        return matrices[0].to(dtype)
+    out = matrices[0].new_empty((sum(m.shape[0] for m in matrices), matrices[0].shape[1]), dtype=dtype)
+    torch._foreach_copy_(list(out.split([m.shape[0] for m in matrices])), list(matrices))
+    return out
+
+
+def _each_dense(
+    weight: Tensors, quant: Tensors, shape: Sequence[int], blocks: Sequence[int], dtype: torch.dtype
+) -> Iterator[Any]:
+    """For each layer, what gives its dense weight (:func:`_dense`). The lists hold all layers' in a row."""
+    of_each = len(quant) // len(weight)
+    for i, w in enumerate(weight):
+        state, sizes = quant[i * of_each : (i + 1) * of_each], shape[2 * i : 2 * i + 2]
+        yield _dense(w, state, sizes, blocks[2 * i], blocks[2 * i + 1], dtype)
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(sizes)]
+
+
 def _down(x: torch.Tensor, a: Tensors, x_lora: Optionals, lora_dtype: torch.dtype) -> torch.Tensor:
     """The adapters' h = x̃ Aᵀ side by side, [T, Σr] in ``lora_dtype``."""
+    if all(own is None for own in x_lora):
+        return _matmul(_rows(x), _stack(a, lora_dtype).t(), lora_dtype)
     sources = (_rows(x if own is None else own) for own in x_lora)
     hs = [_matmul(source, down.to(lora_dtype).t(), lora_dtype) for source, down in zip(sources, a, strict=True)]
     return hs[0] if len(hs) == 1 else torch.cat(hs, 1)
@@ -230,48 +326,51 @@ def _down(x: torch.Tensor, a: Tensors, x_lora: Optionals, lora_dtype: torch.dtyp
 
 def _forward(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Tensors,
     quant: Tensors,
     shape: Sequence[int],
-    blocksize: int,
-    blocksize2: int,
-    bias: torch.Tensor | None,
+    blocks: Sequence[int],
+    bias: Optionals,
     h: torch.Tensor | None,
+    adapters: Sequence[int],
     b: Tensors,
     b_bias: Optionals,
     scaling: Sequence[float],
     out_dtype: torch.dtype,
-) -> torch.Tensor:
-    rows = _rows(x)
+) -> list[torch.Tensor]:
+    """y of each layer. ``adapters``: how many each layer has; theirs are in the same order in all lists and in h."""
+    rows, ys = _rows(x), []
+    first, column = _starts(adapters), _starts([up.shape[1] for up in b])
     # The adapters' own biases are constants of the layer: they join the base's, in fp32.
     wide = torch.promote_types(x.dtype, torch.float32)
-    sums = [] if bias is None else [bias.to(wide)]
-    sums += [s * more.to(wide) for s, more in zip(scaling, b_bias, strict=True) if more is not None]
-    total = functools.reduce(torch.add, sums) if sums else None
-    with _dense(weight, quant, shape, blocksize, blocksize2, x.dtype) as dense:
-        if out_dtype == x.dtype:
-            up = dense.t()
-            y = torch.mm(rows, up) if total is None else torch.addmm(total.to(x.dtype), rows, up)
-        else:
-            y = _matmul(rows, dense.t(), out_dtype)
-            y = y if total is None else y.add_(total)
-    start = 0
-    for up, scale in zip(b, scaling, strict=True):
-        assert h is not None
-        end = start + up.shape[1]
-        _add_thin(y, h[:, start:end], up.to(h.dtype).t(), scale)
-        start = end
-    return y.view(*x.shape[:-1], y.shape[-1])
+    for i, held in enumerate(_each_dense(weight, quant, shape, blocks, x.dtype)):
+        mine = range(first[i], first[i + 1])
+        base = bias[i]
+        sums = [] if base is None else [base.to(wide)]
+        sums += [scaling[j] * more.to(wide) for j in mine if (more := b_bias[j]) is not None]
+        total = functools.reduce(torch.add, sums) if sums else None
+        with held as dense:
+            if out_dtype == x.dtype:
+                up = dense.t()
+                y = torch.mm(rows, up) if total is None else torch.addmm(total.to(x.dtype), rows, up)
+            else:
+                y = _matmul(rows, dense.t(), out_dtype)
+                y = y if total is None else y.add_(total)
+        for j in mine:
+            assert h is not None
+            _add_thin(y, h[:, column[j] : column[j + 1]], b[j].to(h.dtype).t(), scaling[j])
+        ys.append(y.view(*x.shape[:-1], y.shape[-1]))
+    return ys
 
 
 def _backward(
-    dy: torch.Tensor,
+    dy: Tensors,
     x: torch.Tensor | None,
-    weight: torch.Tensor,
+    weight: Tensors,
     quant: Tensors,
     shape: Sequence[int],
-    blocksize: int,
-    blocksize2: int,
+    blocks: Sequence[int],
+    adapters: Sequence[int],
     a: Tensors,
     b: Tensors,
     x_lora: Optionals,
@@ -281,51 +380,93 @@ def _backward(
     dtype: torch.dtype,
     lora_dtype: torch.dtype,
     need_x: bool,
-    need_weight: bool,
-    need_sum: bool,
+    need_weight: Sequence[bool],
+    need_sum: Sequence[bool],
     need_a: Sequence[bool],
     need_b: Sequence[bool],
     need_x_lora: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """[∂x, ∂W, Σₜ g (fp32), and for each adapter ∂A, ∂B, ∂x̃]; what is not needed is an empty tensor.
+    """[∂x, for each layer ∂W and Σₜ g (fp32), for each adapter ∂A, ∂B, ∂x̃]; what is not needed is an empty tensor.
 
     ``own``: whether an adapter has an input of its own; ``x_lora`` holds it where ∂A needs it.
     """
-    g = _rows(dy)
-    base_g, thin_g = g.to(dtype), g if lora_dtype == torch.float32 else g.to(lora_dtype)
-    k = shape[1] if quant else weight.shape[1]
-    dx, dw, dsum = (dy.new_empty(0) for _ in range(3))
+    gs = [_rows(g) for g in dy]
+    lead, k = dy[0].shape[:-1], shape[1] if quant else weight[0].shape[1]
+    layer = [i for i, count in enumerate(adapters) for _ in range(count)]
+    rank = [down.shape[0] for down in a]
+    column = _starts(rank)
+
+    def nothing() -> torch.Tensor:
+        return dy[0].new_empty(0)
+
+    def thin_g(j: int) -> torch.Tensor:
+        g = gs[layer[j]]
+        return g if lora_dtype == torch.float32 else g.to(lora_dtype)
+
+    dx = nothing()
     if need_x:
-        with _dense(weight, quant, shape, blocksize, blocksize2, dtype) as dense:
-            dx = torch.mm(base_g, dense)
-    if need_weight:
-        assert x is not None
-        dw = _matmul(base_g.t(), _rows(x), weight.dtype)
-    if need_sum:
-        dsum = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
-    grads, start = [], 0
-    for i, (down, up) in enumerate(zip(a, b, strict=True)):
-        scale, end = scaling[i], start + down.shape[0]
-        da, db, dx_lora = (dy.new_empty(0) for _ in range(3))
-        onto_x = need_x and not own[i]
-        if need_a[i] or need_x_lora[i] or onto_x:
-            u = _matmul(thin_g, up.to(lora_dtype), lora_dtype)
-            if onto_x:
-                _add_thin(dx, u, down.to(lora_dtype), scale)
-            if need_x_lora[i]:
-                dx_lora = _times(scale, _matmul(u, down.to(lora_dtype), lora_dtype)).view(*dy.shape[:-1], k)
-            if need_a[i]:
-                source = x_lora[i] if own[i] else x
+        for i, held in enumerate(_each_dense(weight, quant, shape, blocks, dtype)):
+            with held as dense:
+                g = gs[i].to(dtype)
+                dx = torch.mm(g, dense) if i == 0 else dx.addmm_(g, dense)
+    base = []
+    for i, g in enumerate(gs):
+        dw, dsum = nothing(), nothing()
+        if need_weight[i]:
+            assert x is not None
+            dw = _matmul(g.to(dtype).t(), _rows(x), weight[i].dtype)
+        if need_sum[i]:
+            dsum = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+        base += [dw, dsum]
+
+    das, dbs, dx_loras = ([nothing() for _ in a] for _ in range(3))
+    # The adapters that read x: their u side by side.
+    shared = [j for j in range(len(a)) if not own[j] and (need_x or need_a[j])]
+    if shared:
+        at = _starts([rank[j] for j in shared])
+        u = gs[0].new_empty((gs[0].shape[0], at[-1]), dtype=lora_dtype)
+        for (start, end), j in zip(itertools.pairwise(at), shared, strict=True):
+            _matmul_into(u[:, start:end], thin_g(j), b[j].to(lora_dtype))
+        if need_x:
+            downs = _stack([a[j] for j in shared], lora_dtype)
+            for scale, run in itertools.groupby(range(len(shared)), lambda i: scaling[shared[i]]):
+                span = list(run)
+                columns = slice(at[span[0]], at[span[-1] + 1])
+                _add_thin(dx, u[:, columns], downs[columns], scale)
+        if any(need_a[j] for j in shared):
+            assert x is not None
+            wide = torch.promote_types(a[shared[0]].dtype, torch.float32)
+            full = _matmul(u.t(), _rows(x), wide)
+            found = zip(shared, _apart(full, [rank[j] for j in shared], [scaling[j] for j in shared]), strict=True)
+            for j, da in found:
+                das[j] = da.to(a[j].dtype) if need_a[j] else nothing()
+    for j, (down, up) in enumerate(zip(a, b, strict=True)):
+        if own[j] and (need_a[j] or need_x_lora[j]):
+            u = _matmul(thin_g(j), up.to(lora_dtype), lora_dtype)
+            if need_x_lora[j]:
+                dx_loras[j] = _times(scaling[j], _matmul(u, down.to(lora_dtype), lora_dtype)).view(*lead, k)
+            if need_a[j]:
+                source = x_lora[j]
                 assert source is not None
                 wide = torch.promote_types(down.dtype, torch.float32)
-                da = _times(scale, _matmul(u.t(), _rows(source), wide)).to(down.dtype)
-        if need_b[i]:
+                das[j] = _times(scaling[j], _matmul(u.t(), _rows(source), wide)).to(down.dtype)
+        if need_b[j]:
             assert h is not None
             wide = torch.promote_types(up.dtype, torch.float32)
-            db = _times(scale, _matmul(thin_g.t(), h[:, start:end], wide)).to(up.dtype)
-        grads += [da, db, dx_lora]
-        start = end
-    return [dx.view(*dy.shape[:-1], k) if need_x else dx, dw, dsum, *grads]
+            db = _matmul(thin_g(j).t(), h[:, column[j] : column[j + 1]], wide)
+            dbs[j] = _times(scaling[j], db).to(up.dtype)
+    thin = [t for three in zip(das, dbs, dx_loras, strict=True) for t in three]
+    return [dx.view(*lead, k) if need_x else dx, *base, *thin]
+
+
+def _apart(rows: torch.Tensor, sizes: Sequence[int], scaling: Sequence[float]) -> list[torch.Tensor]:
+    """The blocks of ``rows``, each times its scale, as tensors with memory of their own (an op's results are)."""
+    if len(sizes) == 1:
+        return [_times(scaling[0], rows)]
+    blocks = list(rows.split(list(sizes)))
+    if len(set(scaling)) == 1:
+        return list(torch._foreach_mul(blocks, scaling[0]))
+    return [block * scale for block, scale in zip(blocks, scaling, strict=True)]
 
 
 def _down_fake(x: torch.Tensor, a: Tensors, x_lora: Optionals, lora_dtype: torch.dtype) -> torch.Tensor:
@@ -333,19 +474,20 @@ def _down_fake(x: torch.Tensor, a: Tensors, x_lora: Optionals, lora_dtype: torch
 
 
 def _forward_fake(
-    x: torch.Tensor, weight: torch.Tensor, quant: Tensors, shape: Sequence[int], *rest: Any
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], shape[0] if quant else weight.shape[0]), dtype=rest[-1])
+    x: torch.Tensor, weight: Tensors, quant: Tensors, shape: Sequence[int], *rest: Any
+) -> list[torch.Tensor]:
+    widths = shape[::2] if quant else [w.shape[0] for w in weight]
+    return [x.new_empty((*x.shape[:-1], n), dtype=rest[-1]) for n in widths]
 
 
 def _backward_fake(
-    dy: torch.Tensor,
+    dy: Tensors,
     x: torch.Tensor | None,
-    weight: torch.Tensor,
+    weight: Tensors,
     quant: Tensors,
     shape: Sequence[int],
-    blocksize: int,
-    blocksize2: int,
+    blocks: Sequence[int],
+    adapters: Sequence[int],
     a: Tensors,
     b: Tensors,
     x_lora: Optionals,
@@ -355,43 +497,44 @@ def _backward_fake(
     dtype: torch.dtype,
     lora_dtype: torch.dtype,
     need_x: bool,
-    need_weight: bool,
-    need_sum: bool,
+    need_weight: Sequence[bool],
+    need_sum: Sequence[bool],
     need_a: Sequence[bool],
     need_b: Sequence[bool],
     need_x_lora: Sequence[bool],
 ) -> list[torch.Tensor]:
-    def like(t: torch.Tensor, needed: bool) -> torch.Tensor:
-        return dy.new_empty(t.shape, dtype=t.dtype) if needed else dy.new_empty(0)
+    g = dy[0]
 
-    n, k = shape if quant else weight.shape
-    single = torch.promote_types(dy.dtype, torch.float32)
-    out = [
-        dy.new_empty((*dy.shape[:-1], k), dtype=dtype) if need_x else dy.new_empty(0),
-        like(weight, need_weight),
-        dy.new_empty(n, dtype=single) if need_sum else dy.new_empty(0),
-    ]
-    for i in range(len(a)):
-        dx_lora = dy.new_empty((*dy.shape[:-1], k), dtype=lora_dtype) if need_x_lora[i] else dy.new_empty(0)
-        out += [like(a[i], need_a[i]), like(b[i], need_b[i]), dx_lora]
+    def new(size: Any, kind: torch.dtype, needed: bool) -> torch.Tensor:
+        return g.new_empty(size, dtype=kind) if needed else g.new_empty(0)
+
+    k = shape[1] if quant else weight[0].shape[1]
+    out = [new((*g.shape[:-1], k), dtype, need_x)]
+    for i, w in enumerate(weight):
+        single = torch.promote_types(dy[i].dtype, torch.float32)
+        out += [new(w.shape, w.dtype, need_weight[i]), new(dy[i].shape[-1], single, need_sum[i])]
+    for j, (down, up) in enumerate(zip(a, b, strict=True)):
+        out += [new(down.shape, down.dtype, need_a[j]), new(up.shape, up.dtype, need_b[j])]
+        out += [new((*g.shape[:-1], k), lora_dtype, need_x_lora[j])]
     return out
 
 
-_WEIGHT = "Tensor weight, Tensor[] quant, SymInt[] shape, int blocksize, int blocksize2"
+# Lists hold all layers' in a row: two sizes and two blocksizes each, the same number of quant tensors each.
+_WEIGHT = "Tensor[] weight, Tensor[] quant, SymInt[] shape, int[] blocks"
 # h has an op of its own: a backward that recomputes a layer needs h of each linear, but not the output of its last one.
 _raw_down = raw_op(
     "lora_linear_down(Tensor x, Tensor[] a, Tensor?[] x_lora, ScalarType lora_dtype) -> Tensor", _down, _down_fake
 )
 _raw = raw_op(
-    f"lora_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? h, Tensor[] b, Tensor?[] b_bias, float[] scaling, "
-    "ScalarType out_dtype) -> Tensor",
+    f"lora_linear(Tensor x, {_WEIGHT}, Tensor?[] bias, Tensor? h, int[] adapters, Tensor[] b, Tensor?[] b_bias, "
+    "float[] scaling, ScalarType out_dtype) -> Tensor[]",
     _forward,
     _forward_fake,
 )
 _raw_backward = raw_op(
-    f"lora_linear_backward(Tensor dy, Tensor? x, {_WEIGHT}, Tensor[] a, Tensor[] b, Tensor?[] x_lora, bool[] own, "
-    "Tensor? h, float[] scaling, ScalarType dtype, ScalarType lora_dtype, bool need_x, bool need_weight, "
-    "bool need_sum, bool[] need_a, bool[] need_b, bool[] need_x_lora) -> Tensor[]",
+    f"lora_linear_backward(Tensor[] dy, Tensor? x, {_WEIGHT}, int[] adapters, Tensor[] a, Tensor[] b, "
+    "Tensor?[] x_lora, bool[] own, Tensor? h, float[] scaling, ScalarType dtype, ScalarType lora_dtype, bool need_x, "
+    "bool[] need_weight, bool[] need_sum, bool[] need_a, bool[] need_b, bool[] need_x_lora) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -401,66 +544,115 @@ _raw_backward = raw_op(
 
 
 class _Constants(NamedTuple):
-    """What :class:`_LoraLinear` is given besides tensors."""
+    """What :class:`_LoraLinears` is given besides tensors. All layers have ``quant`` tensors of quantisation state."""
 
     quant: int
-    adapters: int
+    adapters: tuple[int, ...]
     shape: tuple[int, ...]
-    blocksize: int
-    blocksize2: int
+    blocks: tuple[int, ...]
     scaling: tuple[float, ...]
     lora_dtype: torch.dtype
     out_dtype: torch.dtype
 
+    def take(self, flat: Sequence[Any], *columns: str) -> Iterator[list[Any]]:
+        """``flat`` cut into lists: of layers' tensors (``layer``), of their ``quant``, of adapters' (``adapter``)."""
+        layers = len(self.adapters)
+        sizes = {"layer": layers, "quant": layers * self.quant, "adapter": sum(self.adapters)}
+        start = 0
+        for column in columns:
+            yield list(flat[start : start + sizes[column]])
+            start += sizes[column]
 
-class _LoraLinear(torch.autograd.Function):
-    """Tensors in lists are invisible to autograd, so all come flat: x, weight, bias, *quant, *a, *b, *b_bias,
-    *x_lora."""
+
+class _LoraLinears(torch.autograd.Function):
+    """Tensors in lists are invisible to autograd, so all come flat: x, *weight, *bias, *quant, *a, *b, *b_bias,
+    *x_lora.
+    """
 
     @staticmethod
-    def forward(ctx: Any, c: _Constants, x: Any, weight: Any, bias: Any, *flat: Any) -> torch.Tensor:
-        quant, rest = list(flat[: c.quant]), flat[c.quant :]
-        a, b, b_bias, x_lora = (list(rest[i * c.adapters : (i + 1) * c.adapters]) for i in range(4))
-        scale = list(c.scaling)
-        where = (weight, quant, c.shape, c.blocksize, c.blocksize2)
+    def forward(ctx: Any, c: _Constants, x: Any, *flat: Any) -> tuple[torch.Tensor, ...]:
+        columns = ("layer", "layer", "quant", *("adapter",) * 4)
+        weight, bias, quant, a, b, b_bias, x_lora = c.take(flat, *columns)
+        need_weight, need_bias, _, need_a, need_b, need_b_bias, need_x_lora = c.take(ctx.needs_input_grad[2:], *columns)
+        where = (weight, quant, c.shape, c.blocks)
         h = _raw_down(x, a, x_lora, c.lora_dtype) if a else None
-        y = _raw(x, *where, bias, h, b, b_bias, scale, c.out_dtype)
-        needs = ctx.needs_input_grad
-        first = 4 + c.quant
-        need_a, need_b, need_b_bias, need_x_lora = (
-            list(needs[first + i * c.adapters : first + (i + 1) * c.adapters]) for i in range(4)
+        ys = _raw(x, *where, bias, h, c.adapters, b, b_bias, c.scaling, c.out_dtype)
+        needed = iter(need_b_bias)
+        need_sum = [
+            any([need, *itertools.islice(needed, count)]) for need, count in zip(need_bias, c.adapters, strict=True)
+        ]
+        keep_x = any(need_weight) or any(need and own is None for need, own in zip(need_a, x_lora, strict=True))
+        ctx.needs = (ctx.needs_input_grad[1], need_weight, need_sum, need_a, need_b, need_x_lora)
+        ctx.constants, ctx.dtype = c, x.dtype
+        ctx.bias, ctx.b_bias = (
+            [t.dtype if need else None for t, need in zip(tensors, needs, strict=True)]
+            for tensors, needs in ((bias, need_bias), (b_bias, need_b_bias))
         )
-        keep_x = needs[2] or any(need and other is None for need, other in zip(need_a, x_lora, strict=True))
-        ctx.needs = (needs[1], needs[2], needs[3] or any(need_b_bias), need_a, need_b, need_x_lora)
-        ctx.constants, ctx.dtype, ctx.bias = c, x.dtype, None if bias is None else bias.dtype
-        ctx.b_bias = [t.dtype if need and t is not None else None for t, need in zip(b_bias, need_b_bias, strict=True)]
-        ctx.need_bias = needs[3]
         kept = [t if need else None for t, need in zip(x_lora, need_a, strict=True)]
         ctx.own = [t is not None for t in x_lora]
-        ctx.save_for_backward(x if keep_x else None, weight, h if any(need_b) else None, *quant, *a, *b, *kept)
-        return y
+        ctx.save_for_backward(x if keep_x else None, h if any(need_b) else None, *weight, *quant, *a, *b, *kept)
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *dy: torch.Tensor) -> Any:  # type: ignore[override]
         c: _Constants = ctx.constants
-        x, weight, h, *flat = ctx.saved_tensors
-        quant, rest = flat[: c.quant], flat[c.quant :]
-        a, b, x_lora = (rest[i * c.adapters : (i + 1) * c.adapters] for i in range(3))
-        where = (weight, quant, c.shape, c.blocksize, c.blocksize2)
-        scale = list(c.scaling)
-        dx, dw, dsum, *thin = _raw_backward(
-            dy, x, *where, a, b, x_lora, ctx.own, h, scale, ctx.dtype, c.lora_dtype, *ctx.needs
-        )
+        x, h, *flat = ctx.saved_tensors
+        weight, quant, a, b, x_lora = c.take(flat, "layer", "quant", *("adapter",) * 3)
         need_x, need_weight, _, need_a, need_b, need_x_lora = ctx.needs
-        none = [None] * c.adapters
-        da, db, dx_lora = (
-            [g if need else None for g, need in zip(thin[i::3], needed, strict=True)] if c.adapters else none
-            for i, needed in enumerate((need_a, need_b, need_x_lora))
+        dx, *rest = _raw_backward(
+            list(dy), x, weight, quant, c.shape, c.blocks, c.adapters, a, b, x_lora, ctx.own, h, c.scaling,
+            ctx.dtype, c.lora_dtype, *ctx.needs,
+        )  # fmt: skip
+        base, thin = rest[: 2 * len(weight)], rest[2 * len(weight) :]
+        dw, da, db, dx_lora = (
+            [g if need else None for g, need in zip(found, needs, strict=True)]
+            for found, needs in (
+                (base[::2], need_weight),
+                (thin[::3], need_a),
+                (thin[1::3], need_b),
+                (thin[2::3], need_x_lora),
+            )
         )
-        dbias = dsum.to(ctx.bias) if ctx.need_bias else None
-        db_bias = [None if d is None else (s * dsum).to(d) for s, d in zip(c.scaling, ctx.b_bias, strict=True)]
-        base = (dx if need_x else None, dw if need_weight else None, dbias)
-        return (None, *base, *[None] * c.quant, *da, *db, *db_bias, *dx_lora)
+        sums = base[1::2]
+        layer = [i for i, count in enumerate(c.adapters) for _ in range(count)]
+        dbias = [None if d is None else total.to(d) for d, total in zip(ctx.bias, sums, strict=True)]
+        db_bias = [
+            None if d is None else (s * sums[i]).to(d) for d, s, i in zip(ctx.b_bias, c.scaling, layer, strict=True)
+        ]
+        return (None, dx if need_x else None, *dw, *dbias, *[None] * len(quant), *da, *db, *db_bias, *dx_lora)
+
+
+def _call(
+    x: torch.Tensor,
+    layers: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
+    x_lora: Optionals,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, ...]:
+    """y of each layer (:func:`_by_layer`). ``x_lora``: of all adapters, or empty."""
+    weight, bias, quant, a, b, b_bias = ([] for _ in range(6))  # type: ignore[var-annotated]
+    counts, scaling, shape, blocks = ([] for _ in range(4))  # type: ignore[var-annotated]
+    for (w, of_base, downs, ups, scales), state in layers:
+        weight.append(w)
+        bias.append(of_base)
+        quant += state["quant"]
+        a += downs
+        b += ups
+        b_bias += list(state["b_bias"]) or [None] * len(downs)
+        counts.append(len(downs))
+        scaling += [float(s) for s in scales]
+        shape += state["shape"]
+        blocks += [state["blocksize"], state["blocksize2"]]
+    # Casts stand outside of the op: Inductor merges them into whatever makes x, and only their results are kept. The
+    # adapters share the base's x where that is as exact as what they ask for.
+    shared = lora_dtype in (dtype, torch.float32) and (lora_dtype == dtype or x.dtype == dtype)
+    inputs = list(x_lora) or [None] * len(a)
+    own = [None if t is None and shared else (x if t is None else t).to(lora_dtype) for t in inputs]
+    c = _Constants(
+        len(quant) // len(weight), tuple(counts), tuple(shape), tuple(blocks), tuple(scaling), lora_dtype, out_dtype
+    )
+    return _LoraLinears.apply(c, x.to(dtype), *weight, *bias, *quant, *a, *b, *b_bias, *own)  # type: ignore[no-any-return]
 
 
 def lora_linear(
@@ -504,13 +696,45 @@ def lora_linear(
     )  # fmt: skip
     if reason is not None:
         raise ValueError(f"lora_linear: {reason}")
-    # Casts stand outside of the op: Inductor merges them into whatever makes x, and only their results are kept. The
-    # adapters share the base's x where that is as exact as what they ask for.
-    shared = lora_dtype in (dtype, torch.float32) and (lora_dtype == dtype or x.dtype == dtype)
-    own = [None if t is None and shared else (x if t is None else t).to(lora_dtype) for t in x_lora]
-    numbers = tuple(float(s) for s in scaling)
-    c = _Constants(len(quant), n, tuple(shape), blocksize, blocksize2, numbers, lora_dtype, out_dtype)
-    return _LoraLinear.apply(c, x.to(dtype), weight, bias, *quant, *a, *b, *b_bias, *own)  # type: ignore[no-any-return]
+    state = {"b_bias": b_bias, "quant": quant, "shape": shape, "blocksize": blocksize, "blocksize2": blocksize2}
+    return _call(x, [((weight, bias, a, b, scaling), state)], x_lora, dtype, lora_dtype, out_dtype)[0]
+
+
+def lora_linears(
+    x: torch.Tensor,
+    weight: Tensors,
+    bias: Optionals = (),
+    a: Sequence[Tensors] = (),
+    b: Sequence[Tensors] = (),
+    scaling: Sequence[Sequence[float]] = (),
+    *,
+    b_bias: Sequence[Optionals] = (),
+    quant: Sequence[Tensors] = (),
+    shape: Sequence[Sequence[int]] = (),
+    blocksize: Sequence[int] = (),
+    blocksize2: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """:func:`lora_linear` of several layers that read the same ``x`` [..., K]: one [..., N] for each.
+
+    Every argument but ``x`` and the dtypes is a list with one entry for each layer, of what :func:`lora_linear` takes;
+    an empty list stands for its default in every layer. Adapters read x itself. Layers are all dense, or all quantised
+    in the same way (single or double).
+
+    Raises ValueError for lists that do not pair up and for what :func:`lora_linear` raises it for.
+    """
+    dtype = dtype or x.dtype
+    lora_dtype, out_dtype = lora_dtype or dtype, out_dtype or dtype
+    reason = supported_linears(
+        x, weight, bias, a, b, scaling, b_bias=b_bias, quant=quant, shape=shape,
+        blocksize=blocksize, blocksize2=blocksize2, dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype,
+    )  # fmt: skip
+    if reason is not None:
+        raise ValueError(f"lora_linears: {reason}")
+    layers = _by_layer(weight, bias, a, b, scaling, b_bias, quant, shape, blocksize, blocksize2)
+    return _call(x, layers, (), dtype, lora_dtype, out_dtype)
 
 
 def supported(
@@ -566,6 +790,38 @@ def supported(
     return None
 
 
+def supported_linears(
+    x: torch.Tensor,
+    weight: Tensors,
+    bias: Optionals = (),
+    a: Sequence[Tensors] = (),
+    b: Sequence[Tensors] = (),
+    scaling: Sequence[Sequence[float]] = (),
+    *,
+    b_bias: Sequence[Optionals] = (),
+    quant: Sequence[Tensors] = (),
+    shape: Sequence[Sequence[int]] = (),
+    blocksize: Sequence[int] = (),
+    blocksize2: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Reason | None:
+    """None, or why :func:`lora_linears` cannot run on these arguments."""
+    if not weight:
+        return Reason("shape", "there is no layer")
+    if len({len(state) for state in quant}) > 1:
+        return Reason("quantization", "the layers are quantised in different ways")
+    # ∂A of all adapters is one product, in one dtype.
+    if len({down.dtype for downs in a for down in downs}) > 1:
+        return Reason("dtype", "the adapters of the layers have different dtypes")
+    for args, kwargs in _by_layer(weight, bias, a, b, scaling, b_bias, quant, shape, blocksize, blocksize2):
+        reason = supported(x, *args, **kwargs, dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype)
+        if reason is not None:
+            return reason
+    return None
+
+
 def cost(T: Any, N: Any, K: Any, r: Any = 0, itemsize: int = 2, nf4_weight: bool = False) -> Cost:
     """Forward, for T tokens through [N, K] with adapters of total rank r: numbers or sympy symbols.
 
@@ -589,5 +845,29 @@ OP = register(
         raw=("lora_linear_down", "lora_linear", "lora_linear_backward"),
         recompute=Recompute.KEEP,
         cost=cost,
+    )
+)
+
+
+def cost_linears(T: Any, N: Sequence[Any], K: Any, r: Any = 0, itemsize: int = 2, nf4_weight: bool = False) -> Cost:
+    """As :func:`cost`, for layers [N, K] with the sizes ``N`` and adapters of rank r each; x is read once for all h."""
+    each = [cost(T, n, K, r, itemsize, nf4_weight) for n in N]
+    again = sympy.Piecewise((itemsize * sympy.sympify(T) * K * (len(N) - 1), sympy.sympify(r) > 0), (0, True))
+    return Cost(
+        flops=sum((c.flops for c in each), sympy.Integer(0)),
+        bytes_moved=sum((c.bytes_moved for c in each), sympy.Integer(0)) - again,
+        bytes_kept=sum((c.bytes_kept for c in each), sympy.Integer(0)),
+    )
+
+
+JOINT = register(
+    Op(
+        name="lora_linears",
+        call=lora_linears,
+        reference=lora_linears_reference,
+        supported=supported_linears,
+        raw=OP.raw,
+        recompute=Recompute.KEEP,
+        cost=cost_linears,
     )
 )

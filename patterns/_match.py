@@ -226,6 +226,9 @@ class Rewrite:
     ``may_escape`` says that keeping it is right. ``lazy`` maps a graph output (logits) to the operands of
     :func:`fastft.lazy_logits.lazy_logits`. ``notes`` go into the report beside the site. ``out_dtype`` is not needed
     here: the replaced value's dtype, shape and device are checked against the target's.
+
+    The op stands where the last output stood; ``early``: where the first did, for outputs that are used before the
+    last one is computed. What it reads must be there by then.
     """
 
     target: Callable[..., Any]
@@ -237,6 +240,7 @@ class Rewrite:
     lazy: dict[fx.Node, dict[str, Any]] = field(default_factory=dict)
     notes: str = ""
     kernel: Kernel | None = None
+    early: bool = False
 
 
 def use(kernel: str, *args: Any, **kwargs: Any) -> Rewrite | Reason:

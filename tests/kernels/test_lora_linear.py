@@ -8,7 +8,7 @@ import torch
 from bench.shapes import shapes
 from fastft.compare import assert_within
 from fastft.kernels import lora_linear as module
-from fastft.kernels.lora_linear import OP, lora_linear, release_scratch
+from fastft.kernels.lora_linear import JOINT, OP, lora_linear, lora_linears, release_scratch
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -270,7 +270,8 @@ def test_opcheck(quant, own):
     args, kwargs, _ = make(DTYPES["bf16-fp32-adapters"], quant=quant, own=own, bias=True, ranks=(4, 2), train=False)
     x, weight, bias, a, b, scaling = args
     x_lora = list(kwargs.get("x_lora", (None, None)))
-    where = (weight, list(kwargs.get("quant", ())), list(kwargs.get("shape", ())), 64, 256)
+    # The second layer is the first one without its adapters.
+    where = ([weight] * 2, list(kwargs.get("quant", ())) * 2, list(kwargs.get("shape", ())) * 2, [64, 256] * 2)
 
     def detach(v):
         return (
@@ -284,11 +285,11 @@ def test_opcheck(quant, own):
 
     ops = torch.ops.fastft
     h = opcheck(ops.lora_linear_down.default, x, a, x_lora, F32)
-    y = opcheck(ops.lora_linear.default, x, *where, bias, h, b, [None, None], scaling, BF16)
+    ys = opcheck(ops.lora_linear.default, x, *where, [bias, None], h, [2, 0], b, [None, None], scaling, BF16)
     own_input = [t is not None for t in x_lora]
     opcheck(
-        ops.lora_linear_backward.default, torch.ones_like(y), x, *where, a, b, x_lora, own_input, h, scaling, BF16, F32,
-        True, quant is None, True, [True, False], [False, True], own_input,
+        ops.lora_linear_backward.default, [torch.ones_like(y) for y in ys], x, *where, [2, 0], a, b, x_lora, own_input,
+        h, scaling, BF16, F32, True, [quant is None, False], [True, False], [True, False], [False, True], own_input,
     )  # fmt: skip
 
 
@@ -306,6 +307,158 @@ def test_compiled(backend, quant):
     got = results(lambda *all_but, **_: compiled(*all_but[:5]), args, kwargs, named, dy)
     for name, value in results(lora_linear, args, kwargs, named, dy).items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=0, msg=name)
+
+
+def make_joint(dtypes, layers, device="cpu", scaling=None):
+    """Arguments of ``lora_linears``, as :func:`make` gives those of one layer; ``layers``: options of each."""
+    made = [make(dtypes, device=device, **options) for options in layers]
+    x = made[0][0][0]
+    columns = [list(column) for column in zip(*(args[1:] for args, _, _ in made), strict=True)]
+    if scaling is not None:
+        columns[4] = [[scaling] * len(of_layer) for of_layer in columns[4]]
+    kwargs = dict(zip(("dtype", "lora_dtype", "out_dtype"), dtypes[3:], strict=True))
+    for name in ("quant", "shape", "b_bias"):
+        if any(name in more for _, more, _ in made):
+            kwargs[name] = [more.get(name, ()) for _, more, _ in made]
+    named = {f"{n}/{i}": t for i, (_, _, tensors) in enumerate(made) for n, t in tensors.items() if n != "x"}
+    return (x, *columns), kwargs, {"x": x} | named
+
+
+def check_joint(dtypes, device="cpu", strided=False, scaling=None, layers=({}, {"n": 8}, {"n": 40, "ranks": (2,)})):
+    args, kwargs, named = make_joint(dtypes, layers, device, scaling)
+    lead = args[0].shape[:-1]
+    widths = [(kwargs["shape"][i] if "quant" in kwargs else w.shape)[0] for i, w in enumerate(args[1])]
+    generator = torch.Generator().manual_seed(1)
+    dys = [torch.randn(*lead, n, generator=generator).to(device).to(dtypes[5]) for n in widths]
+    if strided:
+        dys = [dy.transpose(0, 1).contiguous().transpose(0, 1) for dy in dys]
+
+    def run(call, args, kwargs, named, kind):
+        ys = call(*args, **kwargs)
+        grads = torch.autograd.grad(ys, list(named.values()), [dy.to(kind or dy.dtype) for dy in dys])
+        return {f"y{i}": y.detach() for i, y in enumerate(ys)} | dict(zip(named, grads, strict=True))
+
+    ours = run(lora_linears, args, kwargs, named, None)
+    stock = run(JOINT.reference, args, kwargs, named, None)
+    exact_args, exact_kwargs, exact_named = convert(args, kwargs, named, F64)
+    if "quant" in kwargs:
+        dense = [
+            module.nf4.nf4_dequantize_reference(w, *module._quant_args(q), 64, 256, shape, dtypes[3]).double()
+            for w, q, shape in zip(args[1], kwargs["quant"], kwargs["shape"], strict=True)
+        ]
+        exact_args = (exact_args[0], dense, *exact_args[2:])
+        exact_kwargs = {k: v for k, v in exact_kwargs.items() if k not in ("quant", "shape")}
+    exact = run(JOINT.reference, exact_args, exact_kwargs, exact_named, F64)
+    for name, value in ours.items():
+        assert value.dtype == stock[name].dtype and value.shape == stock[name].shape, name
+        assert_within(name, value, stock[name], exact[name], length=max(value.shape[-1], args[0].numel()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scaling", [None, 1.0, 0.7071], ids=["scalings", "one", "same"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
+def test_joint_dtypes(dtypes, scaling, device):
+    check_joint(dtypes, device, scaling=scaling)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtypes", [DTYPES[n] for n in ("fp32", "bf16", "bf16-fp32-adapters", "autocast")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers": ({},)},
+        {"layers": ({"ranks": (4, 8)}, {"ranks": (), "bias": True}, {"n": 5, "ranks": (3,), "b_bias": True})},
+        {"layers": ({"ranks": ()}, {"ranks": (), "bias": True})},
+        {"layers": ({"train": False}, {"n": 7})},
+        {"layers": ({"lead": (1,)}, {"lead": (1,), "ranks": (1,)})},
+        {"layers": ({"lead": (2, 2, 3)}, {"lead": (2, 2, 3)}), "strided": True},
+    ],
+    ids=["one", "mixed", "plain", "one-frozen", "one-token", "strided"],
+)
+def test_joint_shapes(dtypes, options, device):
+    check_joint(dtypes, device, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("quant", ["single", "double"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "bf16-fp32-adapters", "autocast", "fp16"])
+def test_joint_nf4(name, quant, device):
+    check_joint(DTYPES[name], device, layers=({"quant": quant}, {"quant": quant, "n": 8, "ranks": ()}))
+
+
+def test_joint_is_each_layer():
+    """The same numbers as one layer after the other, where no sum is split otherwise: the outputs, ∂B."""
+    args, kwargs, _ = make_joint(DTYPES["bf16"], ({}, {"n": 8, "ranks": (2,)}))
+    x, weight, bias, a, b, scaling = args
+    ys = lora_linears(*args, **kwargs)
+    for i, y in enumerate(ys):
+        alone = lora_linear(x, weight[i], bias[i], a[i], b[i], scaling[i], **kwargs)
+        assert torch.equal(y, alone)
+        (db,), (expected,) = (torch.autograd.grad(v.sum(), b[i], retain_graph=True) for v in (y, alone))
+        assert torch.equal(db, expected)
+
+
+def test_joint_gradients_have_memory_of_their_own():
+    args, kwargs, named = make_joint(DTYPES["fp32"], ({}, {"n": 8}), scaling=1.0)
+    downs = [named["a0/0"], named["a0/1"]]
+    first, second = torch.autograd.grad(sum(y.sum() for y in lora_linears(*args, **kwargs)), downs)
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("b0/1",), ("a0/0", "b0/1"), ("a0/1",), ("weight/1", "x")], ids=str)
+def test_joint_only_what_is_asked_for(wanted):
+    args, kwargs, named = make_joint(DTYPES["fp32"], ({}, {"n": 8}))
+    loss = sum(y.square().sum() for y in lora_linears(*args, **kwargs))
+    expected = torch.autograd.grad(loss, [named[n] for n in wanted])
+    for name, t in named.items():
+        t.requires_grad_(name in wanted)
+    ys = lora_linears(*args, **kwargs)
+    if wanted == ("b0/1",):  # only h is kept for it
+        assert not any(t is not None and t.shape == args[0].shape for t in ys[0].grad_fn.saved_tensors)
+    found = torch.autograd.grad(sum(y.square().sum() for y in ys), [named[n] for n in wanted])
+    for name, got, want in zip(wanted, found, expected, strict=True):
+        torch.testing.assert_close(got, want, msg=name)
+
+
+def test_joint_gradcheck():
+    args, kwargs, named = convert(
+        *make_joint(DTYPES["fp32"], [{"n": n, "k": 4, "lead": (2,), "ranks": (2,), "bias": True} for n in (3, 2)]), F64
+    )
+
+    def call(function):
+        def run(*tensors):
+            swap = dict(zip(map(id, named.values()), tensors, strict=True))
+
+            def pick(v):
+                return [pick(t) for t in v] if isinstance(v, (list, tuple)) else swap.get(id(v), v)
+
+            return function(*map(pick, args), **kwargs)
+
+        return run
+
+    assert torch.autograd.gradcheck(call(JOINT.reference), tuple(named.values()))
+    assert torch.autograd.gradcheck(call(lora_linears), tuple(named.values()))
+
+
+def test_joint_unused_output():
+    """A layer nobody reads has a gradient of zeros."""
+    args, kwargs, named = make_joint(DTYPES["fp32"], ({}, {"n": 8}))
+    first, _ = lora_linears(*args, **kwargs)
+    grads = dict(zip(named, torch.autograd.grad(first.sum(), list(named.values())), strict=True))
+    assert not grads["b0/1"].any() and grads["b0/0"].any()
+
+
+def test_joint_refusals():
+    args, _, _ = make_joint(DTYPES["fp32"], ({}, {"n": 8}))
+    x, weight, _, a, b, scaling = args
+    with pytest.raises(ValueError, match="2 weights, and a for 1"):
+        lora_linears(x, weight, [], a[:1], b, scaling)
+    assert JOINT.supported(x, []).code == "shape"
+    assert JOINT.supported(x, weight, [], [a[0], [a[1][0].half()]], b, scaling).code == "dtype"
+    assert JOINT.supported(x, weight, [], a[::-1], b, [[1.0], [1.0, 2.0]]).code == "shape"
+    assert JOINT.supported(x, weight, quant=[[a[0][0]], [a[0][0]] * 4]).code == "quantization"
+    with pytest.raises(ValueError, match=r"lora_linears: x \(3, 5, 5\)"):
+        lora_linears(x[..., :5], weight)
 
 
 def test_refusals():
@@ -332,3 +485,11 @@ def test_cost():
     c = OP.cost(8192, 14336, 4096, 16)
     assert int(c.flops) == 2 * 8192 * 14336 * 4096 + 2 * 8192 * 16 * (14336 + 4096)
     assert int(c.bytes_kept) == 2 * 8192 * 16
+
+
+def test_joint_cost():
+    one, joint = OP.cost(8192, 4096, 4096, 16), JOINT.cost(8192, (4096, 1024, 1024), 4096, 16)
+    assert int(joint.flops) == int(one.flops) + 2 * int(OP.cost(8192, 1024, 4096, 16).flops)
+    assert int(joint.bytes_kept) == 3 * int(one.bytes_kept)
+    alone = int(one.bytes_moved) + 2 * int(OP.cost(8192, 1024, 4096, 16).bytes_moved)
+    assert alone - int(joint.bytes_moved) == 2 * 2 * 8192 * 4096

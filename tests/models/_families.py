@@ -30,15 +30,20 @@ _SIZES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """``norms``: RMSNorms by module count; ``linears``: in a layer. A layer has one rotary, attention and MLP site."""
+    """``norms``: RMSNorms by module count; ``linears``: in a layer, ``joint``: groups of them that read one input. A
+    layer has one rotary, attention and MLP site.
+    """
 
     name: str
     build: Callable[..., transformers.PreTrainedModel]
     norms: int
     linears: int = 7
+    joint: int = 2
 
-    def sites(self, lora: bool = False) -> dict[str, int]:
-        """Replaced sites that a training step must have, by pattern."""
+    def sites(self, lora: float | None = None) -> dict[str, int]:
+        """Replaced sites that a training step must have, by pattern. ``lora``: its dropout, None without LoRA. With
+        dropout each adapter has an input of its own, and no layers are joined.
+        """
         wanted = {
             "linear_cross_entropy": 1,
             "attention": LAYERS,
@@ -46,7 +51,8 @@ class Family:
             "rms_norm": self.norms,
             "mlp": LAYERS,
         }
-        return wanted | ({"lora": self.linears * LAYERS} if lora else {})
+        wanted |= {} if lora is None else {"lora": self.linears * LAYERS}
+        return wanted | ({"joint_linears": self.joint * LAYERS} if lora == 0.0 and self.joint else {})
 
 
 def _llama3() -> transformers.PreTrainedModel:
@@ -100,7 +106,7 @@ FAMILIES = {
         Family("qwen3", _qwen3, norms=4 * LAYERS + 1),
         Family("gemma2", _gemma2, norms=4 * LAYERS + 1),
         Family("gemma3", _gemma3, norms=6 * LAYERS + 1),
-        Family("phi4", _phi4, norms=2 * LAYERS + 1, linears=4),
+        Family("phi4", _phi4, norms=2 * LAYERS + 1, linears=4, joint=0),
     )
 }
 

@@ -29,6 +29,7 @@ SITES = {
     "attention": tiny.LAYERS,
     "mlp": tiny.LAYERS,
     "lora": 7 * tiny.LAYERS,
+    "joint_linears": 2 * tiny.LAYERS,
 }
 
 
