@@ -98,8 +98,9 @@ def _backward_kernel(
         x = tl.load(tile_at(x_ptr, row, col, inner, x_outer, x_inner), mask=mask, other=0.0).to(tl.float32)
         m = tl.load(m_ptr + row_offset(row, inner, r_outer, r_inner), mask=row < rows, other=0.0)[:, None]
         r = tl.load(r_ptr + row_offset(row, inner, r_outer, r_inner), mask=row < rows, other=0.0)[:, None]
-        # Beyond column N, x is −m r and not 0, but there dy is 0, and with it every product below.
-        x = (x - m) * r
+        # As in the forward: what the rounding of a large mean missed is the mean of the differences.
+        x = tl.where(mask, x - m, 0.0)
+        x = tl.where(mask, x - (tl.sum(x, axis=1) / N)[:, None], 0.0) * r
         if WANT_DWEIGHT:
             dw += dy * x
         if WANT_DBIAS:
@@ -121,6 +122,12 @@ def _backward_kernel(
 # ---------------------------------------------------------------- launchers
 
 
+def _centred(x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """x − mean, exact where the mean is large and m its rounded value, as in the kernels."""
+    x = x - m.unsqueeze(-1)
+    return x - x.mean(-1, keepdim=True)
+
+
 def _forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -134,7 +141,7 @@ def _forward(
     if not use_triton(x) or x.dtype == torch.float64:
         h = x.to(r.dtype)
         m.copy_(h.mean(-1))
-        h = h - m.unsqueeze(-1)
+        h = _centred(h, m)
         r.copy_(torch.rsqrt(h.square().mean(-1) + eps))
         h = h * r.unsqueeze(-1)
         h = h if weight is None else h * weight.to(r.dtype)
@@ -180,7 +187,7 @@ def _backward(
         return dx, dweight.zero_(), dbias.zero_()
     n = x.shape[-1]
     if not use_triton(x) or x.dtype == torch.float64:
-        x_hat, g = (x.to(r.dtype) - m.unsqueeze(-1)) * r.unsqueeze(-1), dy.to(r.dtype)
+        x_hat, g = _centred(x.to(r.dtype), m) * r.unsqueeze(-1), dy.to(r.dtype)
         if want_dweight:
             dweight.copy_((g * x_hat).reshape(-1, n).sum(0))
         if want_dbias:
