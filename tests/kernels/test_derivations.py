@@ -1,0 +1,1086 @@
+"""Every backward derived by hand, against the derivative that sympy takes of the textbook formula.
+
+What is checked is the code that runs: the op's own ``call`` is differentiated with tensors whose elements are sympy
+expressions (:class:`Exact`). Its raw ops run their bodies on them, once as PyTorch (the aten operations of a body are
+interpreted on arrays of expressions) and once as Triton (the kernels' Python functions run program by program, with a
+stand-in for ``triton.language``). So launchers, masks, residuals and the ``autograd.Function`` are part of what is
+checked, and rounding is not: elements are numbers of 40 digits, or symbols, where the difference to sympy's derivative
+must simplify to 0.
+
+:data:`DERIVATIONS` has the textbook formulas, a list for each op; an op with a backward that is not in it fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from unittest import mock
+
+import numpy as np
+import pytest
+import sympy
+import torch
+from numpy.lib.stride_tricks import as_strided
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fastft.kernels
+from fastft.kernels import _rows, attention, glu, layer_norm, linear_cross_entropy, lora_linear, rms_norm, rotary
+from fastft.kernels._op import OPS, Op
+from fastft.kernels._triton import HAS_TRITON
+from tests.kernels._samples import differentiable
+
+fastft.kernels.load()
+
+# ----------------------------------------------------------------------------------------------------- exact numbers
+
+DIGITS = 40
+#: Largest relative difference between two ways to the same number of DIGITS digits.
+AGREE = 1e-30
+
+
+class Digits:
+    """How irrational constants are read: to :data:`DIGITS` digits among numbers, as they are among symbols."""
+
+    symbolic = False
+
+
+@functools.cache
+def _constant(value: float, symbolic: bool) -> sympy.Expr:
+    if math.isnan(value):
+        return sympy.nan
+    if math.isinf(value):
+        return sympy.oo if value > 0 else -sympy.oo
+    pi, near = sympy.pi, 2 * math.ulp(value)
+    for c in (
+        sympy.sqrt(2) / 2,
+        1 / sympy.sqrt(2 * pi),
+        sympy.sqrt(2 * pi),
+        2 * sympy.sqrt(2 / pi),
+        1 / sympy.log(2),
+    ):
+        if abs(float(c) - value) <= near:
+            return c if symbolic else c.evalf(DIGITS)
+    simple = Fraction(value).limit_denominator(10**6)
+    return sympy.Rational(simple if abs(simple - Fraction(value)) <= near else Fraction(value))
+
+
+def exact(value: Any) -> Any:
+    """The number that a float in the code stands for: 0.044715 is 44715 / 10⁶, and 1.4426950408889634 is 1 / log 2."""
+    return _constant(float(value), Digits.symbolic) if isinstance(value, (float, np.floating)) else value
+
+
+def exactly(values: Any) -> np.ndarray:
+    """An array of expressions out of anything; integers and booleans stay what they are."""
+    array = np.asarray(values)
+    if array.dtype.kind == "f":
+        return np.frompyfunc(exact, 1, 1)(array) if array.ndim else np.array(exact(float(array)), dtype=object)
+    return array
+
+
+def _unary(function: Callable[..., Any]) -> Callable[..., Any]:
+    return np.frompyfunc(function, 1, 1)
+
+
+def _same(a: Any, b: Any) -> bool:
+    # sympy tells 0 from 0.0.
+    return bool(a == b) or getattr(a - b, "is_zero", False) is True
+
+
+EXP, LOG, TANH, ERF, ABS = (_unary(f) for f in (sympy.exp, sympy.log, sympy.tanh, sympy.erf, sympy.Abs))
+SQRT, SIGMOID = _unary(sympy.sqrt), _unary(lambda z: 1 / (1 + sympy.exp(-z)))
+MAX, MIN = np.frompyfunc(sympy.Max, 2, 1), np.frompyfunc(sympy.Min, 2, 1)
+EQUAL = np.frompyfunc(_same, 2, 1)
+
+# -------------------------------------------------------------------------------------------- PyTorch on expressions
+
+
+class Exact(torch.Tensor):
+    """A tensor of expressions: PyTorch's geometry (sizes, strides, offset) over a flat array of cells."""
+
+    cells: np.ndarray
+
+    @staticmethod
+    def __new__(cls, cells: np.ndarray, like: torch.Tensor, requires_grad: bool = False) -> Exact:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), storage_offset=like.storage_offset(), dtype=like.dtype,
+            requires_grad=requires_grad,
+        )  # fmt: skip
+        self.cells = cells
+        return self
+
+    @classmethod
+    def of(cls, values: np.ndarray, dtype: torch.dtype, requires_grad: bool = False) -> Exact:
+        flat = np.array(exactly(values), dtype=object).reshape(-1)
+        return cls(flat, torch.empty(np.shape(values), dtype=dtype, device="meta"), requires_grad)
+
+    @classmethod
+    def blank(cls, like: torch.Tensor) -> Exact:
+        """Memory that nobody has written: NaN."""
+        span = 1 + sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0
+        return cls(np.full(like.storage_offset() + span, sympy.nan, dtype=object), like)
+
+    @property
+    def values(self) -> np.ndarray:
+        """The elements, as a view of the cells."""
+        if not self.numel():
+            return np.empty(self.shape, dtype=object)
+        return as_strided(self.cells[self.storage_offset() :], self.shape, [8 * s for s in self.stride()])
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Exact({self.values.tolist()})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return interpret(func, args, kwargs or {})
+
+
+def to_meta(t: Any) -> Any:
+    """The geometry of a tensor: itself, without its elements."""
+    if not isinstance(t, torch.Tensor):
+        return t
+    span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    base = torch.empty(t.storage_offset() + span, dtype=t.dtype, device="meta")
+    return base.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def interpret(func: Any, args: Any, kwargs: Any) -> Any:
+    """An aten operation (or one of fastft's raw ops) on tensors of which some are :class:`Exact`."""
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if func.namespace == "fastft":
+        with Interpreter():  # the op's own body
+            return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+    name, schema = func._opname, func._schema
+    if not any(isinstance(t, Exact) for t in given):
+        out = func(*args, **kwargs)
+        ours = isinstance(out, torch.Tensor) and out.is_floating_point() and not out.is_meta
+        return Exact.of(out.numpy(), out.dtype) if ours and (not given or name in FACTORIES) else out
+    if name == "_foreach_copy_":
+        for target, source in zip(*args[:2], strict=True):
+            target.copy_(source)
+        return None
+    if name == "is_same_size":
+        return args[0].shape == args[1].shape
+    meta_args, meta_kwargs = tree_map(to_meta, (args, kwargs))
+    if "device" in meta_kwargs:
+        meta_kwargs["device"] = "meta"
+    writes = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if any(r.alias_info is not None for r in schema.returns) and not writes:  # a view
+        (source,) = (t for t in given if isinstance(t, Exact))
+        return tree_map(lambda m: Exact(source.cells, m), func(*meta_args, **meta_kwargs))
+    layout = func(*meta_args, **meta_kwargs)
+    if name in ("empty_like", "new_empty", "empty_strided", "new_empty_strided"):
+        return Exact.blank(layout) if layout.dtype.is_floating_point else torch.empty_like(layout, device="cpu")
+    if writes:  # in place, or into ``out``
+        target = kwargs.pop("out") if "out" in kwargs else args[0]
+        found = compute(name.removesuffix("_"), args, kwargs)
+        target.values[...] = exactly(found)
+        return target
+    return tree_map(lambda m, v: _wrap(m, v), layout, compute(name, args, kwargs))
+
+
+def _wrap(layout: torch.Tensor, values: Any) -> torch.Tensor:
+    values = np.asarray(values)
+    assert values.shape == tuple(layout.shape), f"{values.shape} is not {tuple(layout.shape)}"
+    if not layout.dtype.is_floating_point:
+        return torch.from_numpy(values.astype(bool if layout.dtype == torch.bool else np.int64)).to(layout.dtype)
+    out = Exact.blank(layout)
+    out.values[...] = exactly(values)
+    return out
+
+
+def compute(name: str, args: Any, kwargs: Any) -> Any:
+    """A functional aten operation on arrays; in-place ones come here under their functional names."""
+    if name not in ATEN:
+        raise NotImplementedError(f"aten.{name} is not interpreted on expressions: give it a line in ATEN")
+
+    def value(t: Any) -> Any:
+        if isinstance(t, Exact):
+            return t.values
+        return t.numpy() if isinstance(t, torch.Tensor) else exact(t)
+
+    return ATEN[name](*tree_map(value, args), **tree_map(value, kwargs))
+
+
+def _sum(x: Any, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
+    return np.sum(x, axis=None if dim is None else tuple(np.atleast_1d(dim)), keepdims=keepdim)
+
+
+def _mean(x: Any, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
+    total = _sum(x, dim, keepdim)
+    return total / (x.size // max(np.size(total), 1))
+
+
+def _logsumexp(x: Any, dim: Any, keepdim: bool = False) -> Any:
+    return LOG(_sum(EXP(x), dim, keepdim))
+
+
+def _scatter_add(x: Any, dim: int, index: Any, source: Any) -> Any:
+    x = np.array(x)
+    for at in np.ndindex(index.shape):
+        to = (*at[:dim], index[at], *at[dim + 1 :])
+        x[to] = x[to] + source[at]
+    return x
+
+
+def _index_copy(x: Any, dim: int, index: Any, source: Any) -> Any:
+    x = np.array(x)
+    x[(slice(None),) * dim + (index,)] = source
+    return x
+
+
+def _argmax(x: Any, dim: int) -> Any:
+    def first_largest(row: Any) -> int:
+        return functools.reduce(lambda i, j: j if row[j] > row[i] else i, range(len(row)))
+
+    return np.apply_along_axis(first_largest, dim, x).astype(np.int64)
+
+
+FACTORIES = {"empty_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like"}
+ATEN: dict[str, Callable[..., Any]] = {
+    "add": lambda x, y, alpha=1: x + alpha * y,
+    "sub": lambda x, y, alpha=1: x - alpha * y,
+    "rsub": lambda x, y, alpha=1: y - alpha * x,
+    "mul": lambda x, y: x * y,
+    "div": lambda x, y: x / y,
+    "neg": lambda x: -x,
+    "pow": lambda x, n: x**n,
+    "reciprocal": lambda x: 1 / x,
+    "exp": EXP,
+    "log": LOG,
+    "tanh": TANH,
+    "erf": ERF,
+    "sigmoid": SIGMOID,
+    "sqrt": SQRT,
+    "rsqrt": lambda x: 1 / SQRT(x),
+    "square": lambda x: x * x,
+    "silu": lambda x: _unary(ACTIVATIONS["silu"])(x),
+    "gelu": lambda x, approximate="none": _unary(ACTIVATIONS["gelu_tanh" if approximate == "tanh" else "gelu"])(x),
+    "addcmul": lambda x, y, z, value=1: x + value * y * z,
+    "sum": _sum,
+    "mean": _mean,
+    "amax": lambda x, dim, keepdim=False: MAX.reduce(x, axis=int(np.ravel(dim)[0]), keepdims=keepdim),
+    "argmax": _argmax,
+    "logsumexp": _logsumexp,
+    "any": lambda x: any(not _same(v, 0) for v in x.flat),
+    "eq": EQUAL,
+    "ne": lambda x, y: ~EQUAL(x, y).astype(bool),
+    "where": np.where,
+    "masked_fill": lambda x, mask, value: np.where(mask, value, x),
+    "mm": lambda x, y: x @ y,
+    "bmm": lambda x, y: x @ y,
+    "matmul": lambda x, y: x @ y,
+    "addmm": lambda c, x, y, beta=1, alpha=1: beta * c + alpha * (x @ y),
+    "baddbmm": lambda c, x, y, beta=1, alpha=1: beta * c + alpha * (x @ y),
+    "cat": lambda xs, dim=0: np.concatenate(xs, axis=dim),
+    "repeat_interleave": lambda x, times, dim, **_: np.repeat(x, times, axis=dim),
+    "stack": lambda xs, dim=0: np.stack(xs, axis=dim),
+    "gather": lambda x, dim, index: np.take_along_axis(x, index, axis=dim),
+    "scatter_add": _scatter_add,
+    "index": lambda x, at: x[tuple(slice(None) if i is None else i for i in at)],
+    "index_copy": _index_copy,
+    "_to_copy": lambda x, **_: x,
+    "clone": lambda x, **_: x,
+    "_unsafe_view": lambda x, size: x.reshape(size),
+    "copy": lambda x, source, *_: np.broadcast_to(source, x.shape),
+    "zero": lambda x: np.zeros(x.shape, dtype=int),
+    "fill": lambda x, value: np.full(x.shape, value, dtype=object),
+    "zeros_like": lambda x, **_: np.zeros(x.shape, dtype=int),
+    "ones_like": lambda x, **_: np.ones(x.shape, dtype=int),
+    "new_zeros": lambda x, size, **_: np.zeros(size, dtype=int),
+}
+
+
+class Interpreter(TorchDispatchMode):
+    """New floating-point tensors hold expressions too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return interpret(func, args, kwargs or {})
+
+
+# --------------------------------------------------------------------------------------------- Triton on expressions
+
+
+class Block(np.ndarray):
+    """A value in a program's registers: expressions, integers or booleans. Never changed in place."""
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
+        plain = [exactly(x.view(np.ndarray) if isinstance(x, Block) else x) for x in inputs]
+        if ufunc in (np.equal, np.not_equal) and any(x.dtype == object for x in plain):
+            same = np.asarray(EQUAL(*plain)).astype(bool)
+            return block(same if ufunc is np.equal else ~same)
+        return block(getattr(ufunc, method)(*plain, **kwargs))
+
+    def to(self, dtype: Any) -> Block:
+        return block(self.astype(np.int64)) if dtype in Language.INTEGERS and self.dtype.kind in "bui" else self
+
+
+def block(values: Any) -> Block:
+    return exactly(values).view(Block)
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Places in a flat array of cells."""
+
+    cells: np.ndarray
+    at: Any
+    dtype = SimpleNamespace(element_ty=None)
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.cells, self.at + np.asarray(offset))
+
+    def __getitem__(self, key: Any) -> Pointer:
+        return Pointer(self.cells, np.asarray(self.at)[key])
+
+    def places(self, mask: Any, *values: Any) -> list[np.ndarray]:
+        """Places, mask and ``values``, of one shape; no place that the mask allows is outside of the cells."""
+        plain = [np.asarray(v) for v in (self.at, True if mask is None else mask, *values)]
+        at, allowed, *rest = np.broadcast_arrays(*plain)
+        touched = at[allowed]
+        assert not touched.size or (touched.min() >= 0 and touched.max() < self.cells.size), "out of bounds"
+        return [at, allowed, *rest]
+
+
+class Language:
+    """What the kernels use of ``triton.language``, for one program after another."""
+
+    INTEGERS = int1, int8, int32, int64 = ("int1", "int8", "int32", "int64")
+    float32 = "float32"
+    program: tuple[int, ...] = ()
+    grid: tuple[int, ...] = ()
+
+    def program_id(self, axis: int) -> Block:
+        return block(self.program[axis])
+
+    def num_programs(self, axis: int) -> int:
+        return self.grid[axis]
+
+    def load(self, at: Pointer, mask: Any = None, other: Any = sympy.nan) -> Block:
+        places, allowed, others = at.places(mask, exactly(other))
+        whole = at.cells.dtype != object
+        others = np.where(allowed, 0, others).astype(np.int64) if whole else others
+        out = np.where(allowed, at.cells[np.where(allowed, places, 0)], others) if at.cells.size else others
+        return block(out.astype(np.int64) if whole else out)
+
+    def store(self, at: Pointer, value: Any, mask: Any = None) -> None:
+        places, allowed, values = at.places(mask, exactly(value))
+        at.cells[places[allowed]] = values[allowed]
+
+    def where(self, condition: Any, a: Any, b: Any) -> Block:
+        return block(np.where(np.asarray(condition), exactly(a), exactly(b)))
+
+    def _either(self, function: Any, whole: Any, a: Any, b: Any) -> Block:
+        a, b = exactly(a).view(np.ndarray), exactly(b).view(np.ndarray)
+        return block((function if object in (a.dtype, b.dtype) else whole)(a, b))
+
+    def maximum(self, a: Any, b: Any) -> Block:
+        return self._either(MAX, np.maximum, a, b)
+
+    def minimum(self, a: Any, b: Any) -> Block:
+        return self._either(MIN, np.minimum, a, b)
+
+    arange = staticmethod(lambda start, end: block(np.arange(start, end)))
+    cdiv = staticmethod(lambda a, b: -(-a // b))
+    cast = staticmethod(lambda x, dtype: block(x))
+    zeros = staticmethod(lambda shape, dtype: block(np.full(shape, sympy.Integer(0), dtype=object)))
+    full = staticmethod(lambda shape, value, dtype: block(np.full(shape, exact(value), dtype=object)))
+    sum = staticmethod(lambda x, axis: block(np.sum(x.view(np.ndarray), axis=axis)))
+    max = staticmethod(lambda x, axis: block(MAX.reduce(x.view(np.ndarray), axis=axis)))
+    dot = staticmethod(lambda a, b, **_: block(a.view(np.ndarray) @ b.view(np.ndarray)))
+    trans = staticmethod(np.transpose)
+    reshape = staticmethod(lambda x, shape: x.reshape(shape))
+    split = staticmethod(lambda x: (x[..., 0], x[..., 1]))
+    join = staticmethod(lambda a, b: np.stack((a, b), -1))
+    exp = staticmethod(lambda x: block(EXP(exactly(x))))
+    exp2 = staticmethod(lambda x: block(_unary(lambda v: sympy.Integer(2) ** v)(x)))
+    log = staticmethod(lambda x: block(LOG(x)))
+    log2 = staticmethod(lambda x: block(LOG(x) / _LOG2()))
+    sqrt_rn = staticmethod(lambda x: block(SQRT(x)))
+    sigmoid = staticmethod(lambda x: block(SIGMOID(x)))
+    erf = staticmethod(lambda x: block(ERF(x)))
+    abs = staticmethod(lambda x: block(ABS(x)))
+
+
+def _LOG2() -> sympy.Expr:
+    return sympy.log(2) if Digits.symbolic else sympy.log(2).evalf(DIGITS)
+
+
+class Kernel:
+    """Stands for a jitted function: called from a kernel, or launched on a grid."""
+
+    launched: ClassVar[set[tuple[str, str]]] = set()
+
+    def __init__(self, fn: Any, language: Language) -> None:
+        self.fn, self.language, self.parameters = fn, language, inspect.signature(fn).parameters
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self.launch, grid)
+
+    def launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        Kernel.launched.add((self.fn.__module__, self.fn.__name__))
+        given = {name: value for name, value in constants.items() if name in self.parameters}  # warps and such are not
+        self.language.grid = grid
+        for self.language.program in product(*map(range, grid)):
+            self.fn(*map(_argument, args), **tree_map(_argument, given))
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, Exact):
+        return Pointer(value.cells, value.storage_offset())
+    if isinstance(value, torch.Tensor):
+        array = value.numpy()
+        span = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+        return Pointer(as_strided(array, (span,), (array.itemsize,)), 0)
+    return block(value) if isinstance(value, float) else value
+
+
+MODULES = (_rows, attention, glu, layer_norm, linear_cross_entropy, lora_linear, rms_norm, rotary)
+
+
+@contextlib.contextmanager
+def triton_bodies() -> Iterator[None]:
+    """Within, ops launch their kernels, and these run on expressions."""
+    jitted, language = type(_rows.row_offset), Language()
+    with contextlib.ExitStack() as stack:
+        for module in MODULES:
+            for name, value in vars(module).copy().items():
+                if isinstance(value, jitted):
+                    stack.enter_context(mock.patch.object(module, name, Kernel(value.fn, language)))  # type: ignore[attr-defined]
+            for name, value in (("tl", language), ("use_triton", lambda x: True)):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles, chunks and programs at the sizes below."""
+    for norm in (rms_norm, layer_norm):
+        monkeypatch.setattr(norm, "row_tile", lambda n: (2, 1 << (n - 1).bit_length(), 1))
+    monkeypatch.setattr(glu, "BLOCK", 4)
+    monkeypatch.setattr(rotary, "TILE", 4)
+    monkeypatch.setattr(attention, "_tiles", lambda *_: {"BLOCK_M": 2, "BLOCK_N": 2, "num_warps": 1, "num_stages": 1})
+    monkeypatch.setattr(linear_cross_entropy, "_row_config", lambda vocab: {"BLOCK": 2, "num_warps": 1})
+    monkeypatch.setattr(linear_cross_entropy, "chunk_rows", lambda *_: 1)
+
+
+# ------------------------------------------------------------------------------------------------------- derivations
+
+Array = np.ndarray
+BODIES = {"PyTorch": (contextlib.nullcontext, torch.float64), "Triton": (triton_bodies, torch.float32)}
+BOTH = ("PyTorch", "Triton")
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """A textbook formula, and the call of an op that computes it.
+
+    ``shapes``: of the operands, by name. ``call``: the op (or its reference) as first argument, and the operands by
+    name; gives the outputs. ``formula``: the same outputs as arrays of expressions of the operands' symbols.
+    ``frozen``: operands without a gradient. ``outputs``: how many outputs, the first ones, have a gradient.
+    ``simplify``: bodies whose difference to sympy's derivative simplifies to 0 (an online softmax's has maxima in it).
+    """
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    call: Callable[..., Any]
+    formula: Callable[..., Sequence[Array]]
+    frozen: tuple[str, ...] = ()
+    outputs: int = 1
+    simplify: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.name
+
+    @functools.cached_property
+    def symbols(self) -> dict[str, Array]:
+        return {name: _symbols(name, shape) for name, shape in self.shapes.items()}
+
+    @functools.cached_property
+    def values(self) -> list[Array]:
+        return [np.asarray(out, dtype=object) for out in self.formula(**self.symbols)]
+
+    @functools.cached_property
+    def cotangents(self) -> list[Array]:
+        return [_symbols(f"dy{i}", out.shape) for i, out in enumerate(self.values[: self.outputs])]
+
+    @functools.cached_property
+    def gradients(self) -> dict[str, Array]:
+        """sympy's: of the sum of outputs times their cotangents, by operand."""
+        found = {s: sympy.Integer(0) for name in self.wanted for s in self.symbols[name].flat}
+        for out, dy in zip(self.values, self.cotangents, strict=False):
+            for expression, factor in zip(out.flat, dy.flat, strict=True):
+                for s in expression.free_symbols & found.keys():
+                    found[s] += factor * sympy.diff(expression, s)
+        return {name: _unary(found.__getitem__)(self.symbols[name]) for name in self.wanted}
+
+    @property
+    def wanted(self) -> list[str]:
+        return [name for name in self.shapes if name not in self.frozen]
+
+
+def _symbols(name: str, shape: tuple[int, ...]) -> Array:
+    """Real symbols ``name_i_j``."""
+    out = np.empty(shape, dtype=object)
+    for at in np.ndindex(shape):
+        out[at] = sympy.Symbol("_".join((name, *map(str, at))), real=True)
+    return out
+
+
+def _over_rows(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    return lambda x: np.apply_along_axis(function, -1, x)
+
+
+def _f(x: Any) -> sympy.Expr:
+    return sympy.Rational(str(x))
+
+
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "silu": lambda g: g / (1 + sympy.exp(-g)),
+    "gelu": lambda g: g * (1 + sympy.erf(g / sympy.sqrt(2))) / 2,
+    "gelu_tanh": lambda g: g / 2 * (1 + sympy.tanh(sympy.sqrt(2 / sympy.pi) * (g + _f("0.044715") * g**3))),
+}
+
+
+def _glu_derivations() -> list[Derivation]:
+    shape = (2, 3)
+    return [
+        Derivation(
+            kind,
+            {"gate": shape, "up": shape},
+            lambda fn, gate, up, kind=kind: fn(gate, up, kind),
+            lambda gate, up, kind=kind: [_unary(ACTIVATIONS[kind])(gate) * up],
+            simplify=BOTH,
+        )
+        for kind in glu.KINDS
+    ]
+
+
+def _glu_packed_derivations() -> list[Derivation]:
+    def formula(gate_up: Array, kind: str, first: bool) -> list[Array]:
+        gate, up = (gate_up[..., :3], gate_up[..., 3:]) if first else (gate_up[..., 3:], gate_up[..., :3])
+        return [_unary(ACTIVATIONS[kind])(gate) * up]
+
+    return [
+        Derivation(
+            f"{kind}, {'gate' if first else 'up'} first",
+            {"gate_up": (2, 6)},
+            lambda fn, gate_up, kind=kind, first=first: fn(gate_up, kind, first),
+            functools.partial(formula, kind=kind, first=first),
+            simplify=BOTH,
+        )
+        for kind in glu.KINDS
+        for first in (True, False)
+    ]
+
+
+EPS = 0.001
+
+
+def _rms_norm_derivations() -> list[Derivation]:
+    def normed(x: Array) -> Array:
+        return _over_rows(lambda row: row / sympy.sqrt(np.sum(row**2) / len(row) + _f(EPS)))(x)
+
+    shapes = {"x": (3, 3), "w": (3,)}
+    return [
+        Derivation("weight", shapes, lambda fn, x, w: fn(x, w, EPS), lambda x, w: [normed(x) * w], simplify=BOTH),
+        Derivation("1 + weight", shapes, lambda fn, x, w: fn(x, w, EPS, 1.0), lambda x, w: [normed(x) * (1 + w)]),
+        Derivation("weightless", {"x": (3, 3)}, lambda fn, x: fn(x, None, EPS), lambda x: [normed(x)]),
+        Derivation(
+            "frozen weight", shapes, lambda fn, x, w: fn(x, w, EPS), lambda x, w: [normed(x) * w], frozen=("w",)
+        ),
+    ]
+
+
+def _layer_norm_derivations() -> list[Derivation]:
+    def normed(x: Array) -> Array:
+        def of_row(row: Array) -> Array:
+            centred = row - np.sum(row) / len(row)
+            return centred / sympy.sqrt(np.sum(centred**2) / len(row) + _f(EPS))
+
+        return _over_rows(of_row)(x)
+
+    shapes = {"x": (3, 3), "w": (3,), "b": (3,)}
+    return [
+        Derivation(
+            "weight and bias",
+            shapes,
+            lambda fn, x, w, b: fn(x, w, b, EPS),
+            lambda x, w, b: [normed(x) * w + b],
+            simplify=BOTH,
+        ),
+        Derivation("plain", {"x": (3, 3)}, lambda fn, x: fn(x, None, None, EPS), lambda x: [normed(x)]),
+    ]
+
+
+def _rotated(x: Array, cos: Array, sin: Array, style: str) -> Array:
+    """As transformers spells the styles, with tables [batch or 1, seq, R or R/2] of which it has the whole rows."""
+    width, half = x.shape[-1], x.shape[-1] // 2
+
+    def whole(t: Array) -> Array:
+        if t.shape[-1] < width:
+            t = np.repeat(t, 2, axis=-1) if style == "interleaved" else np.concatenate((t, t), axis=-1)
+        return t[:, None]
+
+    if style == "interleaved":
+        turned = np.stack((-x[..., 1::2], x[..., ::2]), axis=-1).reshape(x.shape)
+    else:
+        if style == "interleaved_to_half":
+            x = np.concatenate((x[..., ::2], x[..., 1::2]), axis=-1)
+        turned = np.concatenate((-x[..., half:], x[..., :half]), axis=-1)
+    return x * whole(cos) + turned * whole(sin)
+
+
+def _rotary_derivations() -> list[Derivation]:
+    def two(style: str, width: int) -> Derivation:
+        def formula(q: Array, k: Array, cos: Array, sin: Array) -> list[Array]:
+            return [_rotated(q, cos, sin, style), _rotated(k, cos, sin, style)]
+
+        return Derivation(
+            f"{style}, tables of {width}",
+            {"q": (1, 3, 2, 4), "k": (1, 1, 2, 4), "cos": (1, 2, width), "sin": (1, 2, width)},
+            lambda fn, q, k, cos, sin: fn(q, k, cos, sin, style),
+            formula,
+            frozen=("cos", "sin"),
+            outputs=2,
+            simplify=BOTH,
+        )
+
+    def part(q: Array, cos: Array, sin: Array) -> list[Array]:
+        return [np.concatenate((_rotated(q[..., :4], cos, sin, "half"), q[..., 4:]), axis=-1)]
+
+    shapes = {"q": (2, 1, 2, 6), "cos": (2, 2, 4), "sin": (2, 2, 4)}
+    alone = Derivation(
+        "part of a head, q alone",
+        shapes,
+        lambda fn, q, cos, sin: fn(q, None, cos, sin, "half", None, 4),
+        part,
+        frozen=("cos", "sin"),
+    )
+    return [two(style, width) for style in rotary.STYLES for width in (4, 2)] + [alone]
+
+
+def _attention_derivations() -> list[Derivation]:
+    def formula(
+        q: Array,
+        k: Array,
+        v: Array,
+        bias: Array | None = None,
+        *,
+        scale: str,
+        cap: int = 0,
+        sees: Callable[[int, int, int], bool] = lambda b, i, j: True,
+    ) -> list[Array]:
+        out = np.full((*q.shape[:3], v.shape[3]), sympy.Integer(0), dtype=object)
+        for b, h, i in np.ndindex(q.shape[:3]):
+            kv = h * k.shape[1] // q.shape[1]
+            seen = [j for j in range(k.shape[2]) if sees(b, i, j)]
+            s = [_f(scale) * np.dot(q[b, h, i], k[b, kv, j]) for j in seen]
+            s = [cap * sympy.tanh(u / cap) for u in s] if cap else s
+            s = [u + bias[0, h, i, j] for u, j in zip(s, seen, strict=True)] if bias is not None else s
+            e = [sympy.exp(u) for u in s]
+            for j, weight in zip(seen, e, strict=True):
+                out[b, h, i] = out[b, h, i] + weight / sum(e) * v[b, kv, j]
+        return [out]
+
+    def derive(
+        name: str,
+        b: int,
+        length: int,
+        of_formula: dict[str, Any],
+        of_call: dict[str, Any],
+        sizes: tuple[int, int, int, int] = (2, 1, 2, 3),
+        **rest: Any,
+    ) -> Derivation:
+        hq, hk, d, dv = sizes
+        bias = {"bias": (1, hq, length, length)} if "frozen" in rest else {}
+
+        def call(fn: Any, q: Any, k: Any, v: Any, bias: Any = None) -> Any:
+            return fn(q, k, v, scale=0.7, dense=bias, **of_call)
+
+        return Derivation(
+            name,
+            {"q": (b, hq, length, d), "k": (b, hk, length, d), "v": (b, hk, length, dv), **bias},
+            call,
+            functools.partial(formula, scale="0.7", **of_formula),
+            **rest,
+        )
+
+    def causal(b: int, i: int, j: int) -> bool:
+        return j <= i
+
+    left = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    holes = torch.tensor([[1, 0, 1]])
+    documents = torch.tensor([[0, 1, 0, 1]])
+    return [
+        derive("a row of scores", 1, 2, {}, {}, (1, 1, 1, 2), simplify=("PyTorch",)),
+        derive("a row of capped scores", 1, 2, {"cap": 3}, {"softcap": 3.0}, (1, 1, 1, 2), simplify=("PyTorch",)),
+        derive("two heads share keys", 1, 3, {}, {}),
+        derive("causal, capped", 1, 5, {"sees": causal, "cap": 2}, {"causal": True, "softcap": 2.0}, (1, 1, 2, 1)),
+        derive(
+            "left padding, window",
+            2,
+            4,
+            {"sees": lambda b, i, j: i - 2 < j <= i and bool(left[b, j])},
+            {"causal": True, "window": 2, "padding": left},
+            (1, 1, 1, 2),
+        ),
+        derive(
+            "padding between tokens",
+            1,
+            3,
+            {"sees": lambda b, i, j: j <= i and bool(holes[b, j])},
+            {"causal": True, "padding": holes},
+            (2, 1, 1, 2),
+        ),
+        derive(
+            "packed documents",
+            1,
+            4,
+            {"sees": lambda b, i, j: j <= i and i // 2 == j // 2},
+            {"causal": True, "positions": documents},
+            (1, 1, 1, 2),
+        ),
+        derive("additive mask", 1, 2, {"cap": 2}, {"softcap": 2.0}, (2, 1, 1, 2), frozen=("bias",)),
+    ]
+
+
+LABELS = [2, -100, 0]
+
+
+def _logits(h: Array, w: Array, b: Array | None, cap: Any, scale: str, temperature: str) -> Array:
+    z = _f(scale) * (h @ w.T + (0 if b is None else b))
+    z = _f(cap) * TANH(z / _f(cap)) if cap else z
+    return z / _f(temperature)
+
+
+def _of_tokens(z: Array, function: Callable[[Array, int], Any]) -> Array:
+    values = [function(row, label) if label >= 0 else sympy.Integer(0) for row, label in zip(z, LABELS, strict=True)]
+    return np.array(values, dtype=object)
+
+
+def _probabilities(row: Array) -> Array:
+    return EXP(row) / np.sum(EXP(row))
+
+
+HEAD = {"h": (3, 2), "w": (3, 2), "b": (3,)}
+
+
+def _linear_log_prob_derivations() -> list[Derivation]:
+    def formula(h: Array, w: Array, b: Array | None = None, **maths: Any) -> list[Array]:
+        z = _logits(h, w, b, **maths)
+        return [
+            _of_tokens(z, lambda row, y: row[y] - sympy.log(np.sum(EXP(row)))),
+            _of_tokens(z, lambda row, y: -np.sum(_probabilities(row) * LOG(_probabilities(row)))),
+            _of_tokens(z, lambda row, y: np.sum(row) / len(row)),
+            _of_tokens(z, lambda row, y: sympy.log(np.sum(_probabilities(row) ** 2))),
+            _of_tokens(z, lambda row, y: sympy.log(np.sum(EXP(row)))),
+        ]
+
+    def call(fn: Any, h: Any, w: Any, b: Any = None, **maths: Any) -> list[Any]:
+        everything = {"entropy": True, "mean_logits": True, "log_sum_sq_probs": True}
+        found = fn(h, w, b, torch.tensor(LABELS), **everything, **maths)
+        return [found.log_prob, found.entropy, found.mean_logits, found.log_sum_sq_probs, found.lse]
+
+    plain = {"cap": None, "scale": "1", "temperature": "1"}
+    capped = {"cap": 3, "scale": "0.7", "temperature": "1.25"}
+    maths = {"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.25}
+    return [
+        Derivation("plain", HEAD, call, functools.partial(formula, **plain), outputs=2),
+        Derivation(
+            "rows of logits",
+            {"h": (3, 1), "w": (3, 1)},
+            call,
+            functools.partial(formula, **plain),
+            frozen=("h",),
+            outputs=2,
+            simplify=("PyTorch",),
+        ),
+        Derivation(
+            "softcap, scale, temperature",
+            HEAD,
+            functools.partial(call, **maths),
+            functools.partial(formula, **capped),
+            outputs=2,
+        ),
+        Derivation(
+            "frozen head",
+            {"h": (3, 2), "w": (3, 2)},
+            functools.partial(call, **maths),
+            functools.partial(formula, **capped),
+            frozen=("w",),
+            outputs=2,
+        ),
+        Derivation(
+            "frozen head, constant entropy",
+            {"h": (3, 2), "w": (3, 2)},
+            functools.partial(call, entropy_gradient=False, **maths),
+            functools.partial(formula, **capped),
+            frozen=("w",),
+            outputs=1,
+        ),
+    ]
+
+
+def _linear_cross_entropy_derivations() -> list[Derivation]:
+    def derive(name: str, reduction: str, cap: int | None = None, **rest: Any) -> Derivation:
+        def formula(h: Array, w: Array, b: Array) -> list[Array]:
+            z = _logits(h, w, b, cap, "0.5", "1")
+            loss = _of_tokens(z, lambda row, y: sympy.log(np.sum(EXP(row))) - row[y])
+            total = np.sum(loss)
+            return [loss if reduction == "none" else total if reduction == "sum" else total / 2]
+
+        def call(fn: Any, h: Any, w: Any, b: Any) -> Any:
+            softcap = None if cap is None else float(cap)
+            return fn(h, w, b, torch.tensor(LABELS), reduction=reduction, softcap=softcap, logit_scale=0.5)
+
+        return Derivation(name, HEAD, call, formula, **rest)
+
+    return [
+        derive("mean", "mean"),
+        derive("each token, softcap", "none", 2),
+        derive("sum, frozen head", "sum", frozen=("w", "b"), simplify=("PyTorch",)),
+    ]
+
+
+def _lora_derivations() -> list[Derivation]:
+    def one(x: Array, w: Array, bias: Array, a: Array, b: Array, b_bias: Array) -> list[Array]:
+        return [x @ w.T + bias + 2 * ((x @ a.T) @ b.T + b_bias)]
+
+    def two(x: Array, w: Array, a: Array, b: Array, a2: Array, b2: Array, x2: Array) -> list[Array]:
+        return [x @ w.T + 2 * (x @ a.T) @ b.T + _f("0.7") * (x2 @ a2.T) @ b2.T]
+
+    return [
+        Derivation(
+            "linear",
+            {"x": (3, 2), "w": (2, 2), "bias": (2,)},
+            lambda fn, x, w, bias: fn(x, w, bias),
+            lambda x, w, bias: [x @ w.T + bias],
+            simplify=BOTH,
+        ),
+        Derivation(
+            "adapter with a bias",
+            {"x": (3, 2), "w": (3, 2), "bias": (3,), "a": (2, 2), "b": (3, 2), "b_bias": (3,)},
+            lambda fn, x, w, bias, a, b, b_bias: fn(x, w, bias, [a], [b], [2.0], b_bias=[b_bias]),
+            one,
+            simplify=BOTH,
+        ),
+        Derivation(
+            "frozen weight, two adapters, one with its own input",
+            {"x": (3, 2), "w": (3, 2), "a": (2, 2), "b": (3, 2), "a2": (1, 2), "b2": (3, 1), "x2": (3, 2)},
+            lambda fn, x, w, a, b, a2, b2, x2: fn(x, w, None, [a, a2], [b, b2], [2.0, 0.7], x_lora=[None, x2]),
+            two,
+            frozen=("w",),
+            simplify=BOTH,
+        ),
+    ]
+
+
+def _lora_linears_derivations() -> list[Derivation]:
+    def formula(x: Array, w: Array, w2: Array, bias: Array, a: Array, b: Array, a2: Array, b2: Array) -> list[Array]:
+        return [x @ w.T + bias + 2 * (x @ a.T) @ b.T, x @ w2.T + _f("0.7") * (x @ a2.T) @ b2.T]
+
+    def call(fn: Any, x: Any, w: Any, w2: Any, bias: Any, a: Any, b: Any, a2: Any, b2: Any) -> Any:
+        return fn(x, [w, w2], [bias, None], [[a], [a2]], [[b], [b2]], [[2.0], [0.7]])
+
+    shapes = {
+        "x": (3, 2),
+        "w": (2, 2),
+        "w2": (3, 2),
+        "bias": (2,),
+        "a": (2, 2),
+        "b": (2, 2),
+        "a2": (1, 2),
+        "b2": (3, 1),
+    }
+    return [Derivation("two layers", shapes, call, formula, outputs=2, simplify=BOTH)]
+
+
+DERIVATIONS: dict[str, list[Derivation]] = {
+    "attention": _attention_derivations(),
+    "glu": _glu_derivations(),
+    "glu_packed": _glu_packed_derivations(),
+    "layer_norm": _layer_norm_derivations(),
+    "linear_cross_entropy": _linear_cross_entropy_derivations(),
+    "linear_log_prob": _linear_log_prob_derivations(),
+    "lora_linear": _lora_derivations(),
+    "lora_linears": _lora_linears_derivations(),
+    "rms_norm": _rms_norm_derivations(),
+    "rotary": _rotary_derivations(),
+}
+
+# ------------------------------------------------------------------------------------------------------------- tests
+
+bodies = pytest.mark.parametrize("body", [*BODIES][: 2 if HAS_TRITON else 1])
+DIFFERENTIABLE = [op for op in OPS.values() if differentiable(op)]
+ops = pytest.mark.parametrize("op", DIFFERENTIABLE, ids=lambda op: op.name)
+
+
+def derivations(op: Op) -> list[Derivation]:
+    found = DERIVATIONS.get(op.name)
+    assert found, f"{op.name} has a backward and no derivation: give DERIVATIONS its textbook formula"
+    return found
+
+
+def outputs(found: Any) -> list[Any]:
+    return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+def compared(d: Derivation, outs: Sequence[Any], grads: Sequence[Any]) -> Iterator[tuple[str, Any, Array]]:
+    """What is compared: its name, ours, and sympy's as expressions."""
+    assert len(outs) == len(d.values)
+    for i, (ours, formula) in enumerate(zip(outs, d.values, strict=True)):
+        yield f"{d}: output {i}", ours, formula
+    for name, ours in zip(d.wanted, grads, strict=True):
+        yield f"{d}: gradient of {name}", ours, d.gradients[name]
+
+
+def differentiate(
+    op: Op, d: Derivation, body: str, operands: dict[str, Array], cotangents: list[Array]
+) -> tuple[list[Array], list[Array]]:
+    """Outputs and gradients of ``op.call``, computed on expressions by one of its bodies."""
+    context, dtype = BODIES[body]
+    leaves = {name: Exact.of(values, dtype, name in d.wanted) for name, values in operands.items()}
+    with context(), Interpreter():
+        outs = outputs(d.call(op.call, **leaves))
+        assert [out.requires_grad for out in outs] == [i < d.outputs for i in range(len(outs))], d.name
+        grads = torch.autograd.grad(
+            outs[: d.outputs],
+            [leaves[name] for name in d.wanted],
+            [Exact.of(dy, out.dtype) for dy, out in zip(cotangents, outs, strict=False)],
+        )
+    return [out.values for out in outs], [grad.values for grad in grads]
+
+
+def numbers(d: Derivation, array: Array, seed: int = 0) -> Array:
+    """``array`` with a number of :data:`DIGITS` digits for every symbol."""
+    random_numbers = random.Random(seed)
+    symbols = [s for part in (*d.symbols.values(), *d.cotangents) for s in part.flat]
+    values = [sympy.Rational(random_numbers.randint(-20000, 20000), 10007).evalf(DIGITS) for _ in symbols]
+    point = dict(zip(symbols, values, strict=True))
+    return np.asarray(_unary(lambda e: sympy.sympify(e).xreplace(point).evalf(DIGITS))(array), dtype=object)
+
+
+@ops
+@bodies
+def test_op_is_the_derivative(op: Op, body: str) -> None:
+    """In numbers of 40 digits: outputs are the formula's, gradients are sympy's."""
+    Kernel.launched.clear()
+    for d in derivations(op):
+        operands, dys = {n: numbers(d, s) for n, s in d.symbols.items()}, [numbers(d, dy) for dy in d.cotangents]
+        for what, ours, formula in compared(d, *differentiate(op, d, body, operands, dys)):
+            expected = numbers(d, formula)
+            assert ours.shape == expected.shape, what
+            for a, e in zip(ours.flat, expected.flat, strict=True):
+                assert abs(a - e) <= AGREE * max(1, abs(e)), f"{what}: {a} is not {e}"
+    if body == "Triton":
+        module = inspect.getmodule(op.call)
+        kernels = {
+            (value.fn.__module__, value.fn.__name__)
+            for value in vars(module).values()
+            if isinstance(value, type(_rows.row_offset)) and value.fn.__name__.endswith("_kernel")
+        }
+        assert kernels <= Kernel.launched, f"no derivation launches {sorted(kernels - Kernel.launched)}"
+
+
+def simplified(e: sympy.Expr) -> sympy.Expr:
+    return sympy.simplify(sympy.expand_log(e.rewrite(sympy.exp), force=True))
+
+
+@ops
+@bodies
+def test_difference_simplifies_to_zero(op: Op, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On symbols: no number stands for another."""
+    monkeypatch.setattr(Digits, "symbolic", True)
+    for d in derivations(op):
+        if body not in d.simplify:
+            continue
+        for what, ours, formula in compared(d, *differentiate(op, d, body, d.symbols, d.cotangents)):
+            # One element of each: numbers have shown the others, which are the same with other symbols.
+            left = simplified(ours.flat[0] - formula.flat[0])
+            assert left == 0, f"{what}: {left} is left of {ours.flat[0]} − ({formula.flat[0]})"
+
+
+@ops
+def test_reference_is_the_formula(op: Op) -> None:
+    """In fp64: what the kernels' tests compare with is the textbook's too."""
+    for d in derivations(op):
+        leaves = {
+            name: torch.from_numpy(numbers(d, s).astype(np.float64)).requires_grad_(name in d.wanted)
+            for name, s in d.symbols.items()
+        }
+        outs = outputs(d.call(op.reference, **leaves))
+        dys = [torch.from_numpy(numbers(d, dy).astype(np.float64)) for dy in d.cotangents]
+        grads = torch.autograd.grad(outs[: d.outputs], [leaves[name] for name in d.wanted], dys)
+        for what, ours, formula in compared(d, [out.detach() for out in outs], grads):
+            expected = torch.from_numpy(numbers(d, formula).astype(np.float64))
+            assert torch.allclose(ours, expected, rtol=1e-12, atol=1e-12), f"{what}: {ours} is not {expected}"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="the kernels' helpers are functions of Triton's language")
+@pytest.mark.parametrize("kind", glu.KINDS)
+def test_activation_in_the_kernels_is_its_own_derivative(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Digits, "symbolic", True)
+    g = sympy.Symbol("g", real=True)
+    with triton_bodies():
+        f, slope = (np.asarray(v).item() for v in glu._activate(block(g), kind))
+    assert simplified(f - ACTIVATIONS[kind](g)) == 0
+    assert simplified(slope - sympy.diff(f, g)) == 0
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="the kernels' helpers are functions of Triton's language")
+def test_softcaps_in_the_kernels_are_their_own_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Digits, "symbolic", True)
+    s, cap, scale, temperature = sympy.symbols("s c a T", positive=True)
+    textbook = cap * sympy.tanh(scale * s / cap)
+    with triton_bodies():
+        score, tanh = (np.asarray(v).item() for v in attention._softcap(block(s), block(scale), block(cap)))
+        logits = Pointer(np.array([s], dtype=object), 0)
+        loaded = linear_cross_entropy._load_z(
+            logits, block(0), True, block(scale), block(cap), True, block(1 / temperature)
+        )
+        z, slope = (np.asarray(v).item() for v in loaded)
+    assert simplified(score * sympy.log(2) - textbook) == 0
+    assert simplified((1 - tanh**2) * scale - sympy.diff(textbook, s)) == 0
+    assert simplified(z - textbook / temperature) == 0
+    assert simplified(slope - sympy.diff(textbook, s) / temperature) == 0
+
+
+@bodies
+@pytest.mark.parametrize("style", rotary.STYLES)
+def test_rotary_backward_turns_back(style: str, body: str) -> None:
+    """With cos and sin of angles, the backward of the result is the operand again: the inverse rotation."""
+    context, dtype = BODIES[body]
+    q, angle = _symbols("q", (1, 2, 2, 4)), _symbols("t", (1, 2, 2))
+    leaf = Exact.of(q, dtype, requires_grad=True)
+    tables = [Exact.of(_unary(f)(angle), dtype) for f in (sympy.cos, sympy.sin)]
+    with context(), Interpreter():
+        y = rotary.rotary(leaf, None, *tables, style)
+        (back,) = torch.autograd.grad(y, [leaf], [y.detach()])
+    for a, e in zip(back.values.flat, q.flat, strict=True):
+        assert sympy.simplify(a - e) == 0
+
+
+def test_floats_are_read_as_what_they_stand_for() -> None:
+    assert exact(0.044715) == sympy.Rational(44715, 10**6)
+    assert exact(math.sqrt(0.5)) == (sympy.sqrt(2) / 2).evalf(DIGITS)
+    assert exact(1 / 1.25) == sympy.Rational(4, 5)
+    assert exact(float("-inf")) == -sympy.oo
+    assert exact(0.7071067811) != exact(math.sqrt(0.5))
+
+
+def test_every_activation_is_derived() -> None:
+    assert ACTIVATIONS.keys() == set(glu.KINDS)
