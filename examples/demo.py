@@ -148,27 +148,40 @@ def compare(runs: list[dict[str, Any]], backend: str) -> dict[str, float]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Loss by step; with several seeds, eager's are a band from lowest to highest, and the compiled ones are lines."""
+    """Loss by step, and under it what eager's mean over the seeds leaves of it: eager's seeds are a band from lowest to
+    highest, the compiled runs are lines.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     runs, backend = result["runs"], result["settings"]["backend"]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     eager = [run["loss"] for run in runs if run["run"] == "eager"]
+    compiled = [run for run in runs if run["run"] == backend]
     steps = range(1, len(runs[0]["loss"]) + 1)
-    if len(eager) > 1:
-        low, high = zip(*((min(step), max(step)) for step in zip(*eager, strict=True)), strict=True)
-        axes.fill_between(steps, low, high, color="tab:gray", alpha=0.5, label=f"eager, range of {len(eager)} seeds")
-    for run in runs:
-        if run["run"] == backend:
-            axes.plot(steps, run["loss"], linewidth=1.2, label=f"{backend}, seed {run['seed']}")
-        elif len(eager) == 1:
-            axes.plot(steps, run["loss"], color="black", linewidth=3, alpha=0.25, label="eager")
-    axes.set(xlabel="training step", ylabel="loss (nats per token)", title=f"{result['title']}, {result['device']}")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    mean = [statistics.fmean(step) for step in zip(*eager, strict=True)]
+    figure, panels = plt.subplots(
+        1 + bool(eager), squeeze=False, sharex=True, figsize=(8, 6 if eager else 4.5), layout="constrained"
+    )
+    for axes, subtracted in zip(panels[:, 0], ([0.0] * len(steps), mean), strict=False):
+        rest = [[loss - base for loss, base in zip(run, subtracted, strict=True)] for run in eager]
+        if len(eager) == 1:
+            axes.plot(steps, rest[0], color="black", linewidth=3, alpha=0.25, label="eager")
+        elif eager:
+            low, high = zip(*((min(step), max(step)) for step in zip(*rest, strict=True)), strict=True)
+            axes.fill_between(
+                steps, low, high, color="tab:gray", alpha=0.5, label=f"eager, range of {len(eager)} seeds"
+            )
+        for run in compiled:
+            line = [loss - base for loss, base in zip(run["loss"], subtracted, strict=True)]
+            axes.plot(steps, line, linewidth=1, label=f"{backend}, seed {run['seed']}")
+        axes.grid(alpha=0.3)
+    panels[0, 0].set(ylabel="loss (nats per token)", title=f"{result['title']}, {result['device']}")
+    panels[0, 0].legend()
+    if eager:
+        panels[1, 0].set(ylabel="loss − eager's mean")
+    panels[-1, 0].set(xlabel="training step")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
