@@ -144,9 +144,10 @@ RMS_NORM = Table(
     "rms_norm",
     (
         row(op("rms_norm", x, Var("axes"), Var("weight"), Var("eps")), _native_rms_norm),
+        # (1 + w) · x̂ (Gemma, Qwen3-Next); below, 1 + w would be some vector
+        row(down(cast(normed) * (const(1.0) + cast(weight))), _rms_norm(1.0)),
         # w · x̂, the cast before w (Llama, Qwen, Mistral, Llama 4) or after it (gpt-oss, OLMo 2)
         row(down(cast(weight) * cast(normed)), _rms_norm(0.0)),
-        row(down(cast(normed) * (const(1.0) + cast(weight))), _rms_norm(1.0)),  # (1 + w) · x̂ (Gemma, Qwen3-Next)
         row(down(normed), _rms_norm(0.0)),  # x̂ (Llama 4's q and k)
     ),
     _rms_seed,

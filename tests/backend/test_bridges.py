@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -681,6 +681,21 @@ def test_dora_is_stock_elsewhere(ours: Recorder, other: Recorder) -> None:
     torch.compile(lambda m: dequantize_module_weight(m) + 1, backend=other)(torch.nn.Linear(4, 4))
     # torch 2.11 traces the test of the weight's type that later versions break at.
     assert breaks() > 0 or compat.version() < (2, 12)
+
+
+def test_a_dora_cache_that_holds_something_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastft.bridges import peft_dora
+
+    emptied: list[object] = []
+    monkeypatch.setitem(peft_dora._STOCK, "_cache_clear", emptied.append)
+    monkeypatch.setattr(peft_dora, "tracing", lambda: True)
+    empty, full = SimpleNamespace(_dora_cache={}), SimpleNamespace(_dora_cache={"weight": 1})
+    peft_dora.clear(empty)
+    peft_dora.clear(full)
+    assert emptied == [full]
+    monkeypatch.setattr(peft_dora, "tracing", lambda: False)
+    peft_dora.clear(empty)
+    assert emptied == [full, empty]
 
 
 def test_dora_stays_out() -> None:

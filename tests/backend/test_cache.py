@@ -21,6 +21,7 @@ import fastft
 import fastft.autotune
 import fastft.kernels
 import fastft.patterns
+from fastft.stamp import source_hash
 
 PROGRAM = """
 import json, torch, fastft
@@ -87,6 +88,17 @@ def edit_backward(file: Path) -> None:
     edited, times = re.subn(r"(    def backward\(ctx.*?, (\w+)\b[^)]*\).*?:\n)", r"\1        \2 = 3 * \2\n", source)
     assert times == 1
     file.write_text(edited, encoding="utf-8")
+
+
+def test_the_stamp_changes_with_every_file(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastft.kernels, "__path__", [str(package / "fastft" / "kernels")])
+    before = source_hash.__wrapped__()
+    file = package / "fastft" / "kernels" / "glu.py"
+    source = file.read_text(encoding="utf-8")
+    file.write_text(source.replace("1.0 + g", "1.0 - g"), encoding="utf-8")
+    assert source_hash.__wrapped__() != before
+    file.write_text(source, encoding="utf-8")
+    assert source_hash.__wrapped__() == before
 
 
 @pytest.mark.slow

@@ -88,13 +88,29 @@ def test_log_prob(dtype, frozen, maths, device):
     check(linear_log_prob, linear_log_prob_reference, (h, w, None), y, cotangents, **maths)
 
 
-def test_ignored_tokens_are_left_out_of_every_gemm(device, monkeypatch):
+@pytest.mark.parametrize("ignore_index", [-100, 130])
+def test_ignored_tokens_are_left_out_of_every_gemm(ignore_index, device, monkeypatch):
     h, w, b, y = inputs(torch.float32, device)
+    y = torch.where(y == -100, ignore_index, y.clamp(max=129))
     seen = []
     logits = module._Head.logits
     monkeypatch.setattr(module._Head, "logits", lambda self, chunk: seen.append(chunk) or logits(self, chunk))
-    linear_log_prob(h, w, b, y, entropy=True).entropy.sum().backward()
-    assert sum(c.stop - c.start for c in seen) == 2 * int((y != -100).sum())
+    linear_log_prob(h, w, b, y, ignore_index=ignore_index, entropy=True).entropy.sum().backward()
+    assert sum(c.stop - c.start for c in seen) == 2 * int((y != ignore_index).sum())
+
+
+def test_the_gradient_of_an_fp32_weight_is_summed_in_fp32(device, monkeypatch):
+    """Under autocast, chunk after chunk: no chunk's part of it is rounded to bf16."""
+    h, w, _, y = inputs(torch.float32, device, tokens=64, bias=False)
+
+    def gradient():
+        loss = linear_cross_entropy(h, w, None, y, reduction="sum", dtype=torch.bfloat16)
+        return torch.autograd.grad(loss, w)[0]
+
+    in_many = gradient()
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 20)
+    in_one = gradient()
+    assert (in_many - in_one).norm() <= 1e-5 * in_one.norm()
 
 
 @pytest.mark.parametrize("shape", shapes("linear_cross_entropy", tag="test"), ids=str)

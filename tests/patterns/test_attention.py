@@ -193,11 +193,12 @@ def test_reasons() -> None:
     )
 
 
-def test_repeats_of_another_kind_are_not_looked_through() -> None:
+@pytest.mark.parametrize("insert", [lambda t: t[:, None], lambda t: t.unsqueeze(1)], ids=["index", "unsqueeze"])
+def test_repeats_of_another_kind_are_not_looked_through(insert) -> None:
     """Heads in another order ([group, head] and not [head, group]), and repeats along another axis."""
 
     def tiled(q, k, v):
-        k, v = (t[:, None].expand(B, 2, HK, S, D).reshape(B, HQ, S, D) for t in (k, v))
+        k, v = (insert(t).expand(B, 2, HK, S, D).reshape(B, HQ, S, D) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal())
 
     graph = check_site(tiled, *leaves(), counts={"attention": 1})

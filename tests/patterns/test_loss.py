@@ -18,6 +18,7 @@ from tests.patterns._sites import check_site, rewritten
 B, S, H, V = 2, 6, 8, 19
 LABELS = torch.randint(0, V, (B, S), generator=torch.Generator().manual_seed(0))
 LABELS[0, 2] = -100
+OTHER = int(LABELS[1, 1])  # a label that another loss ignores
 ONE = {"linear_cross_entropy": 1}
 
 
@@ -60,7 +61,7 @@ SPELLINGS = {
         F.linear(h, w)[:, :-1].reshape((-1, V)), LABELS[:, 1:].reshape(-1), reduction="sum"
     ),
     "flatten": lambda h, w: F.cross_entropy(F.linear(h, w).flatten(0, 1), LABELS.flatten()),
-    "module": lambda h, w: torch.nn.CrossEntropyLoss(ignore_index=3)(
+    "module": lambda h, w: torch.nn.CrossEntropyLoss(ignore_index=OTHER)(
         F.linear(h, w).view(B * S, V), LABELS.view(-1) % V
     ),
     "per token": lambda h, w: F.cross_entropy(F.linear(h, w).view(-1, V), LABELS.view(-1), reduction="none"),

@@ -67,6 +67,15 @@ def test_reads_the_tensor_before_its_upcast():
     assert [n.op for n in graph.graph.nodes] == ["placeholder", "placeholder", "call_function", "output"]
 
 
+@pytest.mark.parametrize("spelling", ["1 + weight (Gemma)", "weight + 1"])
+def test_one_plus_weight_is_added_in_the_kernel(spelling):
+    """No vector of 1 + w is made: the op reads the parameter itself."""
+    x, w = torch.randn(2, 3, 16, dtype=torch.bfloat16), torch.randn(16, dtype=torch.bfloat16, requires_grad=True)
+    graph = check_site(RMS_NORMS[spelling], x, w, counts={"rms_norm": 1}, tolerance=1e-2)
+    (site,) = (n for n in graph.graph.nodes if n.op == "call_function")
+    assert site.args[1].op == "placeholder" and site.args[3] == 1.0
+
+
 def test_a_product_with_another_vector_is_not_a_weight():
     """``x̂ · v`` with v of one element: the weightless norm is replaced, the product stays."""
     x, v = torch.randn(2, 3, 16, requires_grad=True), torch.randn(1, requires_grad=True)
