@@ -18,6 +18,8 @@ _LAZY = {
     "report": "fastft.reporting",
     "reports": "fastft.reporting",
     "explain": "fastft.explaining",
+    "Verification": "fastft.verifying",
+    "verify": "fastft.verifying",
 }
 
 __all__ = [*_LAZY, "__version__"]
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from fastft.reporting import Report as Report
     from fastft.reporting import report as report
     from fastft.reporting import reports as reports
+    from fastft.verifying import Verification as Verification
+    from fastft.verifying import verify as verify
 
 
 def __getattr__(name: str) -> Any:

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "PREFER_RECOMPUTE", "autocast_nodes", "backend_in_trace", "cache_stamp", "compile_with_aot_eager",
-    "compile_with_inductor", "copy_graph", "dynamo_counters", "fake_mode_of", "inductor_cache_dir", "inductor_settings",
-    "innermost_backend", "is_checkpoint", "is_recompile", "no_side_effect_calls", "qualified_name",
-    "registered_backend", "storage_of", "tree_map", "version", "wrapper_context",
+    "compile_with_inductor", "copy_graph", "dynamo_counters", "fake_mode_of", "gradients", "inductor_cache_dir",
+    "inductor_settings", "innermost_backend", "input_source", "is_checkpoint", "is_recompile", "no_side_effect_calls",
+    "qualified_name", "registered_backend", "storage_of", "tree_map", "version", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
@@ -85,6 +85,29 @@ def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     return copied
+
+
+def input_source(node: torch.fx.Node) -> str:
+    """Where an input of a Dynamo graph comes from, as Python: ``L['self']._modules['norm']._parameters['weight']``;
+    empty when Dynamo does not say.
+    """
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return str(name() if callable(name) else name)  # a method before torch 2.12
+
+
+def gradients(
+    outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    """What ``torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)`` returns, with the caller's torch
+    function modes on in the backward too: ``torch.autograd.grad`` is a call that they handle, and they are off while
+    they do.
+    """
+    from torch.autograd.graph import _engine_run_backward
+
+    grads: Any = _engine_run_backward(
+        tuple(outputs), tuple(cotangents), False, False, tuple(inputs), True, accumulate_grad=False
+    )
+    return grads
 
 
 def storage_of(tensor: torch.Tensor) -> int | None:

@@ -74,27 +74,79 @@ def demo(context: typer.Context) -> None:
     run(context.args)
 
 
+Model = Annotated[Path, typer.Argument(help="A transformers config.json, or a folder that holds one.")]
+Lora = Annotated[int, typer.Option(min=0, help="Rank of LoRA adapters on every linear layer; 0: none.")]
+Checkpointing = Annotated[bool, typer.Option(help="With gradient checkpointing.")]
+Layers = Annotated[int, typer.Option(min=0, help="Keep only this many layers, which is quicker; 0: all of them.")]
+Sequences = Annotated[int, typer.Option("--batch", min=1, help="Sequences.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
+Dtype = Annotated[str, typer.Option(help="The weights' dtype: bfloat16, float16 or float32.")]
+
+
 @app.command()
 def explain(
-    model: Annotated[Path, typer.Argument(help="A transformers config.json, or a folder that holds one.")],
-    lora: Annotated[int, typer.Option(min=0, help="Rank of LoRA adapters on every linear layer; 0: none.")] = 16,
-    checkpointing: Annotated[bool, typer.Option(help="With gradient checkpointing.")] = False,
-    layers: Annotated[
-        int, typer.Option(min=0, help="Keep only this many layers, which is quicker; 0: all of them.")
-    ] = 2,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 64,
-    dtype: Annotated[str, typer.Option(help="The weights' dtype: bfloat16, float16 or float32.")] = "bfloat16",
+    model: Model,
+    lora: Lora = 16,
+    checkpointing: Checkpointing = False,
+    layers: Layers = 2,
+    batch: Sequences = 2,
+    length: Length = 64,
+    dtype: Dtype = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
     """Say what fastft would replace in a model, and what not, and why.
 
     The model is built with random weights and run once; nothing is trained or downloaded.
     """
-    _need("transformers", *(["peft"] if lora else []))
+    import fastft
+
+    network, data = _network(model, lora, checkpointing, layers, batch, length, dtype)
+    report = fastft.explain(network, **data)
+    typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))
+
+
+@app.command()
+def verify(
+    model: Model,
+    lora: Lora = 16,
+    checkpointing: Checkpointing = False,
+    layers: Layers = 2,
+    batch: Sequences = 2,
+    length: Length = 64,
+    dtype: Dtype = "bfloat16",
+    residual: Annotated[str, typer.Option(help="Who compiles what is not replaced: inductor, or eager.")] = "inductor",
+    bisect: Annotated[bool, typer.Option(help="When something is wrong, find the first wrong rewrite.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a training step compiled by fastft with eager: the loss and every gradient. Exit code 1 if one is wrong.
+
+    The model is built with random weights (norms, biases and adapters too, which start as ones and zeros in training).
+    """
     import torch
 
     import fastft
+
+    if residual not in ("inductor", "eager"):
+        raise _fail(f"--residual is {residual!r}; it is inductor or eager")
+    network, data = _network(model, lora, checkpointing, layers, batch, length, dtype)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() == 1:  # a weight of 1 or 0 would not be missed
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif "lora_B" in name:
+                parameter.normal_(std=0.02)
+    result = fastft.verify(network, **data, options={"residual": residual}, bisect=bisect)
+    typer.echo(json.dumps(result.to_dict(), indent=1) if as_json else str(result))
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _network(
+    model: Path, lora: int, checkpointing: bool, layers: int, batch: int, length: int, dtype: str
+) -> tuple[Any, dict[str, Any]]:
+    """A model in train mode, random weights, as the options of a command ask, and a batch of random tokens."""
+    _need("transformers", *(["peft"] if lora else []))
+    import torch
 
     if dtype not in ("bfloat16", "float16", "float32"):
         raise _fail(f"--dtype is {dtype!r}; it is bfloat16, float16 or float32")
@@ -107,8 +159,7 @@ def explain(
         network.enable_input_require_grads()
         network.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(network.config.get_text_config().vocab_size, (batch, length), device=network.device)
-    report = fastft.explain(network.train(), input_ids=ids, labels=ids)
-    typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))
+    return network.train(), {"input_ids": ids, "labels": ids}
 
 
 def _config(path: Path) -> Any:

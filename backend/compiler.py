@@ -18,6 +18,7 @@ from fastft.outputs import LazyOutputs, drop_lazy, with_lazy
 from fastft.reporting import REPLACED, Report, Site
 from fastft.rewrite import module_path, rewrite
 from fastft.stamp import source_hash
+from fastft.verifying import FirstStep
 
 log = logging.getLogger("fastft")
 
@@ -39,6 +40,7 @@ def fastft(
     asked = Options.of(options, mode)
     done = Report(graphs=1, recompiles=int(compat.is_recompile()))
     untouched = compat.copy_graph(gm.graph)
+    plain = fx.GraphModule(gm, compat.copy_graph(gm.graph)) if asked.verify == "first_step" else None
     try:
         lazy = transform(gm, asked, done)
     except Exception as error:
@@ -56,7 +58,8 @@ def fastft(
     reporting.add(done)
     log.info("compiled a graph: %s", done.counts)
     # 7. Wrap the callable.
-    return with_lazy(compiled, lazy) if lazy is not None else compiled
+    call = with_lazy(compiled, lazy) if lazy is not None else compiled
+    return FirstStep(call, plain, done, asked) if plain is not None else call
 
 
 def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs | None:
@@ -107,4 +110,6 @@ def _compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     ]
     stamp = source_hash()
     with compat.cache_stamp({"fastft": stamp, **{compat.qualified_name(target): stamp for target in ours}}):
-        return compat.compile_with_inductor(gm, example_inputs, options.inductor)
+        # A step that is compared with eager must draw the same dropout masks.
+        same_draws = {} if options.verify == "never" else {"fallback_random": True}
+        return compat.compile_with_inductor(gm, example_inputs, {**same_draws, **options.inductor})

@@ -32,6 +32,9 @@ class Options:
     ``lazy_logits``: the model's logits output is computed only when somebody reads it (default True).
     ``recompute``: ``"asked"`` (default) recomputes the layers that the user put under gradient checkpointing;
     ``"never"`` keeps everything.
+    ``verify``: ``"first_step"`` computes the first step of each compiled graph also uncompiled, and in fp32 (fp64 for
+    fp32 graphs); a graph that does not keep the error rule runs uncompiled from there on, with a warning and a row in
+    the report. Dropout then draws as eager does. ``"never"`` (default).
     ``strict``: an internal error is raised instead of leaving that graph to Inductor alone.
     ``inductor``: config patches for Inductor (``{"max_autotune": True}``), as ``torch.compile(options=...)`` takes
     them without us.
@@ -42,6 +45,7 @@ class Options:
     disable: tuple[str, ...] = ()
     lazy_logits: bool = True
     recompute: str = "asked"
+    verify: str = "never"
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -72,6 +76,7 @@ class Options:
     def _check(self) -> None:
         _one_of("residual", self.residual, ("inductor", "eager"))
         _one_of("recompute", self.recompute, ("asked", "never"))
+        _one_of("verify", self.verify, ("never", "first_step"))
         if self.fuel is not None and (isinstance(self.fuel, bool) or not isinstance(self.fuel, int) or self.fuel < 0):
             raise OptionError(
                 f"option fuel is {self.fuel!r}; it is a number of rewrites, 0 or more, or None for all of them"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +172,20 @@ def graph_breaks() -> Counter[str]:
 def forget_breaks(breaks: Counter[str]) -> None:
     """Leave these out of later reports: they did not happen in training."""
     _OTHER_BREAKS.update(breaks)
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """What is compiled in here is no part of training: reports, and breaks, are those of this block alone, and
+    forgotten after it.
+    """
+    before, breaks = list(_REPORTS), graph_breaks()
+    _REPORTS.clear()
+    try:
+        yield
+    finally:
+        _REPORTS[:] = before
+        forget_breaks(graph_breaks() - breaks)
 
 
 def reset() -> None:

@@ -34,7 +34,7 @@ def test_help_lists_the_commands() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "fastft", "--help"], check=True, capture_output=True, text=True
     ).stdout
-    assert all(command in found for command in ("demo", "doctor", "explain"))
+    assert all(command in found for command in ("demo", "doctor", "explain", "verify"))
 
 
 def test_an_unknown_command_is_refused() -> None:
@@ -121,6 +121,43 @@ def test_explain_refuses_an_unknown_dtype(tmp_path: Path) -> None:
     found = fastft("explain", str(tmp_path), "--dtype", "int8")
     assert found.exit_code == 2
     assert "bfloat16, float16 or float32" in found.stderr
+
+
+def test_verify_compares_every_gradient(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    arguments = ("verify", str(tmp_path), "--layers", "1", "--length", "16", "--lora", "4", "--residual", "eager")
+    found = fastft(*arguments, "--json")
+    assert found.exit_code == 0, found.output
+    result = json.loads(found.stdout)
+    assert result["ok"] and result["replaced"]["lora"] == 7
+    assert len(result["rows"]) == 1 + 2 * 7
+    # Nothing is trivially right: fresh adapters are zero on one side, and so is the other side's gradient.
+    assert all(row["torch_error"] > 0 for row in result["rows"])
+
+
+def test_verify_fails_when_a_gradient_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastft.kernels import rms_norm
+
+    right = rms_norm._raw_backward
+    monkeypatch.setattr(rms_norm, "_raw_backward", lambda *args: (-right(*args)[0], right(*args)[1]))
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    arguments = ("--layers", "1", "--length", "16", "--lora", "0", "--dtype", "float32", "--residual", "eager")
+    found = fastft("verify", str(tmp_path), *arguments)
+    assert found.exit_code == 1
+    assert "WRONG" in found.stdout and "cause: rms_norm in model.norm" in found.stdout
+    found = fastft("verify", str(tmp_path), *arguments, "--no-bisect")
+    assert found.exit_code == 1
+    assert "WRONG" in found.stdout and "cause" not in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(("--residual", "none"), "inductor or eager"), (("--dtype", "int8"), "bfloat16, float16 or")],
+)
+def test_verify_refuses_bad_options(tmp_path: Path, arguments: tuple[str, str], says: str) -> None:
+    found = fastft("verify", str(tmp_path), *arguments)
+    assert found.exit_code == 2
+    assert says in found.stderr
 
 
 def test_demo_without_the_repository_says_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def compiled(mode: str | None = None, **options: Any) -> fastft.Report:
 
 def test_defaults() -> None:
     assert Options.of() == Options.of({}) == Options()
-    assert Options() == Options("inductor", None, (), True, "asked", False, {})
+    assert Options() == Options("inductor", None, (), True, "asked", "never", False, {})
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options().fuel = 3  # type: ignore[misc]
 
@@ -63,6 +63,7 @@ def test_every_option_is_documented() -> None:
         ({"disable": ()}, Options()),
         ({"lazy_logits": False}, Options(lazy_logits=False)),
         ({"recompute": "never"}, Options(recompute="never")),
+        ({"verify": "first_step"}, Options(verify="first_step")),
         ({"strict": True}, Options(strict=True)),
         ({"inductor": {"max_autotune": True}}, Options(inductor={"max_autotune": True})),
     ],
@@ -93,6 +94,8 @@ def test_accepted(options: dict[str, Any], wanted: Options) -> None:
         ({"lazy_logits": "no"}, "option lazy_logits is 'no'; it is True or False"),
         ({"strict": 1}, "option strict is 1; it is True or False"),
         ({"recompute": "always"}, "option recompute is 'always'; it is one of 'asked', 'never'"),
+        ({"verify": True}, "option verify is True; it is one of 'never', 'first_step'"),
+        ({"verify": "first"}, "option verify is 'first' (did you mean 'first_step'?)"),
         ({"inductor": "fast"}, "option inductor is 'fast'; it is a dict"),
         ({"inductor": {"triton.cudagraphs": True}}, "sets triton.cudagraphs: it captures CUDA graphs, which fastft's"),
         ({"inductor": {"max_autotun": True}}, "option inductor names 'max_autotun' (did you mean 'max_autotune'?)"),
