@@ -259,9 +259,11 @@ def _forward_kernel(
             base = tl.where(new == -float("inf"), 0.0, new)
             rescale = tl.exp(largest - base)
             e = tl.exp(z - base)
-            sum_e = sum_e * rescale + tl.sum(e, axis=0)
             if ENTROPY:
-                sum_ez = sum_ez * rescale + tl.sum(tl.where(e > 0, e * z, 0.0), axis=0)
+                # Of e (z - base): all of one sign, so that a small entropy is no difference of large numbers.
+                shift = tl.where(largest == -float("inf"), 0.0, largest - base)
+                sum_ez = (sum_ez + sum_e * shift) * rescale + tl.sum(tl.where(e > 0, e * (z - base), 0.0), axis=0)
+            sum_e = sum_e * rescale + tl.sum(e, axis=0)
             if LOG_SUM_SQ_PROBS:
                 sum_ee = sum_ee * rescale * rescale + tl.sum(e * e, axis=0)
             largest = new
@@ -274,7 +276,7 @@ def _forward_kernel(
         tl.store(log_prob_ptr + row, z_label - lse)
         tl.store(lse_ptr + row, lse)
         if ENTROPY:
-            tl.store(entropy_ptr + row, lse - sum_ez / sum_e)
+            tl.store(entropy_ptr + row, tl.log(sum_e) - sum_ez / sum_e)
         if IS_TOP1:
             tl.store(is_top1_ptr + row, ((z_label >= largest) & (z_label > before)).to(tl.int8))
         if MEAN_LOGITS:
@@ -505,7 +507,7 @@ def _forward_chunk(
         is_top1.copy_((z.argmax(-1) == target.squeeze(1)).masked_fill(ignored, False))
     p = torch.exp(z - log_z[:, None])
     if entropy.shape[0]:
-        entropy.copy_((log_z - (p * z).masked_fill_(p == 0, 0).sum(-1)).masked_fill(ignored, 0))
+        entropy.copy_(-(p * (z - log_z[:, None])).masked_fill_(p == 0, 0).sum(-1).masked_fill(ignored, 0))
     if log_sum_sq_probs.shape[0]:
         log_sum_sq_probs.copy_((p * p).sum(-1).log().masked_fill(ignored, 0))
     if gradient:

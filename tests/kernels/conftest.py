@@ -3,8 +3,11 @@ PyTorch bodies otherwise."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
@@ -13,6 +16,21 @@ if INTERPRET and HAS_TRITON:
     from tests.kernels._interpreter import repair
 
     repair()
+
+
+# For test_fuzz.py: "short" runs the same cases each time, --hypothesis-profile long new ones.
+_ANY: dict[str, Any] = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+_ANY["phases"] = [Phase.explicit, Phase.generate]
+settings.register_profile("short", max_examples=24 if INTERPRET else 240, derandomize=True, **_ANY)
+settings.register_profile("long", max_examples=500 if INTERPRET else 3_000, **_ANY)
+settings.load_profile("short")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [r for found in terminalreporter.stats.values() for r in found if getattr(r, "when", "") == "call"]
+    counts = [n for r in reports for name, n in r.user_properties if name == "fuzz"]
+    if counts:
+        terminalreporter.write_line(f"fuzz: {sum(counts):,} cases of {len(counts)} ops")
 
 
 def pytest_report_header() -> str:
