@@ -40,7 +40,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 def _kind(node: fx.Node) -> tuple[Any, ...]:
     """What layers must share: x, its dtype and y's, how the weight is stored, whether they are recomputed."""
     tags = (node.meta.get(key) for key in ("recompute", "ac_graph_id"))
-    return node.args[0], node.kwargs.get("dtype"), dtype(node), len(node.kwargs.get("quant", ())), *tags
+    return node.args[0], node.kwargs.get("dtype"), dtype(node), len(_arguments(node)["quant"]), *tags
 
 
 def _build(m: Match) -> Rewrite | Reason | None:
