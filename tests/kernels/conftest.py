@@ -26,13 +26,6 @@ settings.register_profile("long", max_examples=500 if INTERPRET else 3_000, **_A
 settings.load_profile("short")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = [r for found in terminalreporter.stats.values() for r in found if getattr(r, "when", "") == "call"]
-    counts = [n for r in reports for name, n in r.user_properties if name == "fuzz"]
-    if counts:
-        terminalreporter.write_line(f"fuzz: {sum(counts):,} cases of {len(counts)} ops")
-
-
 def pytest_report_header() -> str:
     body = "Triton on CUDA" if torch.cuda.is_available() else "Triton's interpreter" if INTERPRET else "PyTorch bodies"
     return f"fastft kernels: {body}"
