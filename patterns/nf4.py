@@ -1,14 +1,16 @@
-"""Linear layers over NF4 weights, as bitsandbytes' ``Linear4bit`` traces. Three forms::
+"""Linear layers over NF4 weights, as bitsandbytes' ``Linear4bit`` traces. Four forms::
 
     gemm_4bit(x, packed, ...)                             bitsandbytes ≥ 0.50, x does not require a gradient
-    autograd_function_apply(forward, backward, ...)[0]    the same op inside ``forward``, x requires one
+    linear_4bit(x, packed, ...)                           x requires one; :mod:`fastft.bridges.bnb_linear`
+    autograd_function_apply(forward, backward, ...)[0]    gemm_4bit inside ``forward``: the same without that bridge
     linear(x, dequantize_4bit(packed, ...))               older versions and hand-written code, with any transposes
 
-(the last also inside the second). :func:`read` tells what each of them says; the LoRA rules use it too.
+(the last also inside the third). :func:`read` tells what each of them says; the LoRA rules use it too.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastft.bridges.bnb_linear import linear_4bit
 from fastft.kernels.lora_linear import OP as LORA_LINEAR
 from fastft.patterns._match import (
     Bindings,
@@ -42,6 +45,7 @@ _ARGUMENTS = {
     "dequantize_4bit": ("A", "absmax", "blocksize", "quant_type", "shape", "dtype"),
     "dequantize_blockwise": ("A", "absmax", "code", "blocksize", "dtype"),
 }
+_BRIDGED = tuple(inspect.signature(linear_4bit).parameters)
 _PREFIX = "bitsandbytes."
 
 
@@ -94,6 +98,8 @@ def read(node: Any) -> QuantizedLinear | Reason | None:
     """What the quantised linear layer ending at ``node`` says; a reason where it is of another kind, else None."""
     if not isinstance(node, fx.Node):
         return None
+    if node.target is linear_4bit:
+        return _bridged(node)
     call = _function_apply(node)
     if call is not None:
         inside, result, outer = _body(call)
@@ -104,6 +110,15 @@ def read(node: Any) -> QuantizedLinear | Reason | None:
             return found
         return replace(found, inside=inside | {node})
     return _plain(node, {})
+
+
+def _bridged(node: fx.Node) -> QuantizedLinear | Reason:
+    got: dict[str, Any] = dict(zip(_BRIDGED, node.args, strict=True))
+    scales: tuple[Any, ...] = (got["absmax"],)
+    if got["absmax_code"] is not None:
+        scales = (got["absmax"], got["absmax_code"], got["absmax_offset"], got["absmax2"])
+    sizes = got["shape"], got["blocksize"], got["blocksize2"]
+    return _linear(got["x"], got["packed"], got["bias"], scales, *sizes, got, node)
 
 
 def _function_apply(node: fx.Node) -> fx.Node | None:
@@ -248,6 +263,8 @@ def _seed(node: fx.Node) -> str | None:
     name = bitsandbytes_op(node)
     if name is not None and (name.startswith("gem") or "int8" in name):
         return f"bitsandbytes.{name}"
+    if node.target is linear_4bit:
+        return "bitsandbytes.matmul_4bit"
     call = _function_apply(node)
     inner = None if call is None else bitsandbytes_op(_body(call)[1])
     return None if inner is None else f"bitsandbytes.{inner} in an autograd.Function"

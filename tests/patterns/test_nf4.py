@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastft import compiler
+from fastft import bridges, compiler
+from fastft.bridges import _tracing
 from fastft.compare import assert_within
 from fastft.kernels.nf4 import nf4_dequantize
 from fastft.options import Options
@@ -30,6 +31,15 @@ def linear4bit(
     if bias:
         layer.bias.data = torch.randn(n).to(compute)
     return layer.to("cpu").train()
+
+
+@pytest.fixture(params=[False, True], ids=["traced", "bridged"])
+def bridged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether what is compiled here is compiled for fastft, so that ``bridges/bnb_linear.py`` does its part."""
+    if request.param:
+        bridges.install()
+        monkeypatch.setattr(_tracing, "is_fastft", lambda backend: True)
+    return request.param
 
 
 def rewritten(call: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, Report, torch.fx.GraphModule]:
@@ -66,7 +76,7 @@ def calls(graph: torch.fx.GraphModule) -> list[str]:
 @pytest.mark.parametrize(
     ("compute", "x_dtype"), [(BF16, BF16), (BF16, F32), (F32, F32)], ids=["bf16", "bf16-x32", "fp32"]
 )
-def test_linear4bit(compute, x_dtype, grad, bias, double):
+def test_linear4bit(compute, x_dtype, grad, bias, double, bridged):
     layer = linear4bit(64, 48, compute, double=double, bias=bias)
     if bias:
         layer.bias.requires_grad_(grad)
@@ -115,7 +125,7 @@ def test_dequantize_then_linear(double, transposes):
     assert_within("dx", dx, (dy @ dense(layer).to(BF16)), dy.double() @ dense(layer), length=48)
 
 
-def test_inside_checkpoint():
+def test_inside_checkpoint(bridged):
     layer = linear4bit(64, 48, BF16)
     x = torch.randn(3, 64).to(BF16).requires_grad_()
     out, report, _ = rewritten(lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False), x)
@@ -124,7 +134,7 @@ def test_inside_checkpoint():
     torch.testing.assert_close(dx, torch.autograd.grad(layer(x), x, torch.ones_like(out))[0])
 
 
-def test_dynamic_sizes():
+def test_dynamic_sizes(bridged):
     layer = linear4bit(64, 48, BF16)
     x = torch.randn(3, 5, 64).to(BF16).requires_grad_()
     torch._dynamo.mark_dynamic(x, 1)
@@ -134,7 +144,7 @@ def test_dynamic_sizes():
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_fp4_is_left_with_a_reason(grad):
+def test_fp4_is_left_with_a_reason(grad, bridged):
     layer = linear4bit(64, 48, BF16, kind="fp4")
     x = torch.randn(3, 64).to(BF16).requires_grad_(grad)
     out, report, _ = rewritten(layer, x)
