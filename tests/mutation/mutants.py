@@ -720,4 +720,11 @@ MUTANTS: tuple[Mutant, ...] = (
         'MEMBER = "FAST_FT"',
         "tests/backend/test_bridges.py -k accelerate",
     ),
+    Mutant(
+        "bridge bnb_linear: bias dropped",
+        "backend/bridges/bnb_linear.py",
+        "return bitsandbytes.matmul_4bit(x, packed, state, bias=bias)",
+        "return bitsandbytes.matmul_4bit(x, packed, state)",
+        "tests/backend/test_bnb_linear.py",
+    ),
 )
