@@ -50,8 +50,9 @@ def _build(m: Match) -> Rewrite | Reason | None:
         return None
     layers = [_arguments(n) for n in nodes]
     thin = {(n.kwargs["lora_dtype"], *map(dtype, of["a"])) for n, of in zip(nodes, layers, strict=True) if of["a"]}
+    # ∂A of all adapters is one product, in one dtype.
     if len({kind[0] for kind in thin}) > 1 or len({a for _, *kinds in thin for a in kinds}) > 1:
-        return None
+        return Reason("dtype", f"the adapters of the {len(nodes)} layers have, or multiply in, different dtypes")
     columns = {name: [of[name] for of in layers] for name in layers[0]}
     positional = [columns.pop(name) for name in ("weight", "bias", "a", "b", "scaling")]
     to = last.kwargs["dtype"]

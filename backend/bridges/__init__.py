@@ -79,7 +79,7 @@ TABLE: tuple[Spec, ...] = (
         library="bitsandbytes",
         oldest="0.50",
         does="a 4-bit layer's product is one node in the graph, where its forward and backward would be traced",
-        otherwise="tracing a model of 4-bit layers takes a third longer",
+        otherwise="tracing a model of 4-bit layers takes longer",
     ),
 )
 

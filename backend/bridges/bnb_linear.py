@@ -1,6 +1,6 @@
 """``bitsandbytes.matmul_4bit``, the product of every ``Linear4bit``, ends in an autograd.Function where a gradient is
-wanted. Dynamo traces the forward and the backward of each into graphs of their own, layer by layer: about a
-quarter of the time that it takes to trace a model of 4-bit layers under LoRA.
+wanted. Dynamo traces the forward and the backward of each into graphs of their own, layer by layer, which takes
+long.
 
 While fastft traces, such a call is one node in the graph, :func:`linear_4bit`, of tensors and constants. What runs in
 it is bitsandbytes' own function, over a quantisation state put together again. So a site that no rule replaces (another

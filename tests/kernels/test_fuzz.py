@@ -103,7 +103,7 @@ def turned(d: Draw) -> Sample:
     return Sample("", (heads(d(st.integers(1, 5))), k, *tables, style, None, 2 * half, seq_dim), {})
 
 
-def _layer(d: Draw, k: int, own: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _layer(d: Draw, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     n, ranks = d(WIDTHS), d(st.lists(st.sampled_from((1, 2, 3, 5, 8)), max_size=2))
     a = [d.tensor(r, k, scale=k**-0.5) for r in ranks]
     b = [d.tensor(n, r, scale=r**-0.5) for r in ranks]
@@ -116,14 +116,14 @@ def _layer(d: Draw, k: int, own: bool) -> tuple[tuple[Any, ...], dict[str, Any]]
 
 def linear(d: Draw) -> Sample:
     k, lead = d(WIDTHS), (d(SIZES), d(SIZES))
-    args, kwargs = _layer(d, k, True)
+    args, kwargs = _layer(d, k)
     inputs = [d.maybe(lambda: d.tensor(*lead, k)) for _ in args[2]]
     return Sample("", (d.tensor(*lead, k), *args), {**kwargs, "x_lora": inputs})
 
 
 def linears(d: Draw) -> Sample:
     k = d(WIDTHS)
-    layers = [_layer(d, k, False) for _ in range(d(st.integers(1, 3)))]
+    layers = [_layer(d, k) for _ in range(d(st.integers(1, 3)))]
     columns = [list(column) for column in zip(*(args for args, _ in layers), strict=True)]
     return Sample(
         "", (d.tensor(d(SIZES), d(SIZES), k), *columns), {"b_bias": [kwargs["b_bias"] for _, kwargs in layers]}
@@ -131,7 +131,7 @@ def linears(d: Draw) -> Sample:
 
 
 def attended(d: Draw) -> Sample:
-    batch, queries, head, value = d(st.integers(1, 2)), d(st.integers(1, 40)), d(st.integers(1, 20)), 0
+    batch, queries, head = d(st.integers(1, 2)), d(st.integers(1, 40)), d(st.integers(1, 20))
     value = d(st.sampled_from((head, head + 3)))
     heads, group = d(st.integers(1, 2)), d(st.integers(1, 3))
     causal = d(flags)
@@ -150,7 +150,8 @@ def attended(d: Draw) -> Sample:
         count = d.integers(keys + 1, batch, 1).cpu()
         order = torch.arange(keys)[None]
         padding = {
-            "left": order >= count, "right": order < count, "holes": torch.rand(batch, keys) < 0.5,
+            "left": order >= count, "right": order < count,
+            "holes": torch.rand(batch, keys, generator=d.generator) < 0.5,
             "all": order < 0, "one": order == count - 1,
         }[kind].expand(batch, keys)  # fmt: skip
         options["padding"] = padding.to(d.device)

@@ -135,6 +135,8 @@ def test_adapters_in_different_dtypes() -> None:
     w[1:3] = [t.detach().float().requires_grad_() for t in w[1:3]]
     _, report, _ = rewritten(layers, x, *w)
     assert report.counts.get("lora") == 2 and "joint_linears" not in report.counts, str(report)
+    (site,) = report.missed
+    assert site.pattern == "joint_linears" and site.reason.startswith("dtype"), site
 
 
 def test_an_operand_that_comes_too_late() -> None:
