@@ -2,7 +2,9 @@
 # Packs what the GPU machine lacks into .device/ (git-ignored), to be carried there beside the working tree:
 #   site.tar.xz    bitsandbytes, trl, datasets                 peers.tar.xz  the same in the versions that Unsloth takes, liger, unsloth
 #   fastft-*.whl   this tree, in case pip cannot build there   commit        what is measured
-# Run before every call (seconds; the archives are made once). Then, on the GPU machine: tests/gpu/run.sh, with .device carried.
+#   tree.tar       the commit's files, to measure a commit while the working tree changes
+# Run before every call (seconds; the archives are made once). Then, on the GPU machine: tests/gpu/run.sh, with .device carried; or, for the commit alone:
+#   mkdir /tmp/tree && tar -C /tmp/tree -xf .device/tree.tar && ln -s "$PWD/.device" /tmp/tree/.device && cd /tmp/tree && tests/gpu/run.sh ...
 #   SITE=path/to/make_site.sh bench/device_pack.sh    the script that downloads the archives' packages
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -22,18 +24,17 @@ if [[ ! -f $device/site.tar.xz ]]; then
 fi
 [[ -f $device/peers.tar.xz ]] || bash "$make_site" "$device/peers.tar.xz" --peers
 
-# Built from a copy: a build/ folder left in the tree would put deleted files into the next wheel.
+# All from the commit: what lies in the tree uncommitted is neither in the wheel nor in the archive.
+git -C "$root" archive -o "$device/tree.tar" HEAD
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r "$root"/{pyproject.toml,backend,patterns,kernels,autotune} "$copy"
-for file in README.md LICENSE; do if [[ -f $root/$file ]]; then cp "$root/$file" "$copy"; else touch "$copy/$file"; fi; done
-find "$copy" -name __pycache__ -prune -exec rm -rf {} +
+tar -C "$copy" -xf "$device/tree.tar"
 rm -f "$device"/fastft-*.whl
 "$python" -m pip wheel -q --no-deps --no-build-isolation -w "$device" "$copy"
 
-commit=$(git -C "$root" rev-parse HEAD)
-[[ -z $(git -C "$root" status --porcelain --untracked-files=no) ]] || commit+=-dirty
-echo "$commit" >"$device/commit"
+git -C "$root" rev-parse HEAD >"$device/commit"
+dirty=$(git -C "$root" status --porcelain --untracked-files=no)
+[[ -z $dirty ]] || echo "not committed, not in tree.tar, and wrong to measure in place:"$'\n'"$dirty"
 ls -la "$device"
 total=$(du -sm "$device" | cut -f1)
 echo "$total MiB in .device; at most 64 MiB travel, the working tree included"
