@@ -4,7 +4,7 @@
 #   tests/gpu/run.sh STEP[:SECONDS] [ARGUMENTS] [-- STEP[:SECONDS] [ARGUMENTS]]...
 #
 # Steps, in order, each within its SECONDS (default: what is left):
-#   kernels [pytest arguments]         tests/kernels on CUDA
+#   kernels [pytest arguments]         tests/kernels on CUDA (the derivations need no GPU)
 #   bench [pytest arguments]           bench/kernels.py, kernel times (-k llama-3.1-8b: about 2 minutes; all: long)
 #   compare [train.py arguments]       bench/train.py compare
 #   run [train.py arguments]           bench/train.py run
@@ -83,7 +83,7 @@ step() { # STEP[:SECONDS] ARGUMENTS...
   local output; output=$(mktemp)
   local command
   case $name in
-    kernels) export OMP_NUM_THREADS=1 TRITON_INTERPRET=0; command=("$python" -m pytest -o addopts=--import-mode=importlib tests/kernels -v --durations 12 -p no:cacheprovider --no-header --tb=short -rfE -n "$workers" --junitxml "$result.xml") ;;
+    kernels) export OMP_NUM_THREADS=1 TRITON_INTERPRET=0; command=("$python" -m pytest -o addopts=--import-mode=importlib tests/kernels --ignore tests/kernels/test_derivations.py -v --durations 12 -p no:cacheprovider --no-header --tb=short -rfE -n "$workers" --dist worksteal --junitxml "$result.xml") ;;
     bench) command=("$python" -m pytest bench/kernels.py -p no:cacheprovider --no-header --tb=short -rfE --benchmark-quiet --benchmark-json "$result.json") ;;
     compare) command=("$python" bench/train.py compare --peers "$peers" --budget $((seconds - 10)) --log "$log" --out "$result.json") ;;
     run) command=("$python" bench/train.py run --out "$result.json") ;;
