@@ -157,33 +157,21 @@ def verify(
         kwargs, args = dict(args[0]), ()
     asked = dataclasses.replace(Options.of(options), verify="never")
     model = getattr(model, "_orig_mod", model)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError("no parameter of this model requires a gradient: there is nothing to verify")
-    tensors = [*model.parameters(), *model.buffers()]
-    dtype = _narrowest(tensors)
-    wide = _wider(dtype)
-
-    def step(call: Callable[..., Any]) -> Values:
-        _set_random_state(state)
-        with torch.enable_grad():
-            return _step(call, args, kwargs, trained)
-
     with _left_as_it_was(model), reporting.aside():
-        state = _random_state()
-        eager = step(model)
-        draws = _differ(state, _random_state())
-        _set_random_state(state)
-        exact = _exact_step(model, args, kwargs, dtype, wide)
+        one = TrainingStep(model, args, kwargs)
+        eager = one.run(model)
+        draws = _differ(one.state, _random_state())
+        exact = one.exact()
 
         def judge(asked: Options) -> tuple[list[Comparison], list[Site]]:
             with _compiled(model, asked) as call:
-                found = step(call)
-                sites = [site for one in reporting.reports() for site in one.sites if site.status == REPLACED]
-            return _judge(found, eager, exact, dtype, _terms((args, kwargs))), sites
+                found = one.run(call)
+                made = (site for report in reporting.reports() for site in report.sites)
+                sites = [site for site in made if site.status == REPLACED]
+            return _judge(found, eager, exact, one.dtype, _terms((args, kwargs))), sites
 
         rows, sites = judge(asked)
-        result = Verification(rows, dtype, wide, dict(_count(sites)))
+        result = Verification(rows, one.dtype, one.wide, dict(_count(sites)))
         if draws:
             result.notes.append("the model draws random numbers (dropout): all steps drew from the same random state")
         if not sites:
@@ -200,6 +188,35 @@ def verify(
 
 
 # ------------------------------------------------------------------------------------------------------------- one step
+
+
+class TrainingStep:
+    """One step of ``model(*args, **kwargs)``, computed by whatever is called, or exactly, always from the random state
+    that it is made in.
+
+    ``dtype``: the narrowest that the model computes in; ``wide``: the exact step's. ``ValueError`` when no parameter
+    requires a gradient.
+    """
+
+    def __init__(self, model: torch.nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise ValueError("no parameter of this model requires a gradient: there is nothing to verify")
+        self.dtype = _narrowest([*model.parameters(), *model.buffers()])
+        self.wide = _wider(self.dtype)
+        self.state = _random_state()
+
+    def run(self, call: Callable[..., Any]) -> Values:
+        """Loss and gradients when ``call`` (the model, or a compiled form of it) computes the loss."""
+        _set_random_state(self.state)
+        with torch.enable_grad():
+            return _step(call, self.args, self.kwargs, self.trained)
+
+    def exact(self) -> Values:
+        """The same in ``wide``, without autocast."""
+        _set_random_state(self.state)
+        return _exact_step(self.model, self.args, self.kwargs, self.dtype, self.wide)
 
 
 def _step(call: Callable[..., Any], args: Any, kwargs: Any, leaves: Mapping[str, torch.Tensor]) -> Values:
