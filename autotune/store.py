@@ -1,13 +1,14 @@
 """Where fastft keeps files of its own: one folder of the user's, JSON only, one file for each record.
 
-The folder is ``$FASTFT_CACHE_DIR``, or ``fastft`` in ``$XDG_CACHE_HOME`` (``~/.cache``); it is made with mode 0700. What
-is read from it is data, never code, and nothing of it is believed unread:
+The folder is ``$FASTFT_CACHE_DIR``, or ``fastft`` in ``$XDG_CACHE_HOME`` (``~/.cache``); it is made with mode 0700.
+What is read from it is data, never code, and nothing of it is believed unread:
 
-* the folder and each file must belong to this user, and nobody else may be able to write to them; a link is not followed;
+* the folder and each file must belong to this user, and nobody else may be able to write to them; links are not
+  followed;
 * a file is at most :data:`MAX_BYTES` long, is JSON of the version that this fastft writes, and fits its store's schema,
   which bounds every number, text and list.
 
-What does not is left alone as if it were not there, with one warning, and a line in the report and in ``fastft doctor``.
+What does not is left alone as if it were not there, with one warning, and a line in the report.
 
 A record is written to a file beside it, synchronised, and renamed: a reader sees the old record or the new one, whoever
 is killed, and however full the disk is. Records have files of their own, so processes that write at the same time lose
@@ -166,7 +167,7 @@ def _short(value: Any) -> str:
 
 class Store:
     """Records by key, in the folder ``name`` of the user's. ``schema`` is the form of a record, ``version`` the number
-    of that form: records of another version are refused, and those of an older one replaced when they are written again.
+    of that form: records of another version are refused, and those of an older one replaced by what is written.
     ``strict``: raise :class:`StoreError` where a warning would be given otherwise.
     """
 
@@ -193,8 +194,8 @@ class Store:
         return None
 
     def put(self, key: str, value: Any) -> bool:
-        """Write the record of ``key``, in place of what there was; False when it could not be. A value that does not fit
-        the schema is a ``ValueError``: nobody could read it.
+        """Write the record of ``key``, in place of what there was; False when it could not be. A value that does not
+        fit the schema is a ``ValueError``: nobody could read it.
         """
         text()(key)
         self.schema(value)

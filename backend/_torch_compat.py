@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "PREFER_RECOMPUTE", "autocast_nodes", "backend_in_trace", "cache_stamp", "compile_with_aot_eager",
-    "compile_with_inductor", "copy_graph", "dynamo_counters", "fake_mode_of", "gradients", "inductor_cache_dir",
-    "inductor_settings", "innermost_backend", "input_source", "is_checkpoint", "is_recompile", "no_side_effect_calls",
-    "qualified_name", "registered_backend", "storage_of", "tree_map", "version", "wrapper_context",
+    "compile_with_inductor", "control_flow", "copy_graph", "dynamo_counters", "fake_mode_of", "forget_loaded_code",
+    "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source", "is_checkpoint",
+    "is_recompile", "no_side_effect_calls", "qualified_name", "registered_backend", "storage_of", "tree_map",
+    "version", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
@@ -60,13 +62,38 @@ def fake_mode_of(gm: torch.fx.GraphModule) -> Any:
 
 
 def compile_with_inductor(
-    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    patches: Mapping[str, Any],
+    backward_attempt: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Callable[..., Any]:
-    """Inductor's ``compile_fx`` with config patches that hold for the lazily compiled backward too."""
-    from torch._inductor.compile_fx import compile_fx
+    """Inductor's ``compile_fx`` with config patches that hold for the lazily compiled backward too.
 
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    The backward is compiled when it first runs, inside of ``backward_attempt()``; if that context keeps what is raised,
+    this backward runs op by op.
+    """
+    from functorch.compile import make_boxed_func
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        if not settings.get("is_backward"):
+            return compile_fx_inner(graph, inputs, **settings)
+        plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor changes the graph it is given
+        with backward_attempt():
+            return compile_fx_inner(graph, inputs, **settings)
+        for node in plain.graph.nodes:
+            if node.target is torch.ops.aten.view.default:
+                node.target = torch.ops.aten.reshape.default  # the compiled forward may have saved other strides
+        plain.recompile()
+        return make_boxed_func(plain.forward)
+
+    compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=compile_graph, config_patches=dict(patches))
     return compiled
+
+
+def control_flow() -> tuple[type[Exception], ...]:
+    """What a backend raises, or lets pass, to tell Dynamo what to do next: no failure."""
+    return torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame
 
 
 def compile_with_aot_eager(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -200,12 +227,17 @@ def wrapper_context(module: torch.nn.Module) -> Any:
 
 
 def inductor_cache_dir() -> str:
-    """The folder in which Inductor, and AOTAutograd's cache with it, keeps what it compiled (it is created if it is
-    missing).
-    """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    """The folder in which Inductor, and AOTAutograd's cache with it, keeps what it compiled (it may not exist yet)."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    return cache_dir()
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
+
+
+def forget_loaded_code() -> None:
+    """Let Inductor load nothing again that it loaded in this process: what runs keeps running."""
+    from torch._inductor.utils import clear_caches
+
+    clear_caches()
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -1,30 +1,37 @@
-"""What ``torch.compile(model, backend="fastft")`` calls: one function, numbered steps."""
+"""What ``torch.compile(model, backend="fastft")`` calls: one function, numbered steps.
+
+A step that raises is undone, and the graph is compiled without it (:mod:`fastft.fallback`).
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from fastft import _torch_compat as compat
-from fastft import bridges, reporting
+from fastft import bridges, caches, reporting
+from fastft.fallback import Attempt
 from fastft.kernels.linear_cross_entropy import linear_log_prob
 from fastft.normalise import normalise
 from fastft.options import Options
 from fastft.outputs import LazyOutputs, drop_lazy, with_lazy
-from fastft.reporting import REPLACED, Report, Site
-from fastft.rewrite import module_path, rewrite
+from fastft.reporting import MISSED, REPLACED, Report, Site
+from fastft.rewrite import Rewritten, module_path, rewrite
 from fastft.stamp import source_hash
 from fastft.verifying import FirstStep
 
 log = logging.getLogger("fastft")
 
-# torch imports this module when it looks the backend up: before anything is traced, so what must change tracing is
-# put in place here.
+# torch imports this module when it looks the backend up: before anything is traced, so what must change tracing, and
+# where torch looks for what it knows from earlier runs, is put in place here.
 bridges.install()
+with Attempt("looking at torch's cache folders", "they are looked at again when a graph is compiled", []):
+    caches.secure()
 
 
 def fastft(
@@ -37,72 +44,129 @@ def fastft(
     """Compile one Dynamo graph. ``options`` are those of :class:`fastft.Options`; raises
     :class:`fastft.options.OptionError` for others.
     """
+    # 1. Keep the graph as it came.
     asked = Options.of(options, mode)
     done = Report(graphs=1, recompiles=int(compat.is_recompile()))
     untouched = compat.copy_graph(gm.graph)
     plain = fx.GraphModule(gm, compat.copy_graph(gm.graph)) if asked.verify == "first_step" else None
-    try:
-        lazy = transform(gm, asked, done)
-    except Exception as error:
-        if asked.strict:
-            raise
-        # Training goes on: this graph is compiled as it came, and the report says so.
-        log.warning("fastft left a graph to Inductor: %s: %s", type(error).__name__, error, exc_info=True)
-        done.errors.append(f"rewriting failed, the graph was compiled without it: {type(error).__name__}: {error}")
-        done.sites, done.plan, lazy = [], {}, None
-        gm.graph = untouched
+    lazy = transform(gm, asked, done)
     # 6. Compile the rest.
     start = time.perf_counter()
-    compiled = _compile_rest(gm, example_inputs, asked)
+    compiled, lazy = _compile_rest(gm, untouched, lazy, example_inputs, asked, done)
     done.timings["compile"] = time.perf_counter() - start
     reporting.add(done)
     log.info("compiled a graph: %s", done.counts)
     # 7. Wrap the callable.
-    call = with_lazy(compiled, lazy) if lazy is not None else compiled
-    return FirstStep(call, plain, done, asked) if plain is not None else call
+    call = compiled if lazy is None else with_lazy(compiled, lazy, done.errors, asked.strict)
+    if plain is not None:
+        with Attempt("verifying", "the graph is not verified", done.errors, asked.strict):
+            return FirstStep(call, plain, done, asked)
+    return call
 
 
 def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs | None:
     """Steps 2 to 5, in place. Fills ``done``; returns which outputs are lazy now."""
     start = time.perf_counter()
+    counts, rewritten, lazy = {"checkpoints": 0, "kept": 0}, Rewritten(), None
+
+    def step(what: str, instead: str) -> Attempt:
+        before = compat.copy_graph(gm.graph)
+        return Attempt(what, instead, done.errors, options.strict, lambda: setattr(gm, "graph", before))
+
     # 2. Normalise: one flat graph.
-    counts = normalise(gm, recompute=options.recompute == "asked")
-    bridged = [
-        Site(
-            "linear_cross_entropy",
-            module_path(n),
-            REPLACED,
-            rule="bridges/trl_head.py",
-            node=n.name,
-            notes="TRL's fused head",
-        )
-        for n in gm.graph.nodes
-        if n.target is linear_log_prob
-    ]
+    with step("normalising", "checkpointed layers are left as they are, and no site in them is found"):
+        counts = normalise(gm, recompute=options.recompute == "asked")
     # 3., 4. Match and rewrite, each rewrite checked.
-    rewritten = rewrite(gm, options, compat.fake_mode_of(gm))
-    done.sites = bridged + rewritten.sites
-    lazy = drop_lazy(gm, rewritten.lazy) if options.lazy_logits else None
+    with step("rewriting", "nothing is replaced"):
+        done.sites = _bridged(gm)
+        rewritten = rewrite(gm, options, compat.fake_mode_of(gm))
+        done.sites += rewritten.sites
+    done.errors += rewritten.errors
+    if options.lazy_logits and rewritten.lazy:
+        with step("leaving the logits out", "they are computed in every step"):
+            lazy = drop_lazy(gm, rewritten.lazy)
     # 5. Plan: what the user put under checkpointing is recomputed layer by layer, cheap ops always.
-    regions = counts["checkpoints"]
-    kept = options.recompute == "never" or options.residual == "eager"
-    what = "kept in full" if kept else "recomputed in backward"
-    done.plan["recompute"] = f"{regions} checkpointed regions {what}" if regions else "cheap ops only"
-    if counts["kept"]:
-        done.plan["checkpoint policies"] = f"{counts['kept']} regions with a policy of the user's are left as they are"
-    gm.graph.lint()
+    with step("planning", "torch decides what is recomputed"):
+        done.plan |= _plan(counts, options)
+        gm.graph.lint()
     gm.recompile()
     done.timings["rewrite"] = time.perf_counter() - start
     return lazy
 
 
-def _compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def _bridged(gm: fx.GraphModule) -> list[Site]:
+    """The sites that a bridge has put into the graph."""
+    where = {"rule": "bridges/trl_head.py", "notes": "TRL's fused head"}
+    return [
+        Site("linear_cross_entropy", module_path(n), REPLACED, node=n.name, **where)
+        for n in gm.graph.nodes
+        if n.target is linear_log_prob
+    ]
+
+
+def _plan(counts: Mapping[str, int], options: Options) -> dict[str, str]:
+    plan = {}
+    regions = counts["checkpoints"]
+    kept = options.recompute == "never" or options.residual == "eager"
+    what = "kept in full" if kept else "recomputed in backward"
+    plan["recompute"] = f"{regions} checkpointed regions {what}" if regions else "cheap ops only"
+    if counts["kept"]:
+        plan["checkpoint policies"] = f"{counts['kept']} regions with a policy of the user's are left as they are"
+    return plan
+
+
+def _compile_rest(
+    gm: fx.GraphModule,
+    untouched: fx.Graph,
+    lazy: LazyOutputs | None,
+    example_inputs: Sequence[Any],
+    options: Options,
+    done: Report,
+) -> tuple[Callable[..., Any], LazyOutputs | None]:
+    """The graph compiled, and its lazy outputs; or, where that fails, the graph as it came, which has none."""
     if options.residual == "eager":
-        # A checkpoint region that is still there (the user's own policy, or a graph that was given up) would draw other
+        # A checkpoint region that is still there (the user's own policy, or a step that was undone) would draw other
         # dropout masks in backward if it simply ran.
         if any(compat.is_checkpoint(n.target) for n in gm.graph.nodes):
-            return compat.compile_with_aot_eager(gm, example_inputs)
-        return gm.forward
+            return compat.compile_with_aot_eager(gm, example_inputs), lazy
+        return gm.forward, lazy
+    rewritten = compat.copy_graph(gm.graph)
+    instead = "the graph runs op by op as it came"
+    with Attempt("finding a folder for compiled code", instead, done.errors, options.strict) as folder:
+        caches.secure()
+    if folder.failed is not None:
+        _give_up(gm, untouched, done)
+        return compat.compile_with_aot_eager(gm, example_inputs), None
+    for cache in caches.CACHES:
+        if (exchange := caches.exchanged(cache)) is not None:
+            done.plan[cache.name] = str(exchange)
+
+    def backward() -> Attempt:
+        return Attempt("compiling a backward", "it runs op by op", done.errors, options.strict)
+
+    instead = f"it is tried without what is in {caches.INDUCTOR.folder}"
+    with Attempt("compiling", instead, done.errors, options.strict):
+        return _inductor(gm, example_inputs, options, backward), lazy
+    gm.graph = rewritten
+    instead = "the graph is compiled as it came"
+    with Attempt("compiling in an empty folder", instead, done.errors), caches.empty_folder():
+        return _inductor(gm, example_inputs, options, backward), lazy
+    _give_up(gm, untouched, done)
+    return _inductor(gm, example_inputs, options), None  # what fails now is not ours
+
+
+def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report) -> None:
+    """The graph as it came, and a report without what was done to it."""
+    gm.graph = untouched
+    reason = "failed: the graph with it could not be compiled"
+    done.sites = [replace(s, status=MISSED, reason=reason) if s.status == REPLACED else s for s in done.sites]
+    for key in ("recompute", "checkpoint policies"):
+        done.plan.pop(key, None)
+
+
+def _inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *backward_attempt: Callable[[], Attempt]
+) -> Callable[..., Any]:
     ours = [
         n.target
         for n in gm.graph.nodes
@@ -112,4 +176,4 @@ def _compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     with compat.cache_stamp({"fastft": stamp, **{compat.qualified_name(target): stamp for target in ours}}):
         # A step that is compared with eager must draw the same dropout masks.
         same_draws = {} if options.verify == "never" else {"fallback_random": True}
-        return compat.compile_with_inductor(gm, example_inputs, {**same_draws, **options.inductor})
+        return compat.compile_with_inductor(gm, example_inputs, {**same_draws, **options.inductor}, *backward_attempt)

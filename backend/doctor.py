@@ -6,6 +6,7 @@ check calls may fail in any way on a broken installation; :func:`diagnose` turns
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -13,7 +14,6 @@ import platform
 import shutil
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -289,43 +289,34 @@ def _autoload() -> Check:
 
 
 def _caches() -> list[Check]:
-    from fastft import _torch_compat as compat
+    from fastft import caches
+    from fastft.autotune import store
 
-    triton = os.environ.get("TRITON_CACHE_DIR") or str(
-        Path(os.environ.get("TRITON_HOME", Path.home()), ".triton", "cache")
-    )
     rows = []
-    for name, folder, variable in (
-        ("inductor cache", compat.inductor_cache_dir(), "TORCHINDUCTOR_CACHE_DIR"),
-        ("triton cache", triton, "TRITON_CACHE_DIR"),
-    ):
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            rows.append(
-                Check(
-                    name,
-                    BROKEN,
-                    f"{folder} cannot be written: {_one_line(error)}",
-                    f"set {variable} to a folder that can",
-                )
-            )
-            continue
-        free = shutil.disk_usage(folder).free / 2**30
-        if free < 1:
-            rows.append(
-                Check(
-                    name,
-                    WARNING,
-                    f"{folder}, {free:.1f} GiB free",
-                    f"make room, or set {variable} to a folder with more",
-                )
-            )
+    with contextlib.suppress(caches.NoFolder):  # the row of that cache says so
+        caches.secure()
+    for cache in caches.CACHES:
+        exchange = caches.exchanged(cache)
+        if exchange is not None:
+            fix = f"if it is yours, take it back (chown, chmod go-w) or empty it; or set {cache.variable} to another"
+            rows.append(Check(cache.name, WARNING if exchange.used else BROKEN, str(exchange), fix))
         else:
-            rows.append(Check(name, OK, f"{folder}, {free:.0f} GiB free"))
+            rows.append(_room(cache.name, cache.folder, f"set {cache.variable} to a folder with more"))
+    folder = store.user_folder()
+    if why := caches.unusable(folder):
+        fix = "make it a folder that only you can write to, or set FASTFT_CACHE_DIR to one"
+        rows.append(Check("fastft cache", WARNING, f"{folder} is not used: {why}", fix))
+    else:
+        rows.append(_room("fastft cache", folder, "set FASTFT_CACHE_DIR to a folder with more"))
+    rows += [Check("fastft cache", WARNING, line, "remove it: it is written again") for line in store.problems()]
     return rows
+
+
+def _room(name: str, folder: Path, fix: str) -> Check:
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < 1:
+        return Check(name, WARNING, f"{folder}, {free:.1f} GiB free", f"make room, or {fix}")
+    return Check(name, OK, f"{folder}, {free:.0f} GiB free")
 
 
 def _bridges() -> list[Check]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ import torch
 from fastft import reporting
 from fastft.options import Options
 from fastft.reporting import Report
-
-log = logging.getLogger("fastft")
 
 
 def explain(model: torch.nn.Module, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
@@ -33,13 +30,7 @@ def explain(model: torch.nn.Module, *args: Any, options: dict[str, Any] | None =
     def capture(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         untouched = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
         one = Report(graphs=1)
-        try:
-            transform(gm, asked, one)
-        except Exception as error:
-            if asked.strict:
-                raise
-            log.warning("fastft would leave a graph to Inductor: %s: %s", type(error).__name__, error, exc_info=True)
-            one = Report(graphs=1, errors=[f"rewriting failed: {type(error).__name__}: {error}"])
+        transform(gm, asked, one)
         merged.graphs += 1
         merged.sites += one.sites
         merged.errors += one.errors

@@ -333,14 +333,36 @@ def lazy_logits(
     if weight.dim() != 2 or hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"hidden {tuple(hidden.shape)} does not fit a head of [vocab, hidden] = {tuple(weight.shape)}")
     head_dtype = head_dtype or hidden.dtype
+    steps = _steps(softcap, scale, divisor, None if dtype == head_dtype else dtype)
+    return _make(_Source(hidden, weight, bias, head_dtype, steps, _stamp(hidden, weight, bias)))
+
+
+def plain_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    divisor: float = 1.0,
+    dtype: torch.dtype | None = None,
+    head_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """What :func:`lazy_logits` stands for, computed now."""
+    head_dtype = head_dtype or hidden.dtype
+    head = weight.to(head_dtype), None if bias is None else bias.to(head_dtype)
+    return _evaluate(hidden, *head, _steps(softcap, scale, divisor, None if dtype == head_dtype else dtype))
+
+
+def _steps(softcap: float | None, scale: float, divisor: float, cast: torch.dtype | None) -> tuple[Step, ...]:
     steps: list[Step] = [("mul", scale)] if scale != 1.0 else []
     if divisor != 1.0:
         steps.append(("div", divisor))
     if softcap is not None:
         steps += [("div", softcap), ("tanh", None), ("mul", softcap)]
-    if dtype not in (None, head_dtype):
-        steps.append(("cast", dtype))
-    return _make(_Source(hidden, weight, bias, head_dtype, tuple(steps), _stamp(hidden, weight, bias)))
+    if cast is not None:
+        steps.append(("cast", cast))
+    return tuple(steps)
 
 
 # ------------------------------------------------------------------------------------------------------ lazy operations

@@ -35,7 +35,8 @@ class Options:
     ``verify``: ``"first_step"`` computes the first step of each compiled graph also uncompiled, and in fp32 (fp64 for
     fp32 graphs); a graph that does not keep the error rule runs uncompiled from there on, with a warning and a row in
     the report. Dropout then draws as eager does. ``"never"`` (default).
-    ``strict``: an internal error is raised instead of leaving that graph to Inductor alone.
+    ``strict``: what fails inside of fastft raises :class:`fastft.fallback.InternalError`, instead of being undone and
+    reported.
     ``inductor``: config patches for Inductor (``{"max_autotune": True}``), as ``torch.compile(options=...)`` takes
     them without us.
     """
@@ -96,7 +97,7 @@ class Options:
             raise OptionError(f"option inductor sets triton.cudagraphs: it {_NO_CUDA_GRAPHS}; leave it out")
         from fastft.patterns import table_names
 
-        names = table_names()
+        names = table_names() if self.disable else []
         for name in self.disable:
             if name not in names:
                 raise OptionError(

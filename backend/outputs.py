@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import fx
 
-from fastft.lazy_logits import lazy_logits
+from fastft.fallback import Attempt
+from fastft.lazy_logits import lazy_logits, plain_logits
 from fastft.rewrite import sweep
 
 
@@ -62,8 +63,13 @@ def drop_lazy(gm: fx.GraphModule, lazy: dict[fx.Node, dict[str, Any]]) -> LazyOu
     return LazyOutputs(wanted, tuple(plans)) if plans else None
 
 
-def with_lazy(compiled: Callable[..., Any], lazy: LazyOutputs) -> Callable[..., Any]:
-    """Run ``compiled`` and put a lazy tensor where each dropped output was."""
+def with_lazy(
+    compiled: Callable[..., Any], lazy: LazyOutputs, errors: list[str] | None = None, strict: bool = False
+) -> Callable[..., Any]:
+    """Run ``compiled`` and put a lazy tensor where each dropped output was; or a plain one, where that fails, with a
+    line in ``errors``.
+    """
+    said = [] if errors is None else errors
 
     def run(*args: Any) -> tuple[Any, ...]:
         # Compiled code may free its arguments: the inputs are looked up before the call.
@@ -74,9 +80,11 @@ def with_lazy(compiled: Callable[..., Any], lazy: LazyOutputs) -> Callable[..., 
         results = list(compiled(*args))
         outputs = results[: lazy.outputs]
         for (position, _), operands in zip(lazy.plans, ready, strict=True):
-            outputs[position] = lazy_logits(
-                **{k: results[v.index] if isinstance(v, At) else v for k, v in operands.items()}
-            )
+            known = {k: results[v.index] if isinstance(v, At) else v for k, v in operands.items()}
+            with Attempt("making lazy logits", "they are computed", said, strict) as attempt:
+                outputs[position] = lazy_logits(**known)
+            if attempt.failed is not None:
+                outputs[position] = plain_logits(**known)
         return tuple(outputs)
 
     return run

@@ -3,6 +3,8 @@
 A rewrite is made only when it is safe to make: every consumed value that somebody else uses is free to compute, no
 in-place op stands between what is read and where it is read, no gradient is cut in the middle (``no_grad``), and the
 op's result (run on fake tensors) has the shape, dtype and device of what it replaces.
+
+A rule that raises costs the site at which it did, a rewrite that raises is taken back: the others are made.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
+from fastft.fallback import Attempt, said
 from fastft.kernels._op import Reason, Recompute
 from fastft.kernels._triton import HAS_TRITON
 from fastft.options import Options
@@ -31,12 +34,13 @@ _FREE = _see.VIEWS | {"cast", "contiguous", "size", "input"}
 
 @dataclass
 class Rewritten:
-    """What the rewriting of one graph did: the sites, and the graph outputs that are to be lazy (node → operands of
-    ``lazy_logits``).
+    """What the rewriting of one graph did: the sites, the graph outputs that are to be lazy (node → operands of
+    ``lazy_logits``), and what failed.
     """
 
     sites: list[Site] = field(default_factory=list)
     lazy: dict[fx.Node, dict[str, Any]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
 
 
 class Fuel:
@@ -59,7 +63,8 @@ def rewrite(gm: fx.GraphModule, options: Options, fake_mode: Any) -> Rewritten:
     done = Rewritten()
     fuel = Fuel(options.fuel)
     for table in tables():
-        _apply(gm, table, options, fuel, fake_mode, done)
+        with Attempt(f"table {table.name}", "the rest of its sites stay as they were", done.errors, options.strict):
+            _apply(gm, table, options, fuel, fake_mode, done)
     gm.graph.lint()
     gm.recompile()
     return done
@@ -83,7 +88,7 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
         if rules is None:
             rules = by_op[name] = table.rules_for(name)
         recognised: set[fx.Node] = set()
-        for rule, match, answer in _answers(rules, node):
+        for rule, match, answer in _answers(rules, node, done.errors, options.strict):
             site = Site(table.name, module_path(node), MISSED, rule=rule.where, node=node.name)
             if isinstance(answer, Rewrite):
                 answer.outputs = answer.outputs or (match.anchor,)
@@ -92,13 +97,20 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
                     refused[node] = _but(site, SKIPPED, "switched off by options={'disable': ...}")
                     consumed |= answer.inside
                     break
-                problem = _unsafe(answer, order, memory)
-                if problem is None and fuel.out:
+                made: Reason | dict[fx.Node, fx.Node] | None = None
+                with _trying(rule, "making its rewrite", done.errors, options.strict) as attempt:
+                    made = _unsafe(answer, order, memory)
+                    if made is None and not fuel.out:
+                        made = _replace(gm, answer, fake_mode, order)
+                if attempt.failed is not None:
+                    made = _failed(attempt.failed)
+                if made is None:
                     refused[node] = _but(site, SKIPPED, "out of fuel")
                     consumed |= answer.inside
                     break
-                made = problem or _replace(gm, answer, fake_mode, order)
                 if not isinstance(made, Reason):
+                    for old in made:
+                        sweep(gm.graph, old)
                     fuel.burn()
                     notes = "" if answer.lazy and not options.lazy_logits else answer.notes
                     done.sites.append(_but(site, REPLACED, "", notes))
@@ -112,25 +124,49 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
             if node not in parts:
                 refused.setdefault(node, _but(site, MISSED, f"{answer.code}: {answer.text}"))
             parts |= match.inside - {node}
-            if answer.code != "escapes":
+            if answer.code not in ("escapes", "failed"):
                 recognised |= match.inside - {node}
         else:
             consumed |= recognised  # the parts of a site that stays as it was are no sites of their own
     for node in gm.graph.nodes:
         if node in refused or node in consumed or node in parts:
             continue
-        if node.op in ("call_function", "call_method") and (what := table.seed(node)) is not None:
+        what = None
+        if node.op in ("call_function", "call_method"):
+            with Attempt(f"seed of table {table.name}", "sites may be unreported", done.errors, options.strict):
+                what = table.seed(node)
+        if what is not None:
             status = SKIPPED if table.name in options.disable else MISSED
             refused[node] = Site(table.name, module_path(node), status, f"no rule fits: {what}", node=node.name)
     done.sites += [site for node, site in refused.items() if not node._erased]
 
 
-def _answers(rules: Sequence[Rule], node: fx.Node) -> Iterator[tuple[Rule, Match, Rewrite | Reason]]:
+def _answers(
+    rules: Sequence[Rule], node: fx.Node, errors: list[str], strict: bool
+) -> Iterator[tuple[Rule, Match, Rewrite | Reason]]:
     for rule in rules:
-        for match in rule.tries(node):
-            answer = rule.build(match)
+        matches = rule.tries(node)
+        while True:
+            match: Match | None = None
+            with _trying(rule, "matching", errors, strict):
+                match = next(matches, None)
+            if match is None:
+                break
+            answer: Rewrite | Reason | None = None
+            with _trying(rule, "its answer to a match", errors, strict) as attempt:
+                answer = rule.build(match)
+            if attempt.failed is not None:
+                answer = _failed(attempt.failed)
             if answer is not None:
                 yield rule, match, answer
+
+
+def _trying(rule: Rule, what: str, errors: list[str], strict: bool) -> Attempt:
+    return Attempt(f"rule {rule.where}: {what}", "the site stays as it was", errors, strict)
+
+
+def _failed(error: Exception) -> Reason:
+    return Reason("failed", said(error))
 
 
 def _but(site: Site, status: str, reason: str, notes: str = "") -> Site:
@@ -258,9 +294,9 @@ def _storage(node: Any) -> int | None:
 def _replace(
     gm: fx.GraphModule, answer: Rewrite, fake_mode: Any, order: dict[fx.Node, int]
 ) -> Reason | dict[fx.Node, fx.Node]:
-    """Insert the op in its place, check it, move the users over and erase what nobody uses any more.
+    """Insert the op in its place, check it, and move the users over; what raises on the way leaves the graph as it was.
 
-    Returns what each output was replaced by, or the reason that nothing was done.
+    Returns what each output was replaced by, or the reason that nothing was done. Sweeping is left to the caller.
     """
     place = _place(answer, order)
     values = _run_fake(answer, fake_mode)
@@ -275,31 +311,35 @@ def _replace(
         problem = _differs(old, got)
         if problem is not None:
             return problem
-    with gm.graph.inserting_after(place):
-        new = gm.graph.call_function(answer.target, answer.args, answer.kwargs)
-    _tag(new, place, values, answer)
-    replacements = [new]
-    if len(answer.outputs) > 1:
-        replacements = []
-        for index, got in reversed(list(enumerate(results))):
-            with gm.graph.inserting_after(new):
-                item = gm.graph.call_function(operator.getitem, (new, index))
-            _tag(item, place, got, answer)
-            replacements.insert(0, item)
-    order[new] = order[place]
-    for item in replacements:
-        order[item] = order[place]
-
-    def moves(user: fx.Node) -> bool:
-        return user is not new
-
-    for old, item in zip(answer.outputs, replacements, strict=True):
-        old.replace_all_uses_with(item, delete_user_cb=moves)
-        item.meta.setdefault("nn_module_stack", old.meta.get("nn_module_stack"))
-        _relax_views(old, item)
-    for old in answer.outputs:
-        sweep(gm.graph, old)
-    return dict(zip(answer.outputs, replacements, strict=True))
+    added: list[fx.Node] = []
+    moved: dict[fx.Node, fx.Node] = {}
+    try:
+        with gm.graph.inserting_after(place):
+            new = gm.graph.call_function(answer.target, answer.args, answer.kwargs)
+        added.append(new)
+        _tag(new, place, values, answer)
+        replacements = [new]
+        if len(answer.outputs) > 1:
+            replacements = []
+            for index, got in reversed(list(enumerate(results))):
+                with gm.graph.inserting_after(new):
+                    item = gm.graph.call_function(operator.getitem, (new, index))
+                added.append(item)
+                _tag(item, place, got, answer)
+                replacements.insert(0, item)
+        for old, item in zip(answer.outputs, replacements, strict=True):
+            moved[old] = item
+            old.replace_all_uses_with(item, delete_user_cb=lambda user: user is not new)
+            item.meta.setdefault("nn_module_stack", old.meta.get("nn_module_stack"))
+            _relax_views(old, item)
+    except Exception:
+        for old, item in moved.items():
+            item.replace_all_uses_with(old)
+        for node in reversed(added):
+            gm.graph.erase_node(node)
+        raise
+    order.update(dict.fromkeys(added, order[place]))
+    return moved
 
 
 def _relax_views(old: fx.Node, new: fx.Node) -> None:

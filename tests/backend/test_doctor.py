@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -195,11 +196,36 @@ def test_autoload_switched_off(monkeypatch: pytest.MonkeyPatch, variable: str) -
 
 def test_caches_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTFT_CACHE_DIR", str(tmp_path / "ours"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
     rows = {row.name: row for row in doctor._caches()}
-    assert rows["triton cache"].status == BROKEN
+    assert rows["triton cache"].status == WARNING
+    assert f"{tmp_path / 'ours' / 'triton-cache'} is used" in rows["triton cache"].found
     assert "TRITON_CACHE_DIR" in rows["triton cache"].fix
-    assert rows["inductor cache"].status == OK
+    assert rows["inductor cache"].status == rows["fastft cache"].status == OK
+
+
+def test_a_cache_that_others_may_write_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "torch"), ("FASTFT_CACHE_DIR", "ours")):
+        monkeypatch.setenv(variable, str(tmp_path / name))
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(0o777)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rows = {row.name: row for row in doctor._caches()}
+    for name in ("inductor cache", "fastft cache"):
+        assert rows[name].status == WARNING
+        assert "others than its owner may write to it" in rows[name].found
+        assert rows[name].fix
+    assert f"{tmp_path}/fastft-" in rows["inductor cache"].found  # no other place than a temporary one
+
+
+def test_no_place_for_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastft import caches
+
+    monkeypatch.setattr(caches, "unusable", lambda folder: "it is on the moon")
+    rows = {row.name: row for row in doctor._caches()}
+    assert rows["inductor cache"].status == BROKEN
+    assert "there is no other folder" in rows["inductor cache"].found
 
 
 @pytest.mark.parametrize(
