@@ -9,6 +9,9 @@
 #   compare [train.py arguments]       bench/train.py compare
 #   run [train.py arguments]           bench/train.py run
 #   checkpoint MODEL                   write a random-weight checkpoint
+#   errors model|ops [arguments]       bench/errors.py: gradient errors of models, of every op
+#   sanitize [memcheck] [racecheck]    tests/gpu/sanitize.sh: compute-sanitizer over every kernel (default both)
+#   large                              tests/gpu/test_large.py: tensors of more than 2³¹ elements
 #   pytest [arguments]                 any other tests
 #   python [arguments]                 any other script
 # $OUT gets summary.txt, log.txt and each step's JSON (junit XML for tests). The summary is printed last. LIMIT_S (570) bounds it all.
@@ -88,9 +91,12 @@ step() { # STEP[:SECONDS] ARGUMENTS...
     compare) command=("$python" bench/train.py compare --peers "$peers" --budget $((seconds - 10)) --log "$log" --out "$result.json") ;;
     run) command=("$python" bench/train.py run --out "$result.json") ;;
     checkpoint) command=("$python" bench/train.py checkpoint --model) ;;
+    errors) command=("$python" bench/errors.py) && set -- "$@" --out "$result.json" ;;
+    sanitize) command=(env SANITIZE_S=$((seconds - 8)) PYTHON="$python" tests/gpu/sanitize.sh) ;;
+    large) command=("$python" -m pytest -o addopts=--import-mode=importlib tests/gpu/test_large.py -v --durations 12 -p no:cacheprovider --no-header --tb=short -rfEs --junitxml "$result.xml") ;;
     pytest) command=("$python" -m pytest -p no:cacheprovider --no-header --tb=short -rfE --junitxml "$result.xml") ;;
     python) command=("$python") ;;
-    *) note "== $name: no such step (kernels, bench, compare, run, checkpoint, pytest, python)"; failures=$((failures + 1)); return ;;
+    *) note "== $name: no such step (kernels, bench, compare, run, checkpoint, errors, sanitize, large, pytest, python)"; failures=$((failures + 1)); return ;;
   esac
   echo "== $name $*" | tee -a "$log"
   OUT=$out timeout -k 5 "$seconds" "${command[@]}" "$@" >"$output" 2>&1
@@ -100,6 +106,8 @@ step() { # STEP[:SECONDS] ARGUMENTS...
   # What a reader wants of each: a compare's table, the short summary of tests, the end of anything else.
   case $name in
     compare) grep -v '^\[bench' "$output" | tail -40 ;;
+    errors) grep -E '[│┃]|Error' "$output" | sed 's/[│┃]/|/g; s/  */ /g' | tail -$([[ $1 == model ]] && echo 9 || echo 45) | cut -c1-220 ;;
+    large) grep -E '^(FAILED|ERROR|SKIPPED) |(passed|failed|error|skipped).* in |s call ' "$output" | cut -c1-220 | tail -40 ;;
     kernels | pytest) grep -E '^(FAILED|ERROR) |(passed|failed|error).* in ' "$output" | cut -c1-220 | tail -40 ;;
     bench) grep -E '^(FAILED|ERROR) |(passed|failed|error).* in |^µs|[│┃]' "$output" | cut -c1-400 | tail -60 ;;
     *) tail -25 "$output" | cut -c1-300 ;;
