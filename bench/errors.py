@@ -97,7 +97,7 @@ def draw(model: Any, seed: int, batch: int, seq: int) -> dict[str, Any]:
             )
             if parameter.dim() == 1:
                 parameter.copy_(1 + 0.1 * noise)
-            elif noise is not None:  # x Aᵀ keeps x's scale; B Aᵀ is about as large as the weight
+            elif noise is not None:  # x Aᵀ keeps x's scale; the adapter adds about a tenth of what its layer gives
                 parameter.copy_(noise * (parameter.shape[1] ** -0.5 if "lora_A" in name else 0.02))
     ids = torch.randint(4, model.config.vocab_size, (batch, seq), generator=generator).to(model.device)
     return {"input_ids": ids, "labels": ids}
@@ -199,25 +199,23 @@ def _rms(values: Sequence[float]) -> float:
 def run_models(a: argparse.Namespace) -> dict[str, Any]:
     """All settings: a process each, side by side, since most of their time is compiling."""
     if len(a.settings) == 1:
-        rows = [run_setting(a.settings[0], a)]
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            files = {setting: Path(folder) / f"{setting}.json" for setting in a.settings}
-            processes = {
-                setting: subprocess.Popen(
-                    [sys.executable, str(Path(__file__).resolve()), *_again(a, setting), "--out", str(file)],
-                    stdout=sys.stderr,
-                )
-                for setting, file in files.items()
-            }
-            codes = {setting: process.wait() for setting, process in processes.items()}
-            rows = [
-                json.loads(file.read_text())["rows"][0]
-                if file.exists()
-                else {"setting": setting, "status": "failed", "error": f"the process ended with {codes[setting]}"}
-                for setting, file in files.items()
-            ]
-    return {**_head("model", a), "rows": rows}
+        return {**_head("model", a), "rows": [run_setting(a.settings[0], a)]}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {setting: Path(folder) / f"{setting}.json" for setting in a.settings}
+        script = str(Path(__file__).resolve())
+        processes = {
+            setting: subprocess.Popen(
+                [sys.executable, script, *_again(a, setting), "--out", str(file)], stdout=sys.stderr
+            )
+            for setting, file in files.items()
+        }
+        result = {**_head("model", a), "rows": []}
+        for setting, process in processes.items():
+            code = process.wait()
+            failed = {"setting": setting, "status": "failed", "error": f"the process ended with code {code}"}
+            file = files[setting]
+            result["rows"].append(json.loads(file.read_text())["rows"][0] if file.exists() else failed)
+    return result
 
 
 def run_setting(setting: str, a: argparse.Namespace) -> dict[str, Any]:
@@ -391,7 +389,11 @@ def op_cases(a: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
                 continue
             if torch.cuda.is_available():
                 found = shapes(family, model="llama-3.1-8b", tag="primary") or shapes(family, tag="primary")[:1]
-                found = [dataclasses.replace(s, dims={**s.dims, "batch": 1, "seq": a.seq}) for s in found[: a.shapes]]
+                sizes = {"batch": 1, "seq": a.seq}
+                found = [
+                    dataclasses.replace(s, dims={k: sizes.get(k, v) for k, v in s.dims.items()})
+                    for s in found[: a.shapes]
+                ]
             else:
                 found = [s for s in shapes(family, tag="test") if s.get("activation", "silu") == "silu"][: a.shapes]
             yield from ((name, maker, shape) for shape in found)
