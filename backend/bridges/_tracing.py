@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
 from fastft import _torch_compat as compat
+
+_log = logging.getLogger("fastft")
+#: Why bridges cannot be used: said once.
+_SAID: list[Exception] = []
 
 
 def is_fastft(backend: Any) -> bool:
@@ -25,7 +30,13 @@ def is_fastft(backend: Any) -> bool:
 def _tracing() -> bool:
     # Dynamo runs this for real while it traces. Its answer needs no guard of its own: compiled code is never shared
     # between backends.
-    return is_fastft(compat.backend_in_trace())
+    try:
+        return is_fastft(compat.backend_in_trace())
+    except Exception as error:  # raised in the middle of somebody's model, it would end the training
+        if not _SAID:
+            _SAID.append(error)
+            _log.warning("no bridge is used, torch does not say what it traces for: %s", error, exc_info=True)
+        return False
 
 
 def tracing() -> bool:

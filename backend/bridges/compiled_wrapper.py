@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastft import _torch_compat as compat
 from fastft.bridges._bridge import StayOut, attribute
 from fastft.bridges._tracing import is_fastft
 
+_log = logging.getLogger("fastft")
 #: module → the class whose constructors, and those of its subclasses, take a model.
 OWNERS = {"transformers.trainer": "Trainer", "peft.peft_model": "PeftModel"}
 _DONE = "_fastft_unwraps"
@@ -29,14 +31,23 @@ _DONE = "_fastft_unwraps"
 
 def unwrap(value: Any) -> Any:
     """``value``, or, if it is a ``torch.compile`` wrapper of fastft's, the module in it, compiled in place. Looks into
-    lists and tuples.
+    lists and tuples. What cannot be unwrapped is left as it is, with a warning.
     """
+    try:
+        return _unwrap(value)
+    except Exception as error:  # inside of a trainer's constructor
+        what = "a compiled model stays in its wrapper: use model.compile(backend='fastft'), which makes none: %s: %s"
+        _log.warning(what, type(error).__name__, error, exc_info=True)
+        return value
+
+
+def _unwrap(value: Any) -> Any:
     if type(value) in (list, tuple):
-        return type(value)(unwrap(v) for v in value)
+        return type(value)(_unwrap(v) for v in value)
     context = compat.wrapper_context(value) if isinstance(value, torch.nn.Module) else None
     if context is None or not is_fastft(context.callback):
         return value
-    module = unwrap(value._orig_mod)
+    module = _unwrap(value._orig_mod)
     # What Module.compile() sets; the context is what it would make, with all that torch.compile was asked for.
     module._compiled_call_impl = context(module._call_impl)
     return module
