@@ -101,7 +101,7 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
                 with _trying(rule, "making its rewrite", done.errors, options.strict) as attempt:
                     made = _unsafe(answer, order, memory)
                     if made is None and not fuel.out:
-                        made = _replace(gm, answer, fake_mode, order)
+                        made = _replace(gm, answer, fake_mode, order, memory)
                 if attempt.failed is not None:
                     made = _failed(attempt.failed)
                 if made is None:
@@ -279,6 +279,14 @@ class Memory:
                     return write
         return None
 
+    def writes_to(self, node: fx.Node) -> fx.Node | None:
+        """An in-place op that writes to the memory of ``node``, through whatever view."""
+        storage = _storage(node)
+        for write, _ in self.writes:
+            if storage is not None and not write._erased and storage in map(_storage, _see.written(write)):
+                return write
+        return None
+
 
 def _base(node: Any) -> Any:
     """The node whose memory ``node`` may be a view of, as far as the graph says it."""
@@ -292,11 +300,13 @@ def _storage(node: Any) -> int | None:
 
 
 def _replace(
-    gm: fx.GraphModule, answer: Rewrite, fake_mode: Any, order: dict[fx.Node, int]
+    gm: fx.GraphModule, answer: Rewrite, fake_mode: Any, order: dict[fx.Node, int], memory: Memory
 ) -> Reason | dict[fx.Node, fx.Node]:
     """Insert the op in its place, check it, and move the users over; what raises on the way leaves the graph as it was.
 
     Returns what each output was replaced by, or the reason that nothing was done. Sweeping is left to the caller.
+
+    A result that is written to later is copied first: an op may have kept it for its backward, and may return a view.
     """
     place = _place(answer, order)
     values = _run_fake(answer, fake_mode)
@@ -311,6 +321,10 @@ def _replace(
         problem = _differs(old, got)
         if problem is not None:
             return problem
+    writes = {old: memory.writes_to(old) for old in answer.outputs}
+    for old, got in zip(answer.outputs, results, strict=True):
+        if (write := writes[old]) is not None and _see.value(old).stride() != got.stride():
+            return Reason("in_place", f"{write.name} writes to {old.name}, and the op's result has other strides")
     added: list[fx.Node] = []
     moved: dict[fx.Node, fx.Node] = {}
     try:
@@ -328,6 +342,13 @@ def _replace(
                 _tag(item, place, got, answer)
                 replacements.insert(0, item)
         for old, item in zip(answer.outputs, replacements, strict=True):
+            if writes[old] is not None:
+                got = _see.value(item)
+                with gm.graph.inserting_after(item):
+                    item = gm.graph.call_function(torch.clone, (item,))
+                added.append(item)
+                with fake_mode if fake_mode is not None else contextlib.nullcontext():
+                    _tag(item, place, got.clone(), answer)
             moved[old] = item
             old.replace_all_uses_with(item, delete_user_cb=lambda user: user is not new)
             item.meta.setdefault("nn_module_stack", old.meta.get("nn_module_stack"))

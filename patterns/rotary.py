@@ -132,6 +132,9 @@ def _arguments(m: Match, style: str) -> dict[str, Any] | None:
     table = m["cos"]
     if rank(source) != 4 or not isinstance(table, fx.Node):
         return None
+    # Three axes are broadcast: the first of them over the heads, not over the batch as the op would have it.
+    if rank(table) == 3 and not same_size(shape(table)[0], 1):
+        return None
     # The tables have an axis of one where the heads are; q and k as [batch, seq, heads, D] have it third.
     sizes, seq_dim = shape(source), 2
     if rank(table) == 4 and not (same_size(shape(table)[1], 1) and same_size(shape(table)[2], sizes[2])):

@@ -1,8 +1,26 @@
-"""What the end of a run says besides pytest's own: how many mutants were killed, how many cases were made up."""
+"""How many cases hypothesis makes up, and what the end of a run says besides pytest's own: how many mutants were
+killed, how many cases were made up, and what they reached.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+from fastft.kernels._op import INTERPRET
+
+# "short" runs the same cases each time, --hypothesis-profile long new ones. Triton interpreted is slow, and on a GPU
+# most cases have sizes of their own and compile kernels of their own (about a second each).
+_COMPILES = INTERPRET or torch.cuda.is_available()
+_ANY: dict[str, Any] = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+_ANY["phases"] = [Phase.explicit, Phase.generate]
+settings.register_profile("short", max_examples=24 if _COMPILES else 240, derandomize=True, **_ANY)
+settings.register_profile("long", max_examples=500 if _COMPILES else 3_000, **_ANY)
+settings.load_profile("short")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -10,7 +28,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     properties = [(name, value) for r in reports for name, value in r.user_properties]
     fates = [value for name, value in properties if name == "mutant"]
     counts = [value for name, value in properties if name == "fuzz"]
+    graphs = sum((Counter(value) for name, value in properties if name == "graphs"), Counter())
     if fates:
         terminalreporter.write_line(f"mutants: {sum(fates)} of {len(fates)} killed ({sum(fates) / len(fates):.0%})")
     if counts:
         terminalreporter.write_line(f"fuzz: {sum(counts):,} cases of {len(counts)} ops")
+    if graphs:
+        cases = graphs.pop("cases")
+        reached = ", ".join(f"{name} {times:,}" for name, times in graphs.most_common())
+        terminalreporter.write_line(f"graph fuzz: {cases:,} networks; replaced in {reached}")

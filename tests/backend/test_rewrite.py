@@ -160,6 +160,51 @@ def test_views_below_follow_new_strides(g: Build, use: Any) -> None:
     torch.testing.assert_close(run(gm, t), before)  # view() would raise on these strides
 
 
+class _Keeps(torch.autograd.Function):
+    """2 tanh(x), returned as a view and kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y := (torch.tanh(x) * 2.0).view(x.shape))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        return dy * (2.0 - y.square() / 2.0)
+
+
+def kept(x: torch.Tensor) -> torch.Tensor:
+    return _Keeps.apply(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", ["itself", "a view"])
+def test_a_result_that_is_written_to_is_copied_first(g: Build, use: Any, way: str) -> None:
+    a = g.input(2, 3, grad=True)
+    node = tanh2(g, a)
+    gm = g.module(g.call("add_", node if way == "itself" else g.call("view", node, 6), 1.0))
+    t = torch.randn(2, 3, requires_grad=True)
+    before = run(gm, t)
+    done = use(gm, table(lambda m: Rewrite(kept, (m["x"],))))
+    assert status(done) == [(REPLACED, "")] and count(gm, torch.clone) == 1
+    torch.testing.assert_close(run(gm, t), before)
+    (after,) = gm(t)
+    (grad,) = torch.autograd.grad(after.sum(), t)
+    torch.testing.assert_close(grad, 2 * (1 - torch.tanh(t) ** 2).detach())
+
+
+def test_a_write_through_a_view_needs_the_same_strides(g: Build, use: Any) -> None:
+    """``view`` would become ``reshape``, and a write to that does not reach the result."""
+
+    def transposed(x: torch.Tensor, c: float) -> torch.Tensor:
+        return (torch.tanh(x) * c).mT.contiguous().mT
+
+    node = tanh2(g, g.input(2, 3, 4))
+    g.call("add_", g.call("view", node, 6, 4), 1.0)
+    gm = g.module(node)
+    assert reason(use(gm, table(lambda m: Rewrite(transposed, (m["x"], m["c"]))))).startswith("in_place:")
+
+
 # -------------------------------------------------------------------------------------------------- what is left alone
 
 

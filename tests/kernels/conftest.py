@@ -3,11 +3,8 @@ PyTorch bodies otherwise."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
 
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
@@ -16,14 +13,6 @@ if INTERPRET and HAS_TRITON:
     from tests.kernels._interpreter import repair
 
     repair()
-
-
-# For test_fuzz.py: "short" runs the same cases each time, --hypothesis-profile long new ones.
-_ANY: dict[str, Any] = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-_ANY["phases"] = [Phase.explicit, Phase.generate]
-settings.register_profile("short", max_examples=24 if INTERPRET else 240, derandomize=True, **_ANY)
-settings.register_profile("long", max_examples=500 if INTERPRET else 3_000, **_ANY)
-settings.load_profile("short")
 
 
 def pytest_report_header() -> str:

@@ -3,7 +3,7 @@ of two, any strides, masks of every kind, labels that are all ignored or all the
 
 The number of cases is a profile's: ``pytest tests/kernels/test_fuzz.py --hypothesis-profile long`` is the long mode,
 with new cases at every run; without it the same cases are run each time. On the PyTorch bodies there are ten times as
-many as in Triton's interpreter, which is slow (conftest.py has the profiles).
+many as in Triton's interpreter, which is slow (tests/conftest.py has the profiles).
 """
 
 from __future__ import annotations

@@ -167,3 +167,21 @@ def test_tables_that_learn_are_left_with_a_reason():
     _, report, _ = rewritten(hf("llama"), *qk(), cos, sin)
     assert not report.counts
     assert any("requires a gradient" in s.reason for s in report.missed), str(report)
+
+
+@pytest.mark.parametrize("style", ["half", "apart"])
+def test_tables_of_each_head_are_left(style):
+    """``[heads, seq, D]`` is broadcast over the batch, also where there are as many sequences as heads."""
+
+    def half(q, cos, sin):
+        return q * cos + ROTATE_HALF(q) * sin
+
+    def apart(q, cos, sin):
+        first, second = q.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    q, angle = torch.randn(B, B, S, D), torch.randn(B, S, D if style == "half" else D // 2)
+    fn = half if style == "half" else apart
+    result, report, _ = rewritten(fn, q, angle.cos(), angle.sin())
+    assert not report.counts, str(report)
+    assert torch.equal(result, fn(q, angle.cos(), angle.sin()))
