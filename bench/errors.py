@@ -368,8 +368,10 @@ def op_values(fn: Callable[..., Any], arguments: dict[str, Any], trained: Sequen
     outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.numel() and o.is_floating_point()]
     ends = [o for o in outs if o.requires_grad]
     generator = torch.Generator(outs[0].device).manual_seed(1)
-    # Rounded to bf16, so that they are the same numbers in every dtype.
-    seeds = [torch.randn(o.shape, generator=generator, device=o.device).bfloat16().to(o.dtype) for o in ends]
+    # Rounded to bf16, so that they are the same numbers in every dtype; and laid out as the output is, as a model's are
+    # (with other strides than the output's cuDNN's gradients were wrong, torch 2.11).
+    normal = [torch.randn(o.shape, generator=generator, device=o.device).bfloat16() for o in ends]
+    seeds = [torch.empty_like(o).copy_(values) for o, values in zip(ends, normal, strict=True)]
     wanted = [x for x, t in zip(flat, trained, strict=True) if t]
     return [*(o.detach() for o in outs), *(torch.autograd.grad(ends, wanted, seeds) if wanted else ())]
 

@@ -3,7 +3,7 @@
 #
 #   tests/gpu/run.sh STEP[:SECONDS] [ARGUMENTS] [-- STEP[:SECONDS] [ARGUMENTS]]...
 #
-# Steps, in order, each within its SECONDS (default: what is left):
+# Steps, in order, each within its SECONDS (default: what is left); with ++ in place of --, beside the one before (nothing timed, then):
 #   kernels [pytest arguments]         tests/kernels on CUDA (the derivations need no GPU)
 #   bench [pytest arguments]           bench/kernels.py, kernel times (-k llama-3.1-8b: about 2 minutes; all: long)
 #   compare [train.py arguments]       bench/train.py compare
@@ -73,20 +73,20 @@ print(f"{device}, torch {torch.__version__}, python {sys.version.split()[0]}, fa
 note "commit $commit, set up after $((SECONDS - started)) s"
 
 workers=$(nproc)
-failures=0
 number=0
+parts=$(mktemp -d) # a step's summary, and a file for each failure
 step() { # STEP[:SECONDS] ARGUMENTS...
   local name=${1%%:*} seconds at=$SECONDS code result show=tail
   seconds=$(left)
   [[ $1 == *:* ]] && ((${1#*:} < seconds)) && seconds=${1#*:}
   shift
-  number=$((number + 1))
   result=$out/$number-$name
-  if ((seconds < 10)); then note "== $name: not started, no time left"; failures=$((failures + 1)); return; fi
+  local summary=$parts/$number
+  if ((seconds < 10)); then note "== $name: not started, no time left"; touch "$summary.failed"; return; fi
   local output; output=$(mktemp)
   local command
   case $name in
-    kernels) export OMP_NUM_THREADS=1 TRITON_INTERPRET=0; command=("$python" -m pytest -o addopts=--import-mode=importlib tests/kernels --ignore tests/kernels/test_derivations.py -v --durations 12 -p no:cacheprovider --no-header --tb=short -rfE -n "$workers" --dist worksteal --junitxml "$result.xml") ;;
+    kernels) command=(env OMP_NUM_THREADS=1 TRITON_INTERPRET=0 "$python" -m pytest -o addopts=--import-mode=importlib tests/kernels --ignore tests/kernels/test_derivations.py -v --durations 12 -p no:cacheprovider --no-header --tb=short -rfE -n "$workers" --dist worksteal --junitxml "$result.xml") ;;
     bench) command=("$python" -m pytest bench/kernels.py -p no:cacheprovider --no-header --tb=short -rfE --benchmark-quiet --benchmark-json "$result.json") ;;
     compare) command=("$python" bench/train.py compare --peers "$peers" --budget $((seconds - 10)) --log "$log" --out "$result.json") ;;
     run) command=("$python" bench/train.py run --out "$result.json") ;;
@@ -96,7 +96,7 @@ step() { # STEP[:SECONDS] ARGUMENTS...
     large) command=("$python" -m pytest -o addopts=--import-mode=importlib tests/gpu/test_large.py -v --durations 12 -p no:cacheprovider --no-header --tb=short -rfEs --junitxml "$result.xml") ;;
     pytest) command=("$python" -m pytest -p no:cacheprovider --no-header --tb=short -rfE --junitxml "$result.xml") ;;
     python) command=("$python") ;;
-    *) note "== $name: no such step (kernels, bench, compare, run, checkpoint, errors, sanitize, large, pytest, python)"; failures=$((failures + 1)); return ;;
+    *) note "== $name: no such step (kernels, bench, compare, run, checkpoint, errors, sanitize, large, pytest, python)"; touch "$summary.failed"; return ;;
   esac
   echo "== $name $*" | tee -a "$log"
   OUT=$out timeout -k 5 "$seconds" "${command[@]}" "$@" >"$output" 2>&1
@@ -113,18 +113,21 @@ step() { # STEP[:SECONDS] ARGUMENTS...
     *) tail -25 "$output" | cut -c1-300 ;;
   esac >>"$summary"
   rm -f "$output"
-  ((code == 0)) || failures=$((failures + 1))
+  ((code == 0)) || touch "$summary.failed"
 }
 
 words=()
 for word in "$@" --; do
-  if [[ $word == -- ]]; then
-    ((${#words[@]})) && step "${words[@]}"
+  if [[ $word == -- || $word == ++ ]]; then
+    if ((${#words[@]})); then number=$((number + 1)); step "${words[@]}" & fi
+    [[ $word == ++ ]] || wait
     words=()
   else
     words+=("$word")
   fi
 done
+for ((i = 1; i <= number; i++)); do cat "$parts/$i" >>"$summary"; done
+failures=$(find "$parts" -name '*.failed' | wc -l)
 note "all steps: $((SECONDS - started)) s, $failures failed"
 # The caller sees only the end of the output.
 echo; tail -c 9000 "$summary"

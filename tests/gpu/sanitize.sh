@@ -22,6 +22,7 @@ left() { local s=$((limit - (SECONDS - started))); echo $((s > 1 ? s : 1)); }
 sanitizer=$(command -v compute-sanitizer || ls -d /usr/local/cuda*/bin/compute-sanitizer /usr/local/cuda*/compute-sanitizer/compute-sanitizer 2>/dev/null | tail -1)
 [[ -n $sanitizer ]] || { echo "compute-sanitizer is neither on the PATH nor under /usr/local/cuda*"; exit 1; }
 "$sanitizer" --version | tail -1
+cores=$(env -u OMP_NUM_THREADS nproc) # which obeys OpenMP's variables
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 TRITON_INTERPRET=0
 
 # Ours and PyTorch's elementwise kernels are checked; cuBLAS's and cuDNN's, whose names end otherwise, are not.
@@ -41,7 +42,7 @@ planted() { # TOOL: whether it finds the mistake that is planted for it
 }
 
 # Compile while the planted mistakes are looked for.
-compilers=$(($(nproc) > 3 ? $(nproc) - 2 : 1)) warm=()
+compilers=$((cores > 3 ? cores - 2 : 1)) warm=()
 for ((i = 0; i < compilers; i++)); do
   timeout -k 5 "$(left)" "$python" tests/gpu/launch_all.py --part "$i/$compilers" >"$work/warm-$i" 2>&1 &
   warm+=($!)
