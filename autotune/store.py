@@ -18,6 +18,7 @@ nothing and wait for nobody. A store never raises, unless it is ``strict``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -72,9 +73,26 @@ def distrust(info: os.stat_result) -> str:
         return ""
     if info.st_uid not in (os.getuid(), 0):
         return f"it belongs to user {info.st_uid}, not to {os.getuid()}"
-    if info.st_mode & 0o022 and not stat.S_ISLNK(info.st_mode):
+    others = stat.S_IWOTH if _is_private(info.st_gid) else stat.S_IWOTH | stat.S_IWGRP
+    if info.st_mode & others and not stat.S_ISLNK(info.st_mode):
         return f"others than its owner may write to it (mode {stat.S_IMODE(info.st_mode):04o})"
     return ""
+
+
+@functools.cache
+def _is_private(group: int) -> bool:
+    """Whether nobody but this user is in ``group``: the group of their own that most Linux distributions give every
+    user, and because of which new folders are often open to the group.
+    """
+    import grp
+    import pwd
+
+    try:
+        user, found = pwd.getpwuid(os.getuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    alone = not set(found.gr_mem) - {user.pw_name}
+    return group != 0 and group == user.pw_gid and found.gr_name == user.pw_name and alone
 
 
 # --------------------------------------------------------------------------------------------------------------- schema

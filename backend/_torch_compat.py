@@ -99,9 +99,10 @@ def whole_cache_entries() -> Iterator[None]:
     An entry is a pickle whose file is named by its hash, which torch does not check: with one bit flipped most of them
     still load (85 of 100, measured), as other code or other constants.
     """
-    from torch._inductor.codecache import GuardedCache, sha256_hash
+    from torch._inductor import codecache
 
-    stock = GuardedCache.iterate_over_candidates.__func__
+    cache: Any = codecache.GuardedCache
+    stock = cache.iterate_over_candidates.__func__
 
     def candidates(cls: Any, local: bool, *others: Any) -> Iterator[Any]:
         folder = cls._get_tmp_dir_for_key(others[-1])
@@ -111,15 +112,15 @@ def whole_cache_entries() -> Iterator[None]:
                 if not name.startswith("."):  # another process's, not yet whole
                     with open(path, "rb") as file:
                         content = file.read()
-                    if sha256_hash(content) != name:
+                    if codecache.sha256_hash(content) != name:
                         os.remove(path)
         return stock(cls, local, *others)
 
-    GuardedCache.iterate_over_candidates = classmethod(candidates)
+    cache.iterate_over_candidates = classmethod(candidates)
     try:
         yield
     finally:
-        GuardedCache.iterate_over_candidates = classmethod(stock)
+        cache.iterate_over_candidates = classmethod(stock)
 
 
 def control_flow() -> tuple[type[Exception], ...]:

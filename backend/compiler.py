@@ -152,7 +152,7 @@ def _compile_rest(
     with Attempt("compiling in an empty folder", instead, done.errors), caches.empty_folder():
         return _inductor(gm, example_inputs, options, backward), lazy
     _give_up(gm, untouched, done)
-    return _inductor(gm, example_inputs, options), None  # what fails now is not ours
+    return compat.compile_with_inductor(gm, example_inputs, _patches(options)), None  # what fails now is not ours
 
 
 def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report) -> None:
@@ -165,7 +165,7 @@ def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report) -> None:
 
 
 def _inductor(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *backward_attempt: Callable[[], Attempt]
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, backward_attempt: Callable[[], Attempt]
 ) -> Callable[..., Any]:
     ours = [
         n.target
@@ -174,6 +174,10 @@ def _inductor(
     ]
     stamp = source_hash()
     with compat.cache_stamp({"fastft": stamp, **{compat.qualified_name(target): stamp for target in ours}}):
-        # A step that is compared with eager must draw the same dropout masks.
-        same_draws = {} if options.verify == "never" else {"fallback_random": True}
-        return compat.compile_with_inductor(gm, example_inputs, {**same_draws, **options.inductor}, *backward_attempt)
+        return compat.compile_with_inductor(gm, example_inputs, _patches(options), backward_attempt)
+
+
+def _patches(options: Options) -> dict[str, Any]:
+    # A step that is compared with eager must draw the same dropout masks.
+    same_draws = {} if options.verify == "never" else {"fallback_random": True}
+    return {**same_draws, **options.inductor}

@@ -63,7 +63,7 @@ class Attempt:
 
 def is_ours(error: BaseException) -> bool:
     """Whether training may go on behind this exception as if its step had not been tried."""
-    passed_on = (MemoryError, torch.OutOfMemoryError, InternalError, *compat.control_flow())
+    passed_on: tuple[type, ...] = (MemoryError, torch.OutOfMemoryError, InternalError, *compat.control_flow())
     return not any(isinstance(e, passed_on) for e in causes(error))
 
 

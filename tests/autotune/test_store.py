@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import grp
 import json
 import logging
 import os
+import pwd
 import signal
 import stat
 import subprocess
@@ -13,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +25,14 @@ from fastft.autotune.store import Store, StoreError, integer, listing, number, o
 
 SCHEMA = record(block=integer(1, 1024), time=number(0.0, 1e6), name=text(20), config=table(integer(0, 64), most=4))
 VALUE = {"block": 128, "time": 1.5, "name": "rms_norm", "config": {"warps": 4}}
+IS_PRIVATE: Any = module._is_private
 NEEDS_ROOT = pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
 
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PROBLEMS", {})
+    monkeypatch.setattr(module, "_is_private", lambda group: False)
 
 
 @pytest.fixture
@@ -150,6 +155,27 @@ def test_what_others_may_write_to(store: Store, what: str, mode: int) -> None:
     assert store.get("a") is None and store.items() == {}
     assert any("others than its owner may write to it" in line for line in module.problems())
     assert store.put("a", VALUE) == (what == "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "members", "group", "private"),
+    [("ann", [], 100, True), ("ann", ["ann"], 100, True), ("ann", ["bob"], 100, False), ("staff", [], 100, False),
+     ("ann", [], 101, False), ("ann", [], 0, False)],
+)  # fmt: skip
+def test_a_group_of_ones_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, members: list[str], group: int, private: bool
+) -> None:
+    """Where every user has one, a umask of 002 is usual: what is open to the group is open to nobody."""
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: SimpleNamespace(gr_name=name, gr_mem=members))
+    monkeypatch.setattr(
+        pwd, "getpwuid", lambda uid: SimpleNamespace(pw_name="ann", pw_gid=group if group != 101 else 1)
+    )
+    monkeypatch.setattr(module, "_is_private", IS_PRIVATE.__wrapped__)
+    assert module._is_private(group) == private
+    info = SimpleNamespace(st_uid=os.getuid(), st_gid=group, st_mode=stat.S_IFDIR | 0o775)
+    assert bool(module.distrust(info)) != private
+    info.st_mode = stat.S_IFDIR | 0o777
+    assert module.distrust(info)
 
 
 @NEEDS_ROOT

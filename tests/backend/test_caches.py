@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from fastft import caches
+from fastft.autotune import store
 from tests.backend import _compile_here
 
 NEEDS_ROOT = pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
@@ -30,8 +31,9 @@ NEEDS_ROOT = pytest.mark.skipif(os.getuid() != 0, reason="only root can give a f
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder with something in it."""
+    monkeypatch.setattr(store, "_is_private", lambda group: False)
     folder = tmp_path / "cache"
     (folder / "fxgraph").mkdir(parents=True)
     folder.chmod(0o755)

@@ -313,6 +313,15 @@ def test_a_failure_costs_no_recompilation_and_no_other_graph(monkeypatch: Patch)
     assert "rms_norm" in fastft.reports()[1].counts
 
 
+def test_no_stamp_for_the_caches(monkeypatch: Patch) -> None:
+    """Without it nothing of ours is compiled: what torch's caches hold may be from other sources."""
+    inductor_fails(0)(monkeypatch)
+    monkeypatch.setattr("fastft.compiler.source_hash", boom)
+    model = llama(layers=1)
+    right(model, step(model, batch(), torch.compile(model, backend="fastft", options=INDUCTOR)))
+    assert fastft.report().counts == {} and "compiling failed" in fastft.report().errors[0]
+
+
 def test_what_does_not_compile_at_all_is_the_users(monkeypatch: Patch) -> None:
     """The error is torch's own, of the graph as it came, as without fastft."""
     inductor_fails(99)(monkeypatch)
