@@ -22,9 +22,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 __all__ = [
     "PREFER_RECOMPUTE", "autocast_nodes", "backend_in_trace", "cache_stamp", "compile_with_aot_eager",
     "compile_with_inductor", "control_flow", "copy_graph", "dynamo_counters", "fake_mode_of", "forget_loaded_code",
-    "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source", "is_checkpoint",
-    "is_recompile", "no_side_effect_calls", "qualified_name", "registered_backend", "storage_of", "tree_map",
-    "version", "whole_cache_entries", "wrapper_context",
+    "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
+    "is_checkpoint", "is_recompile", "no_side_effect_calls", "qualified_name", "registered_backend", "storage_of",
+    "tree_map", "version", "whole_cache_entries", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
@@ -49,6 +49,16 @@ def autocast_nodes() -> tuple[Any, Any]:
 def no_side_effect_calls() -> tuple[Any, ...]:
     """Calls that Dynamo leaves in graphs and that do nothing to tensors."""
     return (torch._C._log_api_usage_once,)
+
+
+def grad_mode_at(node: torch.fx.Node) -> bool:
+    """Whether gradients are recorded where ``node`` stands: what the last change before it says (``no_grad`` as Dynamo
+    traces it), or the mode that the graph is compiled in.
+    """
+    while (node := node.prev).op != "root":
+        if node.target is torch._C._set_grad_enabled:
+            return bool(node.args[0])
+    return torch.is_grad_enabled()
 
 
 def fake_mode_of(gm: torch.fx.GraphModule) -> Any:

@@ -212,7 +212,8 @@ def _unsafe(answer: Rewrite, order: dict[fx.Node, int], memory: Memory) -> Reaso
         if order.get(read, 0) > order[place]:
             return Reason("order", f"{read.name} is computed after {place.name}")
     skipped = _between(answer.outputs, reads)
-    if any(_see.requires_grad(output) for output in answer.outputs):
+    # Where no gradients are recorded, the op records none either.
+    if any(_see.requires_grad(output) for output in answer.outputs) or compat.grad_mode_at(place):
         for node in skipped:
             if _cuts_gradient(node):
                 return Reason("no_grad", f"no gradient flows through {node.name}, and one would through the op")

@@ -301,10 +301,28 @@ def test_a_gradient_that_was_cut_in_the_middle(g: Build, use: Any) -> None:
 def test_no_gradient_at_all_is_fine(g: Build, use: Any) -> None:
     with torch.no_grad():
         gm = g.module(tanh2(g, g.input(3, grad=True)))
-    done = use(gm)
+        done = use(gm)
     assert status(done) == [(REPLACED, "")]
     (new,) = [n for n in gm.graph.nodes if n.target is scaled_tanh]
     assert not new.meta["example_value"].requires_grad
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["cut inside", "the site is in no_grad"])
+def test_a_result_without_gradient(g: Build, use: Any, whole: bool) -> None:
+    """Nothing after the cut requires a gradient either: the op must not bring one back."""
+    a = g.input(3, grad=True)
+    g.call(torch._C._set_grad_enabled, False)
+    tanh = g.call(torch.tanh, a)
+    if not whole:
+        g.call(torch._C._set_grad_enabled, True)
+    product = g.call("mul", tanh, 2.0)
+    torch.set_grad_enabled(True)
+    gm = g.module(product)
+    done = use(gm)
+    assert status(done) == ([(REPLACED, "")] if whole else [(MISSED, "no_grad")])
+    (result,) = run(gm, torch.randn(3, requires_grad=True))
+    torch.set_grad_enabled(True)
+    assert not result.requires_grad
 
 
 def test_an_output_that_is_used_too_early(g: Build, use: Any) -> None:

@@ -146,3 +146,17 @@ def test_what_is_left_is_in_the_report():
     _, report, _ = rewritten(escaping, torch.randn(2, 3, 16), torch.randn(16))
     assert [s.pattern for s in report.missed] == ["rms_norm"], "one site, one row"
     assert "also used" in report.missed[0].reason
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_norm_whose_gradient_is_cut_is_left(trained):
+    """x̂ under ``no_grad``; with a frozen weight the result requires no gradient at all."""
+
+    def fn(x, w):
+        with torch.no_grad():
+            x_hat = normalised(x)
+        return w * x_hat
+
+    result, report, _ = rewritten(fn, torch.randn(2, 16, requires_grad=True), torch.ones(16, requires_grad=trained))
+    assert not report.counts and report.missed[0].reason.startswith("no_grad:")
+    assert result.requires_grad == trained
