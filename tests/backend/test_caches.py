@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import random
 import signal
 import stat
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from fastft import _torch_compat as compat
 from fastft import caches
 from fastft.autotune import store
 from tests.backend import _compile_here
@@ -297,6 +299,30 @@ def test_damaged_entries(processes: Processes, cache: Path, damage: Callable[[by
     assert (found["counts"], found["errors"], found["hits"]) == ({"rms_norm": 1}, [], 0)
     assert not any(path.exists() and path.read_bytes() != whole[path] for path in entries)
     assert processes.train(cache)["hits"] == 1
+
+
+def test_what_a_damaged_entry_is(tmp_path: Path) -> None:
+    """One that is not what its name says; what another process is still writing is none."""
+    from torch._inductor.codecache import GuardedCache, sha256_hash
+
+    class Entries(GuardedCache[Any]):
+        @classmethod
+        def _get_tmp_dir_for_key(cls, _key: str) -> str:
+            return str(tmp_path / _key)
+
+    (tmp_path / "key").mkdir()
+    contents = [pickle.dumps(number) for number in range(3)]
+    for content in contents:
+        (tmp_path / "key" / sha256_hash(content)).write_bytes(content)
+    (tmp_path / "key" / sha256_hash(contents[1])).write_bytes(contents[0])
+    (tmp_path / "key" / ".1.2.tmp").write_bytes(b"half")
+    for _ in range(2):
+        with compat.whole_cache_entries():
+            assert {found for found, *_ in Entries.iterate_over_candidates(True, None, "key")} == {0, 2}
+            assert list(Entries.iterate_over_candidates(True, None, "other")) == []
+    names = {sha256_hash(contents[0]), sha256_hash(contents[2]), ".1.2.tmp"}
+    assert {path.name for path in (tmp_path / "key").iterdir()} == names
+    assert "whole_cache_entries" not in Entries.iterate_over_candidates.__func__.__qualname__
 
 
 def test_damaged_kernels(processes: Processes, tmp_path: Path) -> None:
