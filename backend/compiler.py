@@ -16,6 +16,7 @@ from torch import fx
 from fastft import _torch_compat as compat
 from fastft import bridges, caches, reporting
 from fastft.fallback import Attempt
+from fastft.kernels._op import rescue
 from fastft.kernels.linear_cross_entropy import linear_log_prob
 from fastft.normalise import normalise
 from fastft.options import Options
@@ -46,6 +47,7 @@ def fastft(
     """
     # 1. Keep the graph as it came.
     asked = Options.of(options, mode)
+    rescue(not asked.strict)
     done = Report(graphs=1, recompiles=int(compat.is_recompile()))
     untouched = compat.copy_graph(gm.graph)
     plain = fx.GraphModule(gm, compat.copy_graph(gm.graph)) if asked.verify == "first_step" else None

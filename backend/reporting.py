@@ -149,6 +149,7 @@ def report() -> Report:
     """All graphs' reports merged into one, with Dynamo's count of graph breaks and recompilations, and the bridges."""
     from fastft import bridges
     from fastft.autotune import store
+    from fastft.kernels._op import FAILED
 
     breaks = dict(graph_breaks() - _OTHER_BREAKS)
     merged = Report(bridges=bridges.rows(), breaks=sum(breaks.values()), break_reasons=breaks)
@@ -160,6 +161,7 @@ def report() -> Report:
         for key, seconds in one.timings.items():
             merged.timings[key] = merged.timings.get(key, 0.0) + seconds
         merged.merge_plan(one.plan)
+    merged.errors += [f"kernel {name} failed, PyTorch runs in its place: {why}" for name, why in FAILED.items()]
     merged.errors += [f"file not used: {line}" for line in store.problems()]
     return merged
 

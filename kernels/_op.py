@@ -14,8 +14,10 @@ to Inductor. They are defined with ``torch.library.Library``, whose calls cost l
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import enum
 import functools
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,8 @@ from typing import Any
 import sympy
 import torch
 
+log = logging.getLogger("fastft")
+
 LIBRARY = torch.library.Library("fastft", "FRAGMENT")
 
 #: True when Triton runs kernels in its interpreter, on CPU tensors: how the tests run the kernels themselves without
@@ -31,11 +35,26 @@ LIBRARY = torch.library.Library("fastft", "FRAGMENT")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+#: Raw op → why its Triton kernel does not run in this process: its PyTorch body does.
+FAILED: dict[str, str] = {}
+_PLAIN: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
+_RESCUE = False
+
+
+def rescue(wanted: bool) -> None:
+    """Whether an op whose kernel raises (it cannot be compiled for this GPU, needs more shared memory than there is,
+    no C compiler is found) runs its PyTorch body instead, from then on. The backend sets this unless ``strict``; ops
+    that are called by themselves raise.
+    """
+    global _RESCUE
+    _RESCUE = wanted
+
+
 def use_triton(x: torch.Tensor) -> bool:
     """Whether an op's body launches its Triton kernel for ``x`` (CUDA, or the interpreter) or runs its reference (any
-    other CPU tensor).
+    other CPU tensor, and where the kernel failed).
     """
-    return x.is_cuda or INTERPRET
+    return (x.is_cuda or INTERPRET) and not _PLAIN.get()
 
 
 def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -56,13 +75,35 @@ def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
             device = "cpu" if first is None else first.device.type
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-            return run(*args)
+            if name not in FAILED:
+                try:
+                    return run(*args)
+                except Exception as error:
+                    if not (first is not None and use_triton(first) and _rescued(name, error)):
+                        raise
+            # An op is functional: what a kernel left half done is in tensors that nobody has seen.
+            token = _PLAIN.set(True)
+            try:
+                return run(*args)
+            finally:
+                _PLAIN.reset(token)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, body, "CPU")
     LIBRARY.impl(name, body, "CUDA")
     torch.library.register_fake(f"fastft::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.fastft, name).default
+
+
+def _rescued(name: str, error: Exception) -> bool:
+    """Note that an op's kernel failed; False where its exception is to be raised."""
+    from fastft.fallback import is_ours, said
+
+    if not _RESCUE or not is_ours(error):
+        return False
+    FAILED[name] = said(error)
+    log.warning("kernel %s failed, PyTorch runs in its place: %s", name, FAILED[name], exc_info=error)
+    return True
 
 
 @dataclass(frozen=True)

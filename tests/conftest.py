@@ -5,12 +5,14 @@ killed, how many cases were made up, and what they reached.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from fastft.kernels import _op
 from fastft.kernels._op import INTERPRET
 
 # "short" runs the same cases each time, --hypothesis-profile long new ones. Triton interpreted is slow, and on a GPU
@@ -21,6 +23,15 @@ _ANY["phases"] = [Phase.explicit, Phase.generate]
 settings.register_profile("short", max_examples=24 if _COMPILES else 240, derandomize=True, **_ANY)
 settings.register_profile("long", max_examples=500 if _COMPILES else 3_000, **_ANY)
 settings.load_profile("short")
+
+
+@pytest.fixture(autouse=True)
+def kernels_run() -> Iterator[None]:
+    """No kernel fails unseen: training would go on with PyTorch in its place."""
+    _op.rescue(False)
+    before = dict(_op.FAILED)
+    yield
+    assert before == _op.FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -32,6 +32,8 @@ from fastft.bridges import _tracing
 from fastft.compare import assert_within
 from fastft.compiler import transform
 from fastft.fallback import Attempt, InternalError, causes
+from fastft.kernels import _op
+from fastft.kernels.rms_norm import rms_norm
 from fastft.options import Options
 from fastft.patterns import tables
 from fastft.patterns._match import Pattern, Table
@@ -308,6 +310,48 @@ def test_one_rewrite_is_taken_back(monkeypatch: Patch, captured: fx.GraphModule,
     assert failed.node in {node.name for node in gm.graph.nodes}
     calls = [n for n in gm.graph.nodes if str(getattr(n.target, "__module__", "")).startswith("fastft.")]
     assert len(calls) == sum(done.counts.values()) > 5
+
+
+@pytest.fixture
+def no_driver(monkeypatch: Patch) -> None:
+    """Ops launch their Triton kernels, on CPU tensors: Triton finds no driver for them."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(_op, "INTERPRET", True)
+    monkeypatch.setattr(_op, "FAILED", {})
+    monkeypatch.setattr(_op, "_RESCUE", False)
+
+
+@pytest.mark.skipif(_op.INTERPRET or torch.cuda.is_available(), reason="kernels run here")
+def test_a_kernel_that_cannot_run(no_driver: None, caplog: pytest.LogCaptureFixture, monkeypatch: Patch) -> None:
+    """PyTorch runs in its place, forward and backward; the other ops are asked once each."""
+    model = llama(layers=1)
+    call = torch.compile(model, backend="fastft", options={"residual": "eager"})
+    got = [step(model, batch(), call) for _ in range(2)]
+    monkeypatch.setattr(_op, "INTERPRET", False)
+    for one in got:
+        right(model, one)
+    report = fastft.report()
+    assert {"rms_norm", "rms_norm_backward"} <= _op.FAILED.keys() and report.counts["rms_norm"] == 3
+    assert all(f"kernel {name} failed, PyTorch runs in its place: {why}" in report.errors
+               for name, why in _op.FAILED.items())  # fmt: skip
+    assert len([r for r in caplog.records if r.name == "fastft"]) == len(_op.FAILED)
+
+
+@pytest.mark.skipif(_op.INTERPRET or torch.cuda.is_available(), reason="kernels run here")
+def test_a_kernel_that_cannot_run_under_strict_or_by_itself(no_driver: None) -> None:
+    x = torch.randn(4, 8)
+    for prepare in (lambda: None, lambda: _op.rescue(False)):
+        prepare()
+        with pytest.raises(Exception, match="driver"):
+            rms_norm(x, None, 1e-6, 0.0)
+    model = llama(layers=1)
+    with pytest.raises(Exception, match="driver"):
+        step(model, batch(), torch.compile(model, backend="fastft", options={"residual": "eager", "strict": True}))
+    assert not _op.FAILED
+    _op.rescue(True)
+    rms_norm(x, None, 1e-6, 0.0)
+    with pytest.raises(Exception, match=r"(?!.*driver)"):
+        rms_norm(x, torch.ones(7), 1e-6, 0.0)  # wrong in PyTorch too: that is the error
 
 
 def test_logits_that_cannot_be_lazy(monkeypatch: Patch) -> None:

@@ -867,4 +867,18 @@ MUTANTS: tuple[Mutant, ...] = (
         "            pass\n        raise\n",
         "tests/autotune/test_store.py -k disk_that_refuses",
     ),
+    Mutant(
+        "op: a kernel that failed is tried again and again",
+        "kernels/_op.py",
+        "            if name not in FAILED:\n",
+        "            if True:\n",
+        "tests/backend/test_fallback.py -k kernel_that_cannot",
+    ),
+    Mutant(
+        "op: a kernel that fails is rescued under strict too",
+        "kernels/_op.py",
+        "    if not _RESCUE or not is_ours(error):\n",
+        "    if not is_ours(error):\n",
+        "tests/backend/test_fallback.py -k kernel_that_cannot",
+    ),
 )
