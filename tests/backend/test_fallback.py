@@ -428,7 +428,7 @@ def test_inductor_fails_on_our_ops_only(monkeypatch: Patch, backward: bool) -> N
     monkeypatch.setattr(inductor, "compile_fx_inner", compile_fx_inner)
     block = Block()
     call = torch.compile(block, backend="fastft")
-    for size in (4, 6):
+    for size in (4, 6) if backward else (4,):  # the second is for any size
         x = torch.randn(size, 64, requires_grad=True)
         leaves = [x, *block.parameters()]
         loss = call(x).square().mean()
