@@ -23,8 +23,8 @@ __all__ = [
     "PREFER_RECOMPUTE", "autocast_nodes", "backend_in_trace", "cache_stamp", "compile_with_aot_eager",
     "compile_with_inductor", "control_flow", "copy_graph", "dynamo_counters", "fake_mode_of", "forget_loaded_code",
     "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
-    "is_checkpoint", "is_recompile", "no_side_effect_calls", "qualified_name", "registered_backend", "storage_of",
-    "tree_map", "version", "whole_cache_entries", "wrapper_context",
+    "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "qualified_name",
+    "registered_backend", "storage_of", "tree_map", "version", "whole_cache_entries", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
@@ -211,6 +211,16 @@ def is_recompile() -> bool:
     """Whether the frame that is being compiled was compiled before (another shape, another grad mode)."""
     compile_id = CompileContext.current_compile_id()
     return compile_id is not None and bool(getattr(compile_id, "frame_compile_id", 0))
+
+
+def numbers_are_inputs() -> bool:
+    """Whether Dynamo makes inputs of all Python floats in what is compiled now, because ``dynamic=True`` was asked for.
+
+    False after a few compilations of the same code: one of its numbers changes all the time.
+    """
+    compile_id = CompileContext.current_compile_id()
+    few = compile_id is not None and (getattr(compile_id, "frame_compile_id", 0) or 0) < 4
+    return few and not torch._dynamo.config.assume_static_by_default
 
 
 def qualified_name(function: Callable[..., Any]) -> str:

@@ -7,6 +7,9 @@ AOTAutograd's partitioner reads the same two tags that it writes itself for the 
 selective-checkpointing context function of the user's stays as it is.
 
 A region inside a region belongs to the outer one, which is recomputed as a whole.
+
+With ``dynamic=True`` every Python float is an input of the graph: a norm's ε, an adapter's scaling, dropout's p. Those
+that are attributes of modules become the constants that rules look for, and another value compiles again.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import copy
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
@@ -42,6 +46,8 @@ def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
             counts["checkpoints"] += 1
             layer = node.meta.get("ac_graph_id", counts["checkpoints"]) if recompute else None
             waiting += _inline(gm, node, body, layer)[::-1]
+    if compat.numbers_are_inputs():
+        _make_constants(gm)
     # Items that nobody reads (the second result of a higher-order op, as torch 2.11 lists it) would look like another
     # use.
     for node in reversed(list(gm.graph.nodes)):
@@ -49,6 +55,17 @@ def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
             gm.graph.erase_node(node)
     gm.graph.lint()
     return counts
+
+
+def _make_constants(gm: fx.GraphModule) -> None:
+    """Python floats that modules hold, and what is computed of them alone, as numbers in the graph."""
+    for node in list(gm.graph.nodes):
+        number = node.meta.get("example_value")
+        inputs = node.all_input_nodes
+        held = not inputs or (inputs[0].op == "placeholder" and "." in compat.input_source(inputs[0]))
+        if isinstance(number, torch.SymFloat) and node.op != "placeholder" and held:
+            _replace(node, float(number))  # which is a guard
+            gm.graph.erase_node(node)
 
 
 def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, layer: int | None) -> list[fx.Node]:

@@ -45,6 +45,9 @@ def _sdpa(m: Match) -> Rewrite | Reason | None:
     q, k, v, mask, dropout_p, is_causal, scale, _ = see(m.anchor).args
     if any(rank(t) != 4 for t in (q, k, v)):
         return Reason("shape", f"q has {rank(q)} axes: [batch, heads, seq, head] is needed")
+    for name, number in (("scale", scale), ("dropout", dropout_p)):
+        if isinstance(number, fx.Node):
+            return Reason(name, f"attention's {name} is an input of the graph ({number.name}), not a constant")
     k, v = _solid(k), _solid(v)
     short_k, short_v = _unrepeated(k), _unrepeated(v)
     if same_size(shape(short_k)[1], shape(short_v)[1]):

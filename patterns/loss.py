@@ -39,6 +39,7 @@ from fastft.patterns._match import (
 )
 
 NAME = "linear_cross_entropy"
+FLAT = "flat"
 
 
 def rows_linear_cross_entropy(
@@ -52,10 +53,10 @@ def rows_linear_cross_entropy(
     **options: Any,
 ) -> torch.Tensor:
     """:func:`linear_cross_entropy` of the rows ``hidden[rows[0]][rows[1]]...``, rounded to ``out_dtype`` (what the
-    uncompiled loss has).
+    uncompiled loss has). :data:`FLAT` among ``rows``: all axes but the last become one there.
     """
     for index in rows:
-        hidden = hidden[index]
+        hidden = hidden.reshape(-1, hidden.shape[-1]) if index == FLAT else hidden[index]
     hidden = hidden.reshape(-1, hidden.shape[-1])
     return linear_cross_entropy(hidden, weight, bias, labels, **options).to(out_dtype)
 
@@ -110,25 +111,27 @@ def _walk(anchor: fx.Node, logits: Any) -> _Chain | Reason:
         node = seen.args[1] if seen.op == "mul" and _number(seen.args[0]) else seen.args[0]
     if not isinstance(node, fx.Node):
         return Reason("head", "the logits are no tensor of this graph")
-    maths, found, rows, flat = _Maths(), {node: _Maths()}, [], False
+    maths, found, rows = _Maths(), {node: _Maths()}, []
     vocab = shape(node)[-1]
     for step in reversed(path):
         seen = see(step)
         if seen.op == "index" and not is_noop(seen):
             index = seen.args[1] if isinstance(seen.args[1], tuple) else (seen.args[1],)
-            if flat or not _keeps_vocab(index, len(shape(seen.args[0]))):
+            # Rows of a view are picked of [tokens, vocab] only: that is what FLAT makes of the hidden states.
+            reshaped = FLAT in rows and len(shape(seen.args[0])) != 2
+            if reshaped or not _keeps_vocab(index, len(shape(seen.args[0]))):
                 return Reason("shape", f"{step.name} takes a part of the logits that is not whole rows")
             rows.append(index)
         elif seen.op in ("view", "flatten"):
             if not same_size(shape(step)[-1], vocab):
                 return Reason("shape", f"{step.name} does not keep the vocabulary as last dimension")
-            flat = True
+            rows.append(FLAT)
         elif seen.op in ("mul", "div", "tanh") and not is_noop(seen):
             more = _apply(maths, seen)
             if more is None:
                 return Reason("maths", f"{step.name} is no scaling by a number and no softcap")
             maths = more
-        if not rows and not flat:
+        if not rows:
             found[step] = maths
     if maths.tanh:
         return Reason("maths", "a tanh of the logits is not scaled back")
@@ -165,7 +168,9 @@ def _not_a_head(node: fx.Node) -> Reason:
         )
     if op_name == "cast":
         return Reason("dtype", f"{node.name} rounds the logits to {dtype(node)} before the loss")
-    what = op_name if op_name not in ("unknown", "input") else f"{node.op} {node.target}"
+    what = op_name
+    if op_name in ("unknown", "input"):
+        what = getattr(node.target, "__name__", f"{node.op} {node.target}")
     return Reason("head", f"the logits come from {what}, not from a linear layer")
 
 

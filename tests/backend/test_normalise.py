@@ -275,3 +275,51 @@ def test_inductor_draws_the_same_mask_again() -> None:
     y.sum().backward()
     assert 0.3 < float((y == 0).float().mean()) < 0.7
     torch.testing.assert_close(x.grad * x, y)
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor, factor: float = 2.5) -> torch.Tensor:
+        return F.dropout(x * (2.0 * self.scale), 0.0) * factor
+
+
+def test_numbers_of_modules_are_constants_under_dynamic_sizes() -> None:
+    """``dynamic=True`` makes an input of every float; another value is another graph, an argument's is not."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        normalise(gm)
+        gm.recompile()
+        graphs.append(gm)
+        return gm.forward
+
+    model, x = Scaled(0.75), torch.randn(3)
+    call = torch.compile(model, backend=backend, dynamic=True)
+    torch.testing.assert_close(call(x, 3.5), x * 1.5 * 3.5)
+    assert next(n.args[1] for n in graphs[0].graph.nodes if n.target is operator.mul) == 1.5
+    torch.testing.assert_close(call(x, 4.5), x * 1.5 * 4.5)
+    assert len(graphs) == 1
+    model.scale = 0.25
+    torch.testing.assert_close(call(x, 4.5), x * 0.5 * 4.5)
+    assert len(graphs) == 2
+
+
+def test_a_number_that_keeps_changing_stays_an_input() -> None:
+    count = 0
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        nonlocal count
+        count += 1
+        normalise(gm)
+        gm.recompile()
+        return gm.forward
+
+    model, x = Scaled(0.75), torch.randn(3)
+    call = torch.compile(model, backend=backend, dynamic=True)
+    for i in range(12):
+        model.scale = 0.3 + i
+        torch.testing.assert_close(call(x), x * 2.0 * model.scale * 2.5)
+    assert count == 5

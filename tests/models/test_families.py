@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastft
+from fastft import reporting
 
 from ._families import FAMILIES, batch, build
 from ._training import check_equal, check_rule, compiled, compiled_step, step
@@ -53,3 +54,18 @@ def test_through_inductor(name: str, kind: str, dropout: float) -> None:
     ours = [step(model, data, seed, call) for seed, data in enumerate(batches)]
     assert fastft.report().counts == FAMILIES[name].sites(lora=dropout), str(fastft.report())
     check_rule(ours, eager, exact, tokens=int((batches[0]["labels"] != -100).sum()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dynamic_sizes(name: str) -> None:
+    """``dynamic=True`` makes inputs of ε and scalings too: every site is replaced all the same, in one graph."""
+    model = build(name, lora=0.0)
+    torch._dynamo.reset()
+    reporting.reset()
+    call = torch.compile(model, backend="fastft", options={"residual": "eager", "strict": True}, dynamic=True)
+    for length in (24, 31):
+        data = batch("padding", length=length)
+        eager = step(model, data)
+        check_equal(step(model, data, call=call), eager)
+    report = fastft.report()
+    assert report.graphs == 1 and report.counts == FAMILIES[name].sites(lora=0.0), str(report)

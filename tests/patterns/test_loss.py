@@ -69,6 +69,13 @@ SPELLINGS = {
         F.linear(h[:, :-1].flatten(0, 1), w), LABELS[:, 1:].flatten()
     ),
     "one sequence": lambda h, w: F.cross_entropy(F.linear(h, w)[0], LABELS[0]),
+    "rows of flat logits": lambda h, w: F.cross_entropy(F.linear(h, w).view(-1, V)[:-1], LABELS.flatten()[1:]),
+    "rows of flat rows": lambda h, w: F.cross_entropy(
+        F.linear(h, w)[:, 1:].flatten(0, 1)[2:-1].float(), LABELS[:, 1:].flatten()[2:-1]
+    ),
+    "a view that changes nothing": lambda h, w: F.cross_entropy(
+        F.linear(h, w).view(h.shape[0], -1, V).view(-1, V), LABELS.flatten()
+    ),
     "two slices": lambda h, w: F.cross_entropy(F.linear(h, w)[1:, :, :][:, 2:-1].view(-1, V), LABELS[1:, 3:].flatten()),
     "softcap (Gemma 2)": lambda h, w: stock(softcap(F.linear(h, w))),
     "softcap, written otherwise": lambda h, w: stock(5.0 * (F.linear(h, w) * 0.2).tanh()),
