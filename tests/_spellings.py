@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,13 @@ from torch.utils.checkpoint import checkpoint
 BF16, F32 = torch.bfloat16, torch.float32
 
 
+Choices = dict[str, tuple[str, ...]]
+
+
 class Spelling:
-    """What is not as by default, as code that builds it again."""
+    """``repr``: what is not as by default, as code that builds it again. ``CHOICES``: of the fields that are words."""
+
+    CHOICES: ClassVar[Choices] = {}
 
     def __repr__(self) -> str:
         said = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
@@ -144,18 +149,21 @@ class RMSNorm(Spelling):
     glue: str = ""
     twist: str = ""
 
-    WEIGHTS = (
-        "after", "before", "swapped", "plus one", "one plus, after", "none", "native", "native, default", "native, none"
-    )  # fmt: skip
-    UPCASTS = ("float", "to", "none")
-    TWISTS = (
-        "sum", "another axis", "eps outside", "no eps", "eps twice", "eps of a tensor", "absolute values",
-        "another tensor's", "variance returned", "normed returned", "variance used", "detached variance",
-        "no_grad variance", "normed in no_grad", "two plus weight", "minus", "weight twice", "a scalar weight",
-        "keepdim later",
-        "normed in place", "variance in place", "result in place", "input written to later", "rounded between", "twice",
-        "half of the variance", "result also returned", "weight of the input",
-    )  # fmt: skip
+    CHOICES: ClassVar[Choices] = {
+        "root": tuple(ROOTS), "square": tuple(SQUARES), "glue": tuple(GLUE),
+        "weight": (
+            "after", "before", "swapped", "plus one", "one plus, after", "none", "native", "native, default",
+            "native, none",
+        ),
+        "upcast": ("float", "to", "none"),
+        "twist": (
+            "sum", "another axis", "eps outside", "no eps", "eps twice", "eps of a tensor", "absolute values",
+            "another tensor's", "variance returned", "normed returned", "variance used", "detached variance",
+            "no_grad variance", "normed in no_grad", "two plus weight", "minus", "weight twice", "a scalar weight",
+            "keepdim later", "normed in place", "variance in place", "result in place", "input written to later",
+            "rounded between", "twice", "half of the variance", "result also returned", "weight of the input",
+        ),
+    }  # fmt: skip
 
     def weights(self, s: Sizes) -> dict[str, Any]:
         return self.of(s.width)
@@ -268,11 +276,15 @@ class LayerNorm(Spelling):
     fp32: bool = False
     twist: str = ""
 
-    SPELLINGS = ("native", "written", "var")
-    TWISTS = (
-        "unbiased", "eps outside", "another mean", "detached mean", "mean returned", "centred returned", "not centred",
-        "centred twice", "two axes", "result in place", "no_grad mean", "centred in place", "swapped",
-    )  # fmt: skip
+    CHOICES: ClassVar[Choices] = {
+        "root": tuple(ROOTS),
+        "spelling": ("native", "written", "var"),
+        "twist": (
+            "unbiased", "eps outside", "another mean", "detached mean", "mean returned", "centred returned",
+            "not centred", "centred twice", "two axes", "result in place", "no_grad mean", "centred in place",
+            "swapped",
+        ),
+    }  # fmt: skip
 
     def weights(self, s: Sizes) -> dict[str, Any]:
         shape = (s.seq, s.width) if self.twist == "two axes" else (s.width,)
@@ -344,11 +356,13 @@ class Adapter(Spelling):
     shared: bool = False
     twist: str = ""
 
-    TWISTS = (
-        "lora first", "in place", "scale before", "scale of a tensor", "vector scale", "minus", "something between",
-        "thin returned", "thin used", "other input", "no scale", "scaled twice", "divided", "detached input",
-        "thin in no_grad", "alpha",
-    )  # fmt: skip
+    CHOICES: ClassVar[Choices] = {
+        "twist": (
+            "lora first", "in place", "scale before", "scale of a tensor", "vector scale", "minus",
+            "something between", "thin returned", "thin used", "other input", "no scale", "scaled twice", "divided",
+            "detached input", "thin in no_grad", "alpha",
+        ),
+    }  # fmt: skip
 
     def weights(self, n: int, k: int) -> dict[str, Any]:
         found = {
@@ -404,15 +418,12 @@ class Linear(Spelling):
     shared: bool = False
     twist: str = ""
 
-    TWISTS = (
-        "matmul",
-        "base returned",
-        "base used",
-        "weight transposed",
-        "weight cast",
-        "frozen half",
-        "weight in place",
-    )
+    CHOICES: ClassVar[Choices] = {
+        "twist": (
+            "matmul", "base returned", "base used", "weight transposed", "weight cast", "frozen half",
+            "weight in place",
+        ),
+    }  # fmt: skip
 
     def weights(self, n: int, k: int) -> dict[str, Any]:
         found: dict[str, Any] = {"weight": Weight((n, k), k**-0.5, 0.0, False, self.shared)}
@@ -490,12 +501,15 @@ class MLP(Spelling):
     swapped: bool = False
     twist: str = ""
 
-    PACKED = ("", "chunk", "split", "slices", "chunk, up first", "every second", "unequal")
-    TWISTS = (
-        "gate twice", "up is gate", "activation returned", "product in place", "up has one column", "up detached",
-        "gate detached", "up is x", "times a number", "activation used", "gate in place", "gate in no_grad", "plus one",
-        "up is a row", "two products",
-    )  # fmt: skip
+    CHOICES: ClassVar[Choices] = {
+        "activation": tuple(ACTIVATIONS),
+        "packed": ("", "chunk", "split", "slices", "chunk, up first", "every second", "unequal"),
+        "twist": (
+            "gate twice", "up is gate", "activation returned", "product in place", "up has one column", "up detached",
+            "gate detached", "up is x", "times a number", "activation used", "gate in place", "gate in no_grad",
+            "plus one", "up is a row", "two products",
+        ),
+    }  # fmt: skip
 
     def weights(self, s: Sizes) -> dict[str, Any]:
         columns = 1 if self.twist == "up has one column" and not self.packed else s.inner
@@ -591,13 +605,15 @@ class Rotary(Spelling):
     upcast: bool = False
     twist: str = ""
 
-    STYLES = ("half", "chunks", "partial", "apart", "to halves", "neighbours", "partial neighbours", "complex")
-    TABLES = ("batch", "one row", "no axis", "seq alone", "each head")
-    TWISTS = (
-        "sign", "minus", "sin and cos swapped", "k by other tables", "q alone", "k first", "tables learn",
-        "turned returned", "q used before k", "q in no_grad", "k detached", "q in place", "q written to later",
-        "cos in place", "tables in no_grad", "one table", "quarters", "k by k", "cos detached",
-    )  # fmt: skip
+    CHOICES: ClassVar[Choices] = {
+        "style": ("half", "chunks", "partial", "apart", "to halves", "neighbours", "partial neighbours", "complex"),
+        "tables": ("batch", "one row", "no axis", "seq alone", "each head"),
+        "twist": (
+            "sign", "minus", "sin and cos swapped", "k by other tables", "q alone", "k first", "tables learn",
+            "turned returned", "q used before k", "q in no_grad", "k detached", "q in place", "q written to later",
+            "cos in place", "tables in no_grad", "one table", "quarters", "k by k", "cos detached",
+        ),
+    }  # fmt: skip
 
     def turn(self, q: torch.Tensor, k: torch.Tensor, given: Inputs, seq_dim: int, returned: Returned) -> Any:
         """q and k, ``[batch, heads, seq, head]`` (``seq_dim`` 2) or ``[batch, seq, heads, head]`` (1), turned."""
@@ -748,17 +764,19 @@ class Attention(Spelling):
     seq_first: bool = False
     twist: str = ""
 
-    MASKS = (
-        "", "is_causal", "causal", "tril", "float causal", "padding", "padding alone", "float padding", "sliding",
-        "packed",
-        "documents", "chunked", "bias", "seen", "strictly causal", "next token too", "not causal", "causal or padding",
-        "sliding alone", "all", "causal, window of one", "float of seen", "packed sliding", "twice", "learned",
-        "one for each head", "causal, [S, S]", "causal from ones", "future",
-    )  # fmt: skip
-    TWISTS = (
-        "fused qkv", "k also returned", "v in place", "result in place", "transposed result", "scaled q", "v is k",
-        "detached k", "cross", "result in no_grad", "fewer queries", "empty cache", "mask returned",
-    )  # fmt: skip
+    CHOICES: ClassVar[Choices] = {
+        "repeat": tuple(REPEATS), "spelling": ("sdpa", "written"),
+        "mask": (
+            "", "is_causal", "causal", "tril", "float causal", "padding", "padding alone", "float padding", "sliding",
+            "packed", "documents", "chunked", "bias", "seen", "strictly causal", "next token too", "not causal",
+            "causal or padding", "sliding alone", "all", "causal, window of one", "float of seen", "packed sliding",
+            "twice", "learned", "one for each head", "causal, [S, S]", "causal from ones", "future",
+        ),
+        "twist": (
+            "fused qkv", "k also returned", "v in place", "result in place", "transposed result", "scaled q",
+            "v is k", "detached k", "cross", "result in no_grad", "fewer queries", "empty cache", "mask returned",
+        ),
+    }  # fmt: skip
 
     def weights(self, s: Sizes) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -927,23 +945,20 @@ class Loss(Spelling):
     returns: str = ""
     twist: str = ""
 
-    SPELLINGS = (
-        "cross_entropy",
-        "positional",
-        "module",
-        "log_softmax",
-        "nll",
-        "logsumexp",
-        "functional nll",
-        "transposed",
-    )
-    SHIFTS = ("pad", "slices", "none", "flat")
-    REDUCTIONS = ("mean", "sum", "sum over count", "none")
-    RETURNS = ("", "logits", "fp32 logits", "last logits")
-    TWISTS = (
-        "smoothing", "class weights", "logits used", "no_grad logits", "detached logits", "all ignored", "ignore 0",
-        "logits in place", "label probabilities", "two losses", "tanh alone", "plus z", "temperature", "tied",
-    )  # fmt: skip
+    CHOICES: ClassVar[Choices] = {
+        "spelling": (
+            "cross_entropy", "positional", "module", "log_softmax", "nll", "logsumexp", "functional nll",
+            "transposed",
+        ),
+        "shift": ("pad", "slices", "none", "flat"),
+        "reduction": ("mean", "sum", "sum over count", "none"),
+        "returns": ("", "logits", "fp32 logits", "last logits"),
+        "twist": (
+            "smoothing", "class weights", "logits used", "no_grad logits", "detached logits", "all ignored",
+            "ignore 0", "logits in place", "label probabilities", "two losses", "tanh alone", "plus z", "temperature",
+            "tied",
+        ),
+    }  # fmt: skip
 
     def weights(self, s: Sizes) -> dict[str, Any]:
         found = self.head.weights(s.vocab, s.width)
@@ -1014,7 +1029,7 @@ class Loss(Spelling):
             labels = labels.clamp(min=0)
         options: dict[str, Any] = {"label_smoothing": 0.1} if twist == "smoothing" else {}
         if twist == "class weights":
-            options["weight"] = w.classes.to(flat.dtype)
+            options["weight"] = w.classes.detach().to(flat.dtype)
         if twist == "label probabilities":
             return F.cross_entropy(flat, F.one_hot(labels.clamp(min=0), flat.shape[-1]).to(flat.dtype))
         if self.spelling == "transposed":
@@ -1056,8 +1071,11 @@ class Layer(Spelling):
     around: str = ""
     times: int = 1
 
-    RESIDUALS = ("", "before", "after", "in place", "scaled")
-    AROUND = ("", "checkpoint", "autocast", "no_grad", "autocast in checkpoint")
+    CHOICES: ClassVar[Choices] = {
+        "glue": tuple(GLUE),
+        "residual": ("", "before", "after", "in place", "scaled"),
+        "around": ("", "checkpoint", "autocast", "no_grad", "autocast in checkpoint"),
+    }  # fmt: skip
 
     def __call__(self, x: torch.Tensor, w: Any, given: Inputs, returned: Returned) -> torch.Tensor:
         for _ in range(self.times):
