@@ -26,11 +26,14 @@ from fastft import _torch_compat as compat
 
 def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
     """Inline checkpoint bodies and drop calls without effect, in place. ``recompute=False`` forgets that the user
-    allowed recomputation.
+    allowed recomputation; so is it in a graph without a backward, where AOTAutograd refuses tagged random ops.
 
     Returns counts for the report: ``checkpoints`` inlined, ``kept`` (a user's own checkpoint policy).
     """
     counts = {"checkpoints": 0, "kept": 0}
+    given = (n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder")
+    trained = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
+    recompute = recompute and trained
     waiting = list(gm.graph.nodes)[::-1]  # a stack: what a region is replaced by is looked at next
     while waiting:
         node = waiting.pop()

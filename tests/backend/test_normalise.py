@@ -323,3 +323,20 @@ def test_a_number_that_keeps_changing_stays_an_input() -> None:
         model.scale = 0.3 + i
         torch.testing.assert_close(call(x), x * 2.0 * model.scale * 2.5)
     assert count == 5
+
+
+@pytest.mark.parametrize("why", ["no_grad", "nothing requires a gradient"])
+def test_a_graph_without_backward_may_draw_in_a_checkpoint(why: str) -> None:
+    """Log-probabilities of a model in train mode: AOTAutograd refuses recomputed dropout where it computes forward."""
+    w = W.clone().requires_grad_(why == "no_grad")
+    call = torch.compile(
+        lambda x: checkpoint(layer, x, w, use_reentrant=False),
+        backend="fastft",
+        options={"strict": True, "inductor": {"fallback_random": True}},
+    )
+    x = torch.randn(3, 4)
+    with torch.set_grad_enabled(why != "no_grad"):
+        torch.manual_seed(3)
+        found = call(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(found, layer(x, W))
