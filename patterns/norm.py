@@ -44,7 +44,7 @@ eps = number("eps")
 
 def _scaled(centred: Pattern) -> Pattern:
     """``c / sqrt(mean(c²) + ε)``, as a product with rsqrt or as a quotient."""
-    variance = op("add", op("mean_last", op("square", centred)), eps)
+    variance = op("add", op("mean_last", alt(op("square", centred), centred * centred)), eps)
     root = op("sqrt", variance)
     reciprocal = alt(op("rsqrt", variance), op("reciprocal", root), op("div", const(1.0), root))
     return alt(centred * reciprocal, op("div", centred, root))
@@ -114,7 +114,8 @@ def _is_second_moment(node: Any) -> bool:
     if seen.op != "add":
         return False
     means = [see(through(n, "noop", "cast")) for n in seen.args]
-    return any(m.op == "mean_last" and see(through(m.args[0], "noop", "cast")).op == "square" for m in means)
+    of = [see(through(m.args[0], "noop", "cast")) for m in means if m.op == "mean_last"]
+    return any(m.op == "square" or (m.op == "mul" and m.args[0] is m.args[1]) for m in of)
 
 
 def _rms_seed(node: fx.Node) -> str | None:

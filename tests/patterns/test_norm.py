@@ -26,6 +26,7 @@ RMS_NORMS = {
         (x.float() * torch.pow(x.float().pow(2).mean(-1, keepdim=True) + EPS, -0.5)).type_as(x) * w
     ),
     "torch.mean": lambda x, w: w * (x * torch.rsqrt(EPS + torch.mean(torch.square(x), dim=[-1], keepdim=True))),
+    "x * x": lambda x, w: w * (x * torch.rsqrt((x.float() * x.float()).mean(-1, keepdim=True) + EPS)).to(x.dtype),
     "nn.RMSNorm": lambda x, w: torch.nn.functional.rms_norm(x, (16,), w, EPS),
     "nn.RMSNorm, default eps": lambda x, w: torch.nn.functional.rms_norm(x, (16,), w),
 }
