@@ -416,14 +416,15 @@ class Block(torch.nn.Module):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_inductor_fails_on_our_ops_only(monkeypatch: Patch, backward: bool) -> None:
-    """The real compiler, on a graph that it refuses, leaves nothing behind that the next one trips over."""
+    """What the real compiler does with a graph before it refuses it leaves nothing that the next one trips over."""
     import torch._inductor.compile_fx as inductor
 
     stock = inductor.compile_fx_inner
 
     def compile_fx_inner(gm: Any, *args: Any, **kwargs: Any) -> Any:
         ours = any("fastft" in str(n.target) for n in gm.graph.nodes) and kwargs.get("is_backward", False) == backward
-        return boom() if ours else stock(gm, *args, **kwargs)
+        # Of what is not ours Inductor would write C++, which takes it long.
+        return boom() if ours else stock(gm, *args, **kwargs) if backward else make_boxed_func(gm.forward)
 
     monkeypatch.setattr(inductor, "compile_fx_inner", compile_fx_inner)
     block = Block()
