@@ -6,19 +6,23 @@ LoRA (Hu et al., 2021, arXiv:2106.09685) adds to a linear layer products of two 
 
 x [..., K], W [N, K], Aᵢ [r, K], Bᵢ [N, r], hᵢ [T, r] with T = batch · seq; x̃ᵢ is x, or x after adapter i's own
 dropout (a separate input, so that the random numbers stay outside this op). Without adapters this is a plain linear
-layer, which is what an NF4 layer without LoRA becomes.
+layer, which is what an NF4 layer without LoRA becomes; without a bias too, it may take up what its result is added to,
+the residual stream z [..., N]: y = z + x Wᵀ.
 
 Backward, with g = ∂L/∂y and the thin product uᵢ = g Bᵢ [T, r]::
 
     ∂x = g W + Σ sᵢ uᵢ Aᵢ   (over the adapters that read x itself)          ∂x̃ᵢ = sᵢ uᵢ Aᵢ
-    ∂Bᵢ = sᵢ gᵀ hᵢ      ∂Aᵢ = sᵢ uᵢᵀ x̃ᵢ      ∂W = gᵀ x      ∂bias = Σₜ g      ∂bᵢ = sᵢ Σₜ g
+    ∂Bᵢ = sᵢ gᵀ hᵢ      ∂Aᵢ = sᵢ uᵢᵀ x̃ᵢ      ∂W = gᵀ x      ∂bias = Σₜ g      ∂bᵢ = sᵢ Σₜ g      ∂z = g
 
 Layers that read the same x (q, k and v; gate and up) are one op, because their thin products are: with the Aᵢ of all
 layers below each other, h and ∂A are one product each, which reads x once, and ∂x is accumulated by the GEMMs, layer
-after layer, with a single thin product on top. None of them writes a [T, K] tensor that somebody has to add up.
+after layer, onto a single thin product. None of them writes a [T, K] tensor that somebody has to add up.
 
-Kept for it: x, and h (r numbers a token). The [T, N] output of an adapter never exists by itself: the second product is
-accumulated into y by the GEMM, in fp32 registers, and likewise into ∂x.
+Kept for it: x, and h (r numbers a token). Sums are made by the GEMMs, in their fp32 registers, and the large one comes
+last: y starts as s h Bᵀ, or as z, and x Wᵀ is accumulated onto it; ∂x starts as Σ sᵢ uᵢ Aᵢ. What is rounded on the way
+is small beside the result, or rounded already (z); with the large product first, the result would be rounded twice, and
+so it would be with a third term beside z, which is why z comes alone. A thin GEMM that only writes is also faster than
+one that reads y and adds.
 
 Precision. The base GEMM runs in x's dtype. The adapters' products run in ``lora_dtype``: x's own under autocast or
 with adapters of that dtype, fp32 where stock PEFT upcasts x to meet its fp32 adapters. An fp32 copy of x is never
@@ -76,6 +80,7 @@ def lora_linear_reference(
     dtype: torch.dtype | None = None,
     lora_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`lora_linear` in plain PyTorch, as PEFT writes it; differentiable."""
     dtype = dtype or x.dtype
@@ -88,7 +93,7 @@ def lora_linear_reference(
         own, more = x_lora[i] if x_lora else None, b_bias[i] if b_bias else None
         h = F.linear((x if own is None else own).to(lora_dtype), a[i].to(lora_dtype))
         y = y + F.linear(h, b[i].to(lora_dtype), None if more is None else more.to(lora_dtype)) * scaling[i]
-    return y.to(out_dtype)
+    return y.to(out_dtype) if residual is None else residual + y.to(out_dtype)
 
 
 def lora_linears_reference(
@@ -219,21 +224,25 @@ def _matmul_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
         out.copy_(_matmul(left, right, out.dtype))
 
 
-def _add_thin(y: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
-    """y += scale · h @ up, in place, with one rounding to y's dtype at the end. h [T, r], up [r, N], y [T, N]."""
+def _add_thin(y: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float, *, first: bool = False) -> torch.Tensor:
+    """y += scale · h @ up, in place, with one rounding to y's dtype at the end. h [T, r], up [r, N], y [T, N].
+
+    ``first``: y holds nothing yet, and becomes the product.
+    """
+    beta = 0 if first else 1
     if y.dtype == h.dtype == up.dtype:
-        return y.addmm_(h, up, alpha=scale)
+        return y.addmm_(h, up, beta=beta, alpha=scale)
     if _splits(y) and h.dtype == up.dtype == torch.float32:
         # (h₁ + h₂)(u₁ + u₂) without h₂u₂: 16 bits of each factor, for a sum that is then rounded to 8.
         (h1, h2), (up1, up2) = _bf16_parts(h, 2), _bf16_parts(up, 2)
-        return y.addmm_(torch.cat((h1, h1, h2), 1), torch.cat((up1, up2, up1), 0), alpha=scale)
+        return y.addmm_(torch.cat((h1, h1, h2), 1), torch.cat((up1, up2, up1), 0), beta=beta, alpha=scale)
     wanted = torch.promote_types(torch.promote_types(h.dtype, up.dtype), y.dtype)
     h, up = h.to(wanted), up.to(wanted)
     if y.dtype == wanted:
-        return y.addmm_(h, up, alpha=scale)
+        return y.addmm_(h, up, beta=beta, alpha=scale)
     step = max(1, SLAB // max(1, y.shape[1]))
     for i in range(0, y.shape[0], step):
-        y[i : i + step] = torch.addmm(y[i : i + step].to(wanted), h[i : i + step], up, alpha=scale)
+        y[i : i + step] = torch.addmm(y[i : i + step].to(wanted), h[i : i + step], up, beta=beta, alpha=scale)
     return y
 
 
@@ -324,6 +333,24 @@ def _down(x: torch.Tensor, a: Tensors, x_lora: Optionals, lora_dtype: torch.dtyp
     return hs[0] if len(hs) == 1 else torch.cat(hs, 1)
 
 
+#: h [T, r], up [r, N] and scale of scale · h @ up.
+Thin = tuple[torch.Tensor, torch.Tensor, float]
+
+
+def _sum_of_thin(rows: torch.Tensor, n: int, bias: torch.Tensor | None, thin: Sequence[Thin]) -> torch.Tensor:
+    """bias + Σ scale · h @ up, [T, n] in rows' dtype."""
+    (h, up, scale), *more = thin
+    if bias is not None and h.dtype == rows.dtype:
+        y = torch.addmm(bias, h, up, alpha=scale)
+    else:
+        y = rows.new_empty((rows.shape[0], n))
+        y = y if bias is None else y.copy_(bias)
+        _add_thin(y, h, up, scale, first=bias is None)
+    for product in more:
+        _add_thin(y, *product)
+    return y
+
+
 def _forward(
     x: torch.Tensor,
     weight: Tensors,
@@ -336,9 +363,12 @@ def _forward(
     b: Tensors,
     b_bias: Optionals,
     scaling: Sequence[float],
+    residual: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """y of each layer. ``adapters``: how many each layer has; theirs are in the same order in all lists and in h."""
+    """y of each layer. ``adapters``: how many each layer has; theirs are in the same order in all lists and in h.
+    ``residual``: what the result of a single layer is added to, one without adapters and bias.
+    """
     rows, ys = _rows(x), []
     first, column = _starts(adapters), _starts([up.shape[1] for up in b])
     # The adapters' own biases are constants of the layer: they join the base's, in fp32.
@@ -349,16 +379,31 @@ def _forward(
         sums = [] if base is None else [base.to(wide)]
         sums += [scaling[j] * more.to(wide) for j in mine if (more := b_bias[j]) is not None]
         total = functools.reduce(torch.add, sums) if sums else None
-        with held as dense:
-            if out_dtype == x.dtype:
-                up = dense.t()
-                y = torch.mm(rows, up) if total is None else torch.addmm(total.to(x.dtype), rows, up)
-            else:
-                y = _matmul(rows, dense.t(), out_dtype)
-                y = y if total is None else y.add_(total)
+
+        thin: list[Thin] = []
         for j in mine:
             assert h is not None
-            _add_thin(y, h[:, column[j] : column[j + 1]], b[j].to(h.dtype).t(), scaling[j])
+            thin.append((h[:, column[j] : column[j + 1]], b[j].to(h.dtype).t(), scaling[j]))
+        with held as dense:
+            if out_dtype != x.dtype:  # y is wide: nothing is lost on the way
+                y = _matmul(rows, dense.t(), out_dtype)
+                for term in (total, None if residual is None else _rows(residual)):
+                    y = y if term is None else y.add_(term)
+                for product in thin:
+                    _add_thin(y, *product)
+            else:
+                begun = None if residual is None else _rows(residual)
+                if total is not None:
+                    begun = total.to(x.dtype)
+                if thin:
+                    begun = _sum_of_thin(rows, dense.shape[0], begun, thin)
+                # cuBLAS adds a bias for nothing, and adds to what it may overwrite without a copy.
+                if begun is None:
+                    y = torch.mm(rows, dense.t())
+                elif thin:
+                    y = begun.addmm_(rows, dense.t())
+                else:
+                    y = torch.addmm(begun, rows, dense.t())
         ys.append(y.view(*x.shape[:-1], y.shape[-1]))
     return ys
 
@@ -403,12 +448,6 @@ def _backward(
         g = gs[layer[j]]
         return g if lora_dtype == torch.float32 else g.to(lora_dtype)
 
-    dx = nothing()
-    if need_x:
-        for i, held in enumerate(_each_dense(weight, quant, shape, blocks, dtype)):
-            with held as dense:
-                g = gs[i].to(dtype)
-                dx = torch.mm(g, dense) if i == 0 else dx.addmm_(g, dense)
     base = []
     for i, g in enumerate(gs):
         dw, dsum = nothing(), nothing()
@@ -419,6 +458,7 @@ def _backward(
             dsum = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
         base += [dw, dsum]
 
+    dx = nothing()
     das, dbs, dx_loras = ([nothing() for _ in a] for _ in range(3))
     # The adapters that read x: their u side by side.
     shared = [j for j in range(len(a)) if not own[j] and (need_x or need_a[j])]
@@ -429,10 +469,11 @@ def _backward(
             _matmul_into(u[:, start:end], thin_g(j), b[j].to(lora_dtype))
         if need_x:
             downs = _stack([a[j] for j in shared], lora_dtype)
+            dx = gs[0].new_empty((gs[0].shape[0], k), dtype=dtype)
             for scale, run in itertools.groupby(range(len(shared)), lambda i: scaling[shared[i]]):
                 span = list(run)
                 columns = slice(at[span[0]], at[span[-1] + 1])
-                _add_thin(dx, u[:, columns], downs[columns], scale)
+                _add_thin(dx, u[:, columns], downs[columns], scale, first=span[0] == 0)
         if any(need_a[j] for j in shared):
             assert x is not None
             wide = torch.promote_types(a[shared[0]].dtype, torch.float32)
@@ -455,6 +496,13 @@ def _backward(
             wide = torch.promote_types(up.dtype, torch.float32)
             db = _matmul(thin_g(j).t(), h[:, column[j] : column[j + 1]], wide)
             dbs[j] = _times(scaling[j], db).to(up.dtype)
+    if need_x:
+        # The smallest product first: every sum is rounded at the size that it has reached.
+        each = list(_each_dense(weight, quant, shape, blocks, dtype))
+        for i in sorted(range(len(gs)), key=lambda i: gs[i].shape[1]):
+            with each[i] as dense:
+                g = gs[i].to(dtype)
+                dx = dx.addmm_(g, dense) if dx.dim() == 2 else torch.mm(g, dense)
     thin = [t for three in zip(das, dbs, dx_loras, strict=True) for t in three]
     return [dx.view(*lead, k) if need_x else dx, *base, *thin]
 
@@ -527,7 +575,7 @@ _raw_down = raw_op(
 )
 _raw = raw_op(
     f"lora_linear(Tensor x, {_WEIGHT}, Tensor?[] bias, Tensor? h, int[] adapters, Tensor[] b, Tensor?[] b_bias, "
-    "float[] scaling, ScalarType out_dtype) -> Tensor[]",
+    "float[] scaling, Tensor? residual, ScalarType out_dtype) -> Tensor[]",
     _forward,
     _forward_fake,
 )
@@ -565,18 +613,18 @@ class _Constants(NamedTuple):
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Tensors in lists are invisible to autograd, so all come flat: x, *weight, *bias, *quant, *a, *b, *b_bias,
-    *x_lora.
+    """Tensors in lists are invisible to autograd, so all come flat: x, residual, *weight, *bias, *quant, *a, *b,
+    *b_bias, *x_lora.
     """
 
     @staticmethod
-    def forward(ctx: Any, c: _Constants, x: Any, *flat: Any) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, c: _Constants, x: Any, residual: Any, *flat: Any) -> tuple[torch.Tensor, ...]:
         columns = ("layer", "layer", "quant", *("adapter",) * 4)
         weight, bias, quant, a, b, b_bias, x_lora = c.take(flat, *columns)
-        need_weight, need_bias, _, need_a, need_b, need_b_bias, need_x_lora = c.take(ctx.needs_input_grad[2:], *columns)
+        need_weight, need_bias, _, need_a, need_b, need_b_bias, need_x_lora = c.take(ctx.needs_input_grad[3:], *columns)
         where = (weight, quant, c.shape, c.blocks)
         h = _raw_down(x, a, x_lora, c.lora_dtype) if a else None
-        ys = _raw(x, *where, bias, h, c.adapters, b, b_bias, c.scaling, c.out_dtype)
+        ys = _raw(x, *where, bias, h, c.adapters, b, b_bias, c.scaling, residual, c.out_dtype)
         needed = iter(need_b_bias)
         need_sum = [
             any([need, *itertools.islice(needed, count)]) for need, count in zip(need_bias, c.adapters, strict=True)
@@ -619,7 +667,9 @@ class _LoraLinears(torch.autograd.Function):
         db_bias = [
             None if d is None else (s * sums[i]).to(d) for d, s, i in zip(ctx.b_bias, c.scaling, layer, strict=True)
         ]
-        return (None, dx if need_x else None, *dw, *dbias, *[None] * len(quant), *da, *db, *db_bias, *dx_lora)
+        dresidual = dy[0] if ctx.needs_input_grad[2] else None
+        dx = dx if need_x else None
+        return (None, dx, dresidual, *dw, *dbias, *[None] * len(quant), *da, *db, *db_bias, *dx_lora)
 
 
 def _call(
@@ -629,8 +679,9 @@ def _call(
     dtype: torch.dtype,
     lora_dtype: torch.dtype,
     out_dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """y of each layer (:func:`_by_layer`). ``x_lora``: of all adapters, or empty."""
+    """y of each layer (:func:`_by_layer`). ``x_lora``: of all adapters, or empty. ``residual``: of a single layer."""
     weight, bias, quant, a, b, b_bias = ([] for _ in range(6))  # type: ignore[var-annotated]
     counts, scaling, shape, blocks = ([] for _ in range(4))  # type: ignore[var-annotated]
     for (w, of_base, downs, ups, scales), state in layers:
@@ -652,7 +703,7 @@ def _call(
     c = _Constants(
         len(quant) // len(weight), tuple(counts), tuple(shape), tuple(blocks), tuple(scaling), lora_dtype, out_dtype
     )
-    return _LoraLinears.apply(c, x.to(dtype), *weight, *bias, *quant, *a, *b, *b_bias, *own)  # type: ignore[no-any-return]
+    return _LoraLinears.apply(c, x.to(dtype), residual, *weight, *bias, *quant, *a, *b, *b_bias, *own)  # type: ignore[no-any-return]
 
 
 def lora_linear(
@@ -672,14 +723,16 @@ def lora_linear(
     dtype: torch.dtype | None = None,
     lora_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x Wᵀ + bias + Σ s · ((x̃ Aᵀ) Bᵀ + b), [..., N] in ``out_dtype``.
+    """y = x Wᵀ + bias + Σ s · ((x̃ Aᵀ) Bᵀ + b), or x Wᵀ + residual, [..., N] in ``out_dtype``.
 
     ``x``: [..., K]. ``weight``: dense [N, K] in any floating dtype (cast on use; its gradient comes back in its own),
     or NF4: packed bytes, with ``quant`` = (absmax,) or (absmax8, absmax_code, absmax_offset, absmax2), ``shape`` =
     (N, K) and the blocksizes as in :func:`fastft.kernels.nf4.nf4_dequantize`; frozen then. ``bias``: [N]. ``a``: the
     adapters' [r, K], ``b``: [N, r], ``scaling``: a number each. ``x_lora``: for each adapter its own input [..., K],
-    or None where it reads x. ``b_bias``: for each adapter [N] or None.
+    or None where it reads x. ``b_bias``: for each adapter [N] or None. ``residual``: what the result of a layer without
+    adapters and bias is added to, [..., N] in ``out_dtype``, or None.
 
     ``dtype``: of the base GEMM (default: x's). ``lora_dtype``: of the adapters' products; ``out_dtype`` (defaults:
     ``dtype``). Sums are in fp32. Gradients have their tensors' dtypes.
@@ -693,11 +746,12 @@ def lora_linear(
     reason = supported(
         x, weight, bias, a, b, scaling, x_lora=x_lora, b_bias=b_bias, quant=quant, shape=shape,
         blocksize=blocksize, blocksize2=blocksize2, dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype,
+        residual=residual,
     )  # fmt: skip
     if reason is not None:
         raise ValueError(f"lora_linear: {reason}")
     state = {"b_bias": b_bias, "quant": quant, "shape": shape, "blocksize": blocksize, "blocksize2": blocksize2}
-    return _call(x, [((weight, bias, a, b, scaling), state)], x_lora, dtype, lora_dtype, out_dtype)[0]
+    return _call(x, [((weight, bias, a, b, scaling), state)], x_lora, dtype, lora_dtype, out_dtype, residual)[0]
 
 
 def lora_linears(
@@ -754,6 +808,7 @@ def supported(
     dtype: torch.dtype | None = None,
     lora_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
 ) -> Reason | None:
     """None, or why the op cannot run on these arguments."""
     dtype = dtype or x.dtype
@@ -779,6 +834,14 @@ def supported(
     # Sizes are compared without guards on symbolic ones: the features are always plain numbers.
     if x.dim() < 1 or x.shape[-1] != k or (bias is not None and tuple(bias.shape) != (n,)):
         return Reason("shape", f"x {tuple(x.shape)} or the bias does not fit a weight [{n}, {k}]")
+    # Together they would be rounded once more, at the size of the result.
+    if residual is not None and (len(a) or bias is not None):
+        return Reason("residual", "a layer with adapters or a bias does not take the residual stream up as well")
+    # A sum that broadcasts, or that comes out in another dtype, is not one with the product's.
+    if residual is not None and (residual.shape[-1] != n or residual.dim() != x.dim()):
+        return Reason("shape", f"x {tuple(x.shape)} through a weight [{n}, {k}] is added to {tuple(residual.shape)}")
+    if residual is not None and residual.dtype != out_dtype:
+        return Reason("dtype", f"a result in {out_dtype} is added to {residual.dtype}")
     if not len(a) == len(b) == len(scaling) or any(len(t) not in (0, len(a)) for t in (x_lora, b_bias)):
         return Reason("shape", f"{len(a)} A, {len(b)} B, {len(scaling)} scalings, {len(x_lora)} inputs do not pair up")
     for down, up in zip(a, b, strict=True):

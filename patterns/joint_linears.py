@@ -14,7 +14,7 @@ from fastft.patterns._match import Bindings, Match, Pattern, Reason, Rewrite, Ta
 
 
 class LoraLinear(Pattern):
-    """A call of our own op whose adapters, if it has any, read the layer's input."""
+    """A call of our own op whose adapters, if it has any, read the layer's input, and which adds to nothing."""
 
     anchors = frozenset({"unknown"})
 
@@ -26,7 +26,7 @@ class LoraLinear(Pattern):
 def _is_ours(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.target is not lora_linear:
         return False
-    return all(own is None for own in node.kwargs.get("x_lora", ()))
+    return node.kwargs.get("residual") is None and all(own is None for own in node.kwargs.get("x_lora", ()))
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

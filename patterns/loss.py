@@ -111,7 +111,8 @@ def _walk(anchor: fx.Node, logits: Any) -> _Chain | Reason:
         node = seen.args[1] if seen.op == "mul" and _number(seen.args[0]) else seen.args[0]
     if not isinstance(node, fx.Node):
         return Reason("head", "the logits are no tensor of this graph")
-    maths, found, rows = _Maths(), {node: _Maths()}, []
+    rows: list[Any] = []
+    maths, found = _Maths(), {node: _Maths()}
     vocab = shape(node)[-1]
     for step in reversed(path):
         seen = see(step)

@@ -171,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with patch:
         for i, (op, sample) in enumerate(calls([getattr(torch, d) for d in a.dtypes.split(",")], "cuda")):
             if i % parts == part:
+                print(f"at {op.name}, {sample.name}, {sample.args[0].dtype}", flush=True)
                 call(op, sample)
                 torch.cuda.synchronize()
                 count += 1

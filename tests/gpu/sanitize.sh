@@ -31,6 +31,7 @@ check() { # TOOL LOG ARGUMENTS...: launch_all.py under a tool
   local tool=$1 log=$2 options=()
   shift 2
   [[ $tool == memcheck ]] && options=(--report-api-errors no) # libraries ask for what may not be there, and handle the answer
+  [[ $tool == racecheck ]] && options=(--racecheck-report all) # each hazard with the values written, beside the summary of them
   timeout -k 5 "$(left)" "$sanitizer" --tool "$tool" "${options[@]}" "${filter[@]}" --target-processes application-only --error-exitcode 9 \
     --print-limit 20 "$python" tests/gpu/launch_all.py "$@" >"$log" 2>&1
 }
@@ -92,7 +93,8 @@ for tool in "${tools[@]}"; do
     code=$(cat "$work/$tool-$i.code")
     echo "== part $i of $parts: exit $code" >>"$log"
     # What was found first, then how it ended; a whole log can be long.
-    grep -vE 'SUMMARY|^[0-9]+ calls; ' "$work/$tool-$i" | head -60 | cut -c1-200 >>"$log"
+    awk '/^at /{at = $0; next} /^=+ +(Invalid|Error|Warning|Race|Program)/ && at {print at; at = ""} {print}' "$work/$tool-$i" |
+      grep -vE 'SUMMARY|^[0-9]+ calls; ' | head -90 | cut -c1-200 >>"$log"
     grep -E 'SUMMARY|^[0-9]+ calls; ' "$work/$tool-$i" >>"$log"
     calls=$(grep -oE '^[0-9]+ calls' "$work/$tool-$i" | cut -d' ' -f1)
     launches=$((launches + ${calls:-0}))

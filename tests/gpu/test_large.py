@@ -162,7 +162,7 @@ def test_rotary(which):
 
 @pytest.mark.parametrize("kind", ["causal", "window", "padding"])
 def test_attention(kind):
-    """q, k, v and the result, all large: Triton's kernels, of plain causal attention too (cuDNN's dq is wrong there)."""
+    """q, k, v and the result, all large: Triton's kernels, of plain causal attention too (cuDNN's dq is wrong here)."""
     seq, width = 512 if CUDA else 16, 128 if CUDA else 16
     batch = LIMIT // (seq * N) + 2
     rows = picked(batch, seq * N) if CUDA else torch.tensor([0, batch - 2, batch - 1])

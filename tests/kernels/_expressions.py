@@ -279,7 +279,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     "mm": lambda x, y: x @ y,
     "bmm": lambda x, y: x @ y,
     "matmul": lambda x, y: x @ y,
-    "addmm": lambda c, x, y, beta=1, alpha=1: beta * c + alpha * (x @ y),
+    "addmm": lambda c, x, y, beta=1, alpha=1: (beta * c if beta else 0) + alpha * (x @ y),
     "baddbmm": lambda c, x, y, beta=1, alpha=1: beta * c + alpha * (x @ y),
     "cat": lambda xs, dim=0: np.concatenate(xs, axis=dim),
     "repeat_interleave": lambda x, times, dim, **_: np.repeat(x, times, axis=dim),

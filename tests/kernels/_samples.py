@@ -165,6 +165,7 @@ def _lora_linear(new: _New, n: int) -> Named:
     yield "two adapters", (x, new(5, 6), new(5), *_adapters(new, 5, 6, 2, 3)), {"b_bias": [new(5), None]}
     own = [new(2, 2 * n, 6), None]
     yield "own inputs", (x, new(5, 6, grad=False), new(5, grad=False), *_adapters(new, 5, 6, 1, 2)), {"x_lora": own}
+    yield "residual", (x, new(5, 6)), {"residual": new(2, 2 * n, 5)}
     if new.dtype != torch.float64:  # NF4 weights have no fp64 form
         for name, state in _nf4(new, n):
             quant = {"quant": state["quant"], "shape": (2 * n, 64), "blocksize2": 2}

@@ -1,9 +1,9 @@
 """Every backward derived by hand, against the derivative that sympy takes of the textbook formula.
 
 What is checked is the code that runs: the op's own ``call`` is differentiated with tensors whose elements are sympy
-expressions (``_expressions.py``). Its raw ops run their bodies on them, once as PyTorch (the aten operations of a body are
-interpreted on arrays of expressions) and once as Triton (the kernels' Python functions run program by program, with a
-stand-in for ``triton.language``). So launchers, masks, residuals and the ``autograd.Function`` are part of what is
+expressions (``_expressions.py``). Its raw ops run their bodies on them, once as PyTorch (the aten operations of a body
+are interpreted on arrays of expressions) and once as Triton (the kernels' Python functions run program by program, with
+a stand-in for ``triton.language``). So launchers, masks, residuals and the ``autograd.Function`` are part of what is
 checked, and rounding is not: elements are numbers of 40 digits, or symbols, where the difference to sympy's derivative
 must simplify to 0.
 
@@ -455,6 +455,13 @@ def _lora_derivations() -> list[Derivation]:
             {"x": (3, 2), "w": (3, 2), "bias": (3,), "a": (2, 2), "b": (3, 2), "b_bias": (3,)},
             lambda fn, x, w, bias, a, b, b_bias: fn(x, w, bias, [a], [b], [2.0], b_bias=[b_bias]),
             one,
+            simplify=BOTH,
+        ),
+        Derivation(
+            "residual",
+            {"x": (3, 2), "w": (2, 2), "z": (3, 2)},
+            lambda fn, x, w, z: fn(x, w, residual=z),
+            lambda x, w, z: [z + x @ w.T],
             simplify=BOTH,
         ),
         Derivation(

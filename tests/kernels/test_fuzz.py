@@ -118,7 +118,9 @@ def linear(d: Draw) -> Sample:
     k, lead = d(WIDTHS), (d(SIZES), d(SIZES))
     args, kwargs = _layer(d, k)
     inputs = [d.maybe(lambda: d.tensor(*lead, k)) for _ in args[2]]
-    return Sample("", (d.tensor(*lead, k), *args), {**kwargs, "x_lora": inputs})
+    alone = args[1] is None and not args[2]
+    residual = d.maybe(lambda: d.tensor(*lead, args[0].shape[0])) if alone else None
+    return Sample("", (d.tensor(*lead, k), *args), {**kwargs, "x_lora": inputs, "residual": residual})
 
 
 def linears(d: Draw) -> Sample:

@@ -30,8 +30,9 @@ _SIZES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """``norms``: RMSNorms by module count; ``linears``: in a layer, ``joint``: groups of them that read one input. A
-    layer has one rotary, attention and MLP site.
+    """``norms``: RMSNorms by module count; ``linears``: in a layer, ``joint``: groups of them that read one input,
+    ``sums``: of them, without adapters, and the residual stream (Gemma has a norm in between). A layer has one rotary,
+    attention and MLP site.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Family:
     norms: int
     linears: int = 7
     joint: int = 2
+    sums: int = 2
 
     def sites(self, lora: float | None = None) -> dict[str, int]:
         """Replaced sites that a training step must have, by pattern. ``lora``: its dropout, None without LoRA. With
@@ -51,8 +53,10 @@ class Family:
             "rms_norm": self.norms,
             "mlp": LAYERS,
         }
-        wanted |= {} if lora is None else {"lora": self.linears * LAYERS}
-        return wanted | ({"joint_linears": self.joint * LAYERS} if lora == 0.0 and self.joint else {})
+        if lora is None:
+            return wanted | ({"residual": self.sums * LAYERS} if self.sums else {})
+        wanted |= {"lora": self.linears * LAYERS}
+        return wanted | ({"joint_linears": self.joint * LAYERS} if lora == 0 and self.joint else {})
 
 
 def _llama3() -> transformers.PreTrainedModel:
@@ -104,8 +108,8 @@ FAMILIES = {
         Family("llama3", _llama3, norms=2 * LAYERS + 1),
         Family("mistral", _mistral, norms=2 * LAYERS + 1),
         Family("qwen3", _qwen3, norms=4 * LAYERS + 1),
-        Family("gemma2", _gemma2, norms=4 * LAYERS + 1),
-        Family("gemma3", _gemma3, norms=6 * LAYERS + 1),
+        Family("gemma2", _gemma2, norms=4 * LAYERS + 1, sums=0),
+        Family("gemma3", _gemma3, norms=6 * LAYERS + 1, sums=0),
         Family("phi4", _phi4, norms=2 * LAYERS + 1, linears=4, joint=0),
     )
 }

@@ -70,6 +70,19 @@ def test_fewer_adapters_than_layers() -> None:
     assert targets(graph) == [lora_linears]
 
 
+def test_a_layer_that_takes_the_stream_up_stays_alone() -> None:
+    """Parallel attention and MLP: the output layer of one reads what a layer of the other reads."""
+
+    def layers(x, w, v, z, *more):
+        x = x.sin()
+        return z + F.linear(x, v), lora(x, w, *more[:2]), lora(x, *more[2:5])
+
+    x, w, a, b, *rest = leaves(8, 4)
+    v, z = torch.randn(6, 16, requires_grad=True), torch.randn(2, 5, 6, requires_grad=True)
+    graph = check_site(layers, x, w, v, z, a, b, *rest, counts={"lora": 2, "residual": 1, "joint_linears": 1})
+    assert sorted(t.__name__ for t in targets(graph)) == ["lora_linear", "lora_linears"]
+
+
 @pytest.mark.parametrize("adapted", [(True, True), (True, False), (False, False)], ids=str)
 def test_nf4(adapted: tuple[bool, bool]) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
