@@ -169,7 +169,8 @@ class Processes:
         assert self.parent.stdin is not None and self.parent.stdout is not None
         self.number += 1
         result = self.folder / f"result{self.number}"
-        env = {"FASTFT_CACHE_DIR": str(self.folder / "user"), **env, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        ours = {"FASTFT_CACHE_DIR": str(self.folder / "user"), "TMPDIR": str(self.folder)}
+        env = {**ours, **env, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
         self.parent.stdin.write(json.dumps({"env": env, "result": str(result), "room": room}) + "\n")
         self.parent.stdin.flush()
         return int(self.parent.stdout.readline()), result
