@@ -16,6 +16,7 @@ from torch import fx
 from fastft import _torch_compat as compat
 from fastft import bridges, caches, reporting
 from fastft.fallback import Attempt
+from fastft.first_step import FirstStep
 from fastft.kernels._op import rescue
 from fastft.kernels.linear_cross_entropy import linear_log_prob
 from fastft.normalise import normalise
@@ -24,7 +25,6 @@ from fastft.outputs import LazyOutputs, drop_lazy, with_lazy
 from fastft.reporting import MISSED, REPLACED, Report, Site
 from fastft.rewrite import Rewritten, module_path, rewrite
 from fastft.stamp import source_hash
-from fastft.verifying import FirstStep
 
 log = logging.getLogger("fastft")
 

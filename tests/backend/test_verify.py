@@ -15,7 +15,7 @@ import transformers
 import fastft
 from fastft import reporting, verifying
 from fastft.compare import bitwise
-from fastft.verifying import VerificationError, Wide
+from fastft.judging import VerificationError, Wide
 from tests.models._families import batch, build
 from tests.models._training import step
 
@@ -492,7 +492,7 @@ def test_a_check_that_fails_stops_nothing(monkeypatch: pytest.MonkeyPatch, caplo
     def fails(*args: Any) -> Any:
         raise MemoryError("no room for the reference")
 
-    monkeypatch.setattr(verifying, "_judge", fails)
+    monkeypatch.setattr("fastft.first_step.verdicts", fails)
     models = [tiny() for _ in range(2)]
     with caplog.at_level(logging.WARNING, "fastft"):
         ours = train(first_step(models[0]), models[0])
