@@ -830,7 +830,8 @@ class Attention(Spelling):
                 y = self._attend(q, k, v, w, given, returned)
         else:
             y = self._attend(q, k, v, w, given, returned)
-        if twist == "result in place":
+        # PyTorch's fused attention keeps its result for the backward; a checkpoint would not notice that it is gone.
+        if twist == "result in place" and self.spelling == "written":
             y.mul_(0.5)
         y = y.to(x.dtype)
         y = y.permute(0, 2, 1, 3) if twist == "transposed result" else y.transpose(1, 2)

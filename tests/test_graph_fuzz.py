@@ -30,14 +30,18 @@ import fastft
 from fastft import _torch_compat as compat
 from fastft import reporting
 from fastft.compare import Comparison, compare, relative_error, rounding
-from fastft.lazy_logits import LazyLogits
 from fastft.verifying import Wide
+from fastft.lazy_logits import LazyLogits
 from tests import _spellings as sp
 from tests._spellings import BF16, F32, Case, Inputs, Layer, Network, Sizes
 
 Values = dict[str, torch.Tensor]
 
 # ------------------------------------------------------------------------------------------------------------ judgement
+
+
+class Wrong(AssertionError):
+    """A value is not as exact as it must be."""
 
 
 def values(case: Case, call: Callable[..., Any], network: Network, given: Inputs) -> Values:
@@ -108,19 +112,22 @@ def judged(case: Case, ours: Values, eager: Values, network: Network, given: Inp
     wrong = [name for name, row in rows.items() if not row.error <= max(row.bound, least)]
     if not wrong:
         return []
-    luck = dict.fromkeys(wrong, 0.0)
+    luck = {name: rows[name].torch_error for name in wrong}
     for seed in range(1, 9):
         almost = nudged(network, given, case, seed)
         theirs, truth = values(case, almost[0], *almost), exactly(case, *almost)
         for name in wrong:
             luck[name] = max(luck[name], relative_error(theirs[name], truth[name]))
+    # What cancels (a gradient that is zero in theory) is as exact as what it is made of: inputs, weights and the
+    # outputs' gradients are numbers around one, logits around ten.
     largest = max((float(t.detach().double().norm()) for t in exact.values() if t.isfinite().all()), default=0.0)
+    floor = rounding(case.narrowest, length) * max(largest, 10.0 if case.loss is not None else 1.0)
     found = []
     for name in wrong:
         row = rows[name].allowing(least + 2 * luck[name])
-        # What cancels (a gradient that is zero in theory) is as exact as what it is made of.
         off = float((ours[name].detach().double() - exact[name].detach().double()).norm())
-        if not row.error <= row.bound and not off <= rounding(case.narrowest, length) * largest:
+        # Of a value that eager gets no digit of (behind a saturated softmax) nothing can be demanded.
+        if not row.error <= row.bound and not off <= floor and luck[name] < 0.1:
             found.append(row)
     return found
 
@@ -162,7 +169,8 @@ def check(case: Case, residual: str = "eager") -> Counter[str] | None:
         assert (got.dtype, got.shape) == (same.dtype, same.shape), f"{name}: {got.dtype} {tuple(got.shape)}\n{report}"
         assert got.requires_grad == same.requires_grad, f"{name} requires_grad: {got.requires_grad}\n{report}"
     wrong = judged(case, ours, eager, network, given)
-    assert not wrong, "\n".join([*map(str, wrong), str(report), f"check({case!r})"])
+    if wrong:
+        raise Wrong("\n".join([*map(str, wrong), str(report), f"check({case!r})"]))
     return Counter(report.counts)
 
 
