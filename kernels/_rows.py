@@ -71,6 +71,12 @@ def row_tile(n: int) -> tuple[int, int, int]:
     return rows, columns, min(16, max(4, rows * columns // 512))
 
 
+#: Launch option for kernels that sum products along a row and store the sum. A product that is contracted into the
+#: first addition across threads, fma(x, x, what the neighbour has), rounds differently in the two threads; every thread
+#: has the row's sum in the end, and which of them stores it is a race.
+SAME_SUMS = {"enable_fp_fusion": False}
+
+
 def size(n: int | torch.SymInt) -> sympy.Expr:
     """A size as cost formulas take it: a sympy integer, or the expression of a dynamic dimension."""
     return n.node.expr if isinstance(n, torch.SymInt) else sympy.Integer(n)

@@ -50,7 +50,7 @@ import sympy
 import torch
 
 from fastft.kernels._op import INTERPRET, Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
-from fastft.kernels._rows import size
+from fastft.kernels._rows import SAME_SUMS, size
 from fastft.kernels._triton import HAS_TRITON, jit, tl, triton
 
 #: What :func:`attention_mask` finds out: start, stop, end, keep, kind.
@@ -873,7 +873,7 @@ def _backward(
     tiles = triton.cdiv(call.q_length, block)
     _delta_kernel[(tiles * call.batch * call.heads,)](
         do, out, delta, *do.stride()[:3], *out.stride()[:3], call.heads, call.q_length, tiles,
-        DV=call.d_v, BLOCK_DV=triton.next_power_of_2(call.d_v), BLOCK_M=block,
+        DV=call.d_v, BLOCK_DV=triton.next_power_of_2(call.d_v), BLOCK_M=block, **SAME_SUMS,
     )  # fmt: skip
     if want_q:
         constants = call.constants("dq", q)

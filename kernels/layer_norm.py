@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
-from fastft.kernels._rows import processors, row_offset, row_tile, row_values, rows_of, size, tile_at
+from fastft.kernels._rows import SAME_SUMS, processors, row_offset, row_tile, row_values, rows_of, size, tile_at
 from fastft.kernels._triton import jit, tl, triton
 
 # ---------------------------------------------------------------- reference
@@ -157,7 +157,7 @@ def _forward(
         x, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(), y, m, r,
         walk.count, walk.inner, x_outer, x_inner, y_outer, y_inner, r_outer, r_inner,
         N=n, EPS=eps, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, **SAME_SUMS,
     )  # fmt: skip
     return y, m, r
 
@@ -212,8 +212,8 @@ def _backward(
         walk.count, walk.inner, dy_outer, dy_inner, x_outer, x_inner, r_outer, r_inner, dx_outer, dx_inner,
         N=n, HAS_WEIGHT=weight is not None, WANT_DX=want_dx, WANT_DWEIGHT=want_dweight, WANT_DBIAS=want_dbias,
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
-        # w · g fused into its difference from its own mean would not be rounded as the mean is: no zero where N is 1.
-        enable_fp_fusion=False,
+        # And w · g contracted into its difference from its mean is not rounded as the mean is: no zero where N is 1.
+        **SAME_SUMS,
     )  # fmt: skip
     return dx, dweight.copy_(dw.sum(0)) if want_dweight else dweight, dbias.copy_(db.sum(0)) if want_dbias else dbias
 

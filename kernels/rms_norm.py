@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
-from fastft.kernels._rows import processors, row_offset, row_tile, row_values, rows_of, size, tile_at
+from fastft.kernels._rows import SAME_SUMS, processors, row_offset, row_tile, row_values, rows_of, size, tile_at
 from fastft.kernels._triton import jit, tl, triton
 
 # ---------------------------------------------------------------- reference
@@ -133,7 +133,8 @@ def _forward(
     _forward_kernel[(triton.cdiv(walk.count, block_m),)](
         x, x if weight is None else weight.contiguous(), y, r,
         walk.count, walk.inner, x_outer, x_inner, y_outer, y_inner, r_outer, r_inner,
-        N=n, EPS=eps, OFFSET=offset, HAS_WEIGHT=weight is not None, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        N=n, EPS=eps, OFFSET=offset, HAS_WEIGHT=weight is not None,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, **SAME_SUMS,
     )  # fmt: skip
     return y, r
 
@@ -181,7 +182,7 @@ def _backward(
         dy, x, x if weight is None else weight.contiguous(), r, dx, partial,
         walk.count, walk.inner, dy_outer, dy_inner, x_outer, x_inner, r_outer, r_inner, dx_outer, dx_inner,
         N=n, OFFSET=offset, HAS_WEIGHT=weight is not None, WANT_DX=want_dx, WANT_DWEIGHT=want_dweight,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, **SAME_SUMS,
     )  # fmt: skip
     return dx, dweight.copy_(partial.sum(0)) if want_dweight else dweight
 

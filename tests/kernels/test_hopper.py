@@ -3,10 +3,12 @@ needed."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
-from fastft.kernels import glu, layer_norm, rms_norm, rotary
+from fastft.kernels import attention, glu, layer_norm, rms_norm, rotary
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
 
@@ -70,3 +72,35 @@ def test_compiles_for_an_h100(module, run, argument):
         assert "cubin" in kernel.asm
         # 16 bytes a thread and load, where a row is contiguous and aligned.
         assert "ld.global.v4.b32" in kernel.asm["ptx"] and "st.global.v4.b32" in kernel.asm["ptx"]
+
+
+def run_attention(n):
+    q, k, v = (random(1, 40, 2, n).transpose(1, 2).requires_grad_() for _ in range(3))
+    attention.attention(q, k, v, causal=True).sum().backward()
+    return attention
+
+
+def contracted(ptx):
+    """Multiply-adds that add to what a thread got from another one."""
+    shuffled = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    shuffled |= {to for to, source in re.findall(r"mov\.b32\s+(%\w+), (%\w+);", ptx) if source in shuffled}
+    return [line for line in re.findall(r"fma\.rn\.f32.*", ptx) if set(re.findall(r"%\w+", line)) & shuffled]
+
+
+@pytest.mark.parametrize(
+    "run, n",
+    [*((run, n) for run in (run_rms_norm, run_layer_norm) for n in (4, 5, 65, 128, 4096)), (run_attention, 5)],
+)
+def test_all_threads_of_a_row_have_the_same_sum(run, n):
+    """Else which thread's value of a row is stored would be a race, and the last bit a matter of luck:
+    compute-sanitizer found it in layer_norm.
+    """
+    from tests.kernels._hopper import compiling
+
+    with compiling(rms_norm, layer_norm, attention) as kernels:
+        run(n)
+    of_rows = [k for k in kernels if run is not run_attention or k.metadata.name == "_delta_kernel"]
+    assert of_rows
+    for kernel in of_rows:
+        assert "shfl.sync.bfly" in kernel.asm["ptx"]
+        assert contracted(kernel.asm["ptx"]) == []

@@ -83,6 +83,13 @@ MUTANTS: tuple[Mutant, ...] = (
         interpret=True,
     ),
     Mutant(
+        "norms: products are contracted into sums across threads",
+        "kernels/_rows.py",
+        '"enable_fp_fusion": False',
+        '"enable_fp_fusion": True',
+        "tests/kernels/test_hopper.py -k same_sum",
+    ),
+    Mutant(
         "layer_norm: dx without the mean of g",
         "kernels/layer_norm.py",
         "dx = r * (g - (tl.sum(g, axis=1) / N)[:, None] - x",
