@@ -375,7 +375,9 @@ class Adapter(Spelling):
     def __call__(self, result: torch.Tensor, x: torch.Tensor, w: Any, returned: Returned) -> torch.Tensor:
         twist, bias = self.twist, w.bias if self.bias else None
         own = x.roll(1, -2) if twist == "other input" else x.detach() if twist == "detached input" else x
-        own = F.dropout(own.to(w.a.dtype), self.dropout, True)
+        own = own.to(w.a.dtype)
+        # A CPU draws the mask in memory order, and a result of ours may have other strides than eager's.
+        own = F.dropout(own.contiguous() if self.dropout else own, self.dropout, True)
         if twist == "scale before":
             return result + F.linear(F.linear(own * self.scale, w.a), w.b, bias)
         if twist == "thin in no_grad":
