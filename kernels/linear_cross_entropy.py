@@ -7,7 +7,9 @@ For token t with hidden state h_t [hidden], head W [vocab, hidden], b [vocab] an
     lse = log sum_v exp z_v        p_v = exp(z_v - lse)
     log_prob = z_y - lse           entropy = lse - sum_v p_v z_v
 
-Everything after ``r`` is fp32 (fp64 for fp64 inputs). Backward::
+Everything after ``r`` is fp32 (fp64 for fp64 inputs), and z - lse is always (z - m) - l with m = max_v z_v and
+l = log sum_v exp(z_v - m), which are kept apart: where the model is sure of a token, l is far below the spacing of
+floating-point numbers at m, and m + l would have lost it, and with it 1 - p_y, the gradient. Backward::
 
     d log_prob / d z_v = [v = y] - p_v
     d entropy  / d z_v = -p_v (log p_v + entropy)
@@ -24,7 +26,7 @@ the backward only scales: dh_t = g_t u_t, where u_t = d log_prob_t / d h_t is ke
 all, where recomputing logits in backward takes three. u is of unit scale, so storing it in bf16 or fp16 costs one
 relative rounding and no underflow.
 
-Trainable head: dW needs g_t while dr is built, so forward keeps only lse and backward computes each chunk's logits
+Trainable head: dW needs g_t while dr is built, so forward keeps only m and l and backward computes each chunk's logits
 again, with dW summed in fp32 over chunks. The entropy's gradient is computed likewise, whatever the head; as it is
 mostly asked for by nobody but a compiler that gives every output a gradient of zeros, the backward looks first.
 
@@ -199,7 +201,8 @@ def _forward_kernel(
     logits_ptr,  # [rows, V], each row STRIDE long, overwritten by d log_prob / d r when GRADIENT
     labels_ptr,  # int64 [rows]
     log_prob_ptr,
-    lse_ptr,
+    top_ptr,
+    log_sum_ptr,
     entropy_ptr,
     is_top1_ptr,
     mean_logits_ptr,
@@ -224,7 +227,8 @@ def _forward_kernel(
     logits_ptr += row * STRIDE
     if label == IGNORE_INDEX:
         tl.store(log_prob_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
+        tl.store(top_ptr + row, 0.0)
+        tl.store(log_sum_ptr + row, 0.0)
         if ENTROPY:
             tl.store(entropy_ptr + row, 0.0)
         if IS_TOP1:
@@ -268,26 +272,28 @@ def _forward_kernel(
                 sum_ee = sum_ee * rescale * rescale + tl.sum(e * e, axis=0)
             largest = new
         base = tl.where(largest == -float("inf"), 0.0, largest)
-        lse = base + tl.log(sum_e)
+        log_sum = tl.log(sum_e)
         # A label outside the vocabulary reads nothing and gives NaN: loud, and without a device-side assertion.
         inside = (label >= 0) & (label < V)
         z_label, _ = _load_z(logits_ptr, label, inside, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
         z_label = tl.where(inside, z_label, float("nan"))
-        tl.store(log_prob_ptr + row, z_label - lse)
-        tl.store(lse_ptr + row, lse)
+        tl.store(log_prob_ptr + row, (z_label - base) - log_sum)
+        tl.store(top_ptr + row, base)
+        tl.store(log_sum_ptr + row, log_sum)
         if ENTROPY:
-            tl.store(entropy_ptr + row, tl.log(sum_e) - sum_ez / sum_e)
+            tl.store(entropy_ptr + row, log_sum - sum_ez / sum_e)
         if IS_TOP1:
             tl.store(is_top1_ptr + row, ((z_label >= largest) & (z_label > before)).to(tl.int8))
         if MEAN_LOGITS:
             tl.store(mean_logits_ptr + row, sum_z / V)
         if LOG_SUM_SQ_PROBS:
-            tl.store(log_sum_sq_probs_ptr + row, tl.log(sum_ee) - 2.0 * tl.log(sum_e))
+            tl.store(log_sum_sq_probs_ptr + row, tl.log(sum_ee) - 2.0 * log_sum)
         if GRADIENT:
             for start in range(0, V, BLOCK):
                 offsets = start + tl.arange(0, BLOCK)
                 z, slope = _load_z(logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
-                gradient = (tl.where(offsets == label, 1.0, 0.0) - tl.exp(z - lse)) * slope
+                p = tl.exp((z - base) - log_sum)
+                gradient = (tl.where(offsets == label, 1.0, 0.0) - p) * slope
                 tl.store(logits_ptr + offsets, gradient.to(logits_ptr.dtype.element_ty), mask=offsets < STRIDE)
 
 
@@ -295,7 +301,8 @@ def _forward_kernel(
 def _backward_kernel(
     logits_ptr,  # [rows, V], each row STRIDE long, overwritten by d loss / d r
     labels_ptr,  # int64 [rows]
-    lse_ptr,
+    top_ptr,
+    log_sum_ptr,
     entropy_ptr,
     grad_log_prob_ptr,
     grad_entropy_ptr,
@@ -315,7 +322,7 @@ def _backward_kernel(
     logits_ptr += row * STRIDE
     label = tl.load(labels_ptr + row)
     z, slope = _load_z(logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
-    log_p = z - tl.load(lse_ptr + row)
+    log_p = (z - tl.load(top_ptr + row)) - tl.load(log_sum_ptr + row)
     p = tl.exp(log_p)
     gradient = tl.zeros((BLOCK,), tl.float32)
     if GRAD_LOG_PROB:
@@ -462,7 +469,7 @@ def _forward_all(
     for chunk in head.chunks():
         logits = head.logits(chunk)
         # An output nobody asked for is empty; its kernel argument is never touched.
-        parts = [x[chunk] if x.shape[0] else x for x in outputs[:6]]
+        parts = [x[chunk] if x.shape[0] else x for x in outputs[:7]]
         if head.triton:
             _forward_kernel[(logits.shape[0],)](
                 logits,
@@ -479,7 +486,7 @@ def _forward_all(
         else:
             _forward_chunk(logits, labels[chunk], parts, ignore_index, *head.maths, unit_gradient)
         if unit_gradient:
-            torch.mm(logits, head.weight, out=outputs[6][chunk])
+            torch.mm(logits, head.weight, out=outputs[7][chunk])
     return outputs
 
 
@@ -494,20 +501,24 @@ def _forward_chunk(
     gradient: bool,
 ) -> None:
     """``_forward_kernel`` in PyTorch, for tensors that Triton does not take."""
-    log_prob, lse, entropy, is_top1, mean_logits, log_sum_sq_probs = parts
+    log_prob, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = parts
     ignored = labels == ignore_index
     z, tanh = _transform(logits.to(log_prob.dtype), softcap, logit_scale, temperature)
     target = labels.masked_fill(ignored, 0)[:, None]
-    log_z = z.logsumexp(-1)
-    lse.copy_(log_z.masked_fill(ignored, 0))
-    log_prob.copy_((z.gather(1, target).squeeze(1) - log_z).masked_fill(ignored, 0))
+    largest = z.amax(-1)
+    largest = largest.masked_fill_(largest == -math.inf, 0)
+    log_z = (z - largest[:, None]).exp_().sum(-1).log_()
+    log_p = (z - largest[:, None]).sub_(log_z[:, None])
+    top.copy_(largest.masked_fill(ignored, 0))
+    log_sum.copy_(log_z.masked_fill(ignored, 0))
+    log_prob.copy_(log_p.gather(1, target).squeeze(1).masked_fill(ignored, 0))
     if mean_logits.shape[0]:
         mean_logits.copy_(z.mean(-1).masked_fill(ignored, 0))
     if is_top1.shape[0]:
         is_top1.copy_((z.argmax(-1) == target.squeeze(1)).masked_fill(ignored, False))
-    p = torch.exp(z - log_z[:, None])
+    p = torch.exp(log_p)
     if entropy.shape[0]:
-        entropy.copy_(-(p * (z - log_z[:, None])).masked_fill_(p == 0, 0).sum(-1).masked_fill(ignored, 0))
+        entropy.copy_(-(p * log_p).masked_fill_(p == 0, 0).sum(-1).masked_fill(ignored, 0))
     if log_sum_sq_probs.shape[0]:
         log_sum_sq_probs.copy_((p * p).sum(-1).log().masked_fill(ignored, 0))
     if gradient:
@@ -526,8 +537,8 @@ def _empty_outputs(
     log_sum_sq_probs: bool,
     unit_gradient: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """(log_prob, lse, entropy, is_top1, mean_logits, log_sum_sq_probs, unit gradient), what is not asked for being
-    empty.
+    """(log_prob, the largest z, the log of the sum over it, entropy, is_top1, mean_logits, log_sum_sq_probs, unit
+    gradient), what is not asked for being empty.
     """
     tokens, wide = hidden.shape[0], _wide(dtype)
 
@@ -535,6 +546,7 @@ def _empty_outputs(
         return hidden.new_empty((tokens if wanted else 0,), dtype=kind)
 
     return (
+        per_token(True),
         per_token(True),
         per_token(True),
         per_token(entropy),
@@ -598,7 +610,8 @@ def _backward(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
-    lse: torch.Tensor,
+    top: torch.Tensor,
+    log_sum: torch.Tensor,
     entropy: torch.Tensor,
     ignore_index: int,
     softcap: float | None,
@@ -616,10 +629,11 @@ def _backward(
     maths, need = (ignore_index, softcap, logit_scale, temperature, dtype), (need_hidden, need_weight, need_bias)
     keep = _scored(labels, ignore_index)
     if keep is None:
-        return _backward_all(grad_log_prob, grad_entropy, hidden, weight, bias, labels, lse, entropy, *maths, *need)
+        saved = (top, log_sum, entropy)
+        return _backward_all(grad_log_prob, grad_entropy, hidden, weight, bias, labels, *saved, *maths, *need)
     g_log_prob, g_entropy = (None if g is None else g[keep] for g in (grad_log_prob, grad_entropy))
     entropy = entropy[keep] if entropy.shape[0] else entropy
-    picked = (hidden[keep], weight, bias, labels[keep], lse[keep], entropy)
+    picked = (hidden[keep], weight, bias, labels[keep], top[keep], log_sum[keep], entropy)
     dh, dw, db = _backward_all(g_log_prob, g_entropy, *picked, *maths, *need)
     return hidden.new_zeros(hidden.shape).index_copy_(0, keep, dh) if need_hidden else dh, dw, db
 
@@ -631,7 +645,8 @@ def _backward_all(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
-    lse: torch.Tensor,
+    top: torch.Tensor,
+    log_sum: torch.Tensor,
     entropy: torch.Tensor,
     ignore_index: int,
     softcap: float | None,
@@ -651,7 +666,7 @@ def _backward_all(
     grad_bias = hidden.new_zeros((weight.shape[0] if need_bias else 0,), dtype=wide)
 
     def part(x: torch.Tensor | None, chunk: slice) -> torch.Tensor:
-        return lse[chunk] if x is None or not x.shape[0] else x[chunk]
+        return top[chunk] if x is None or not x.shape[0] else x[chunk]
 
     for chunk in head.chunks():
         logits = head.logits(chunk)
@@ -659,7 +674,8 @@ def _backward_all(
             _backward_kernel[(logits.shape[0], triton.cdiv(weight.shape[0], head.constants["BLOCK"]))](
                 logits,
                 labels[chunk],
-                lse[chunk],
+                top[chunk],
+                log_sum[chunk],
                 part(entropy, chunk),
                 part(g_log_prob, chunk),
                 part(g_entropy, chunk),
@@ -671,8 +687,9 @@ def _backward_all(
         else:
             g_lp = None if g_log_prob is None else g_log_prob[chunk]
             g_ent = None if g_entropy is None else g_entropy[chunk]
+            normalizer = (top[chunk], log_sum[chunk])
             _backward_chunk(
-                logits, labels[chunk], lse[chunk], part(entropy, chunk), g_lp, g_ent, ignore_index, *head.maths
+                logits, labels[chunk], *normalizer, part(entropy, chunk), g_lp, g_ent, ignore_index, *head.maths
             )
         if need_hidden:
             torch.mm(logits, head.weight, out=grad_hidden[chunk])
@@ -689,7 +706,8 @@ def _backward_all(
 def _backward_chunk(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    lse: torch.Tensor,
+    top: torch.Tensor,
+    log_sum: torch.Tensor,
     entropy: torch.Tensor,
     grad_log_prob: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -700,8 +718,8 @@ def _backward_chunk(
 ) -> None:
     """``_backward_kernel`` in PyTorch."""
     ignored = labels == ignore_index
-    z, tanh = _transform(logits.to(lse.dtype), softcap, logit_scale, temperature)
-    log_p = z - lse[:, None]
+    z, tanh = _transform(logits.to(top.dtype), softcap, logit_scale, temperature)
+    log_p = (z - top[:, None]) - log_sum[:, None]
     p = log_p.exp()
     dr = torch.zeros_like(p)
     if grad_log_prob is not None:
@@ -722,7 +740,8 @@ def _backward_fake(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
-    lse: torch.Tensor,
+    top: torch.Tensor,
+    log_sum: torch.Tensor,
     entropy: torch.Tensor,
     ignore_index: int,
     softcap: float | None,
@@ -741,13 +760,13 @@ _MATHS = "int ignore_index, float? softcap, float logit_scale, float temperature
 
 _forward_op = raw_op(
     f"linear_log_prob({_HEAD}, {_MATHS}, bool entropy, bool is_top1, bool mean_logits, bool log_sum_sq_probs, "
-    "bool unit_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool unit_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _backward_op = raw_op(
-    f"linear_log_prob_backward(Tensor? grad_log_prob, Tensor? grad_entropy, {_HEAD}, Tensor lse, Tensor entropy, "
-    f"{_MATHS}, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    f"linear_log_prob_backward(Tensor? grad_log_prob, Tensor? grad_entropy, {_HEAD}, Tensor top, Tensor log_sum, "
+    f"Tensor entropy, {_MATHS}, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -775,12 +794,13 @@ class _LinearLogProb(torch.autograd.Function):
         entropy_gradient = entropy_gradient and wanted[0]
         frozen = need_hidden and not (need_weight or need_bias)
         *outputs, unit = _forward_op(hidden, weight, bias, labels, *maths, *wanted, frozen)
-        log_prob, lse, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
+        log_prob, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
+        lse = top + log_sum
         ctx.maths, ctx.frozen, ctx.hidden_dtype, ctx.entropy_gradient = maths, frozen, hidden.dtype, entropy_gradient
         if frozen and not entropy_gradient:
             ctx.save_for_backward(unit, labels)
         else:
-            ctx.save_for_backward(unit, labels, hidden, weight, bias, lse, entropy)
+            ctx.save_for_backward(unit, labels, hidden, weight, bias, top, log_sum, entropy)
         constant = [lse, is_top1, mean_logits, log_sum_sq_probs]
         ctx.mark_non_differentiable(*constant, *([] if entropy_gradient else [entropy]))
         return log_prob, entropy, is_top1, mean_logits, log_sum_sq_probs, lse
@@ -798,9 +818,9 @@ class _LinearLogProb(torch.autograd.Function):
             grads[0] = (unit * g[:, None]).to(ctx.hidden_dtype)
             grad_log_prob = None
         if grad_log_prob is not None or grad_entropy is not None:
-            hidden, weight, bias, lse, entropy = rest
+            hidden, weight, bias, top, log_sum, entropy = rest
             needs = ctx.needs_input_grad[:3]
-            operands = (hidden, weight, bias, labels, lse, entropy)
+            operands = (hidden, weight, bias, labels, top, log_sum, entropy)
             found = _backward_op(grad_log_prob, grad_entropy, *operands, *ctx.maths, *needs)
             more = [grad if need else None for grad, need in zip(found, needs, strict=True)]
             grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, more, strict=True)]
@@ -843,8 +863,8 @@ def linear_log_prob(
     wanted = (entropy, is_top1, mean_logits, log_sum_sq_probs)
     if not torch.is_grad_enabled():
         # autograd.Function reports needs_input_grad even here, and would compute the gradient for nothing.
-        log_prob, lse, *optional, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted, False)
-        return LogProb._make((log_prob, *optional, lse))
+        log_prob, top, log_sum, *optional, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted, False)
+        return LogProb._make((log_prob, *optional, top + log_sum))
     return LogProb(*_LinearLogProb.apply(hidden, weight, bias, labels, maths, wanted, entropy_gradient))
 
 

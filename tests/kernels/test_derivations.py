@@ -586,7 +586,10 @@ def test_op_is_the_derivative(op: Op, body: str) -> None:
 
 
 def simplified(e: sympy.Expr) -> sympy.Expr:
-    return sympy.simplify(sympy.expand_log(e.rewrite(sympy.exp), force=True))
+    # A maximum that is subtracted before exp and added after log cancels, whatever it is.
+    e = e.xreplace({m: sympy.Dummy("m", real=True) for m in e.atoms(sympy.Max)})
+    left = sympy.simplify(sympy.expand_log(e.rewrite(sympy.exp), force=True))
+    return left.replace(sympy.log, lambda x: sympy.log(sympy.cancel(sympy.expand(x))))
 
 
 @ops
