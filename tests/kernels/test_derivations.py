@@ -80,7 +80,7 @@ class Derivation:
     ``shapes``: of the operands, by name. ``call``: the op (or its reference) as first argument, and the operands by
     name; gives the outputs. ``formula``: the same outputs as arrays of expressions of the operands' symbols.
     ``frozen``: operands without a gradient. ``outputs``: how many outputs, the first ones, have a gradient.
-    ``simplify``: bodies whose difference to sympy's derivative simplifies to 0 (flash attention's powers of two do not).
+    ``simplify``: bodies whose difference to sympy's derivative simplifies to 0 (powers of two do not).
     """
 
     name: str
