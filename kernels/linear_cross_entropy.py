@@ -629,8 +629,8 @@ def _backward(
     maths, need = (ignore_index, softcap, logit_scale, temperature, dtype), (need_hidden, need_weight, need_bias)
     keep = _scored(labels, ignore_index)
     if keep is None:
-        saved = (top, log_sum, entropy)
-        return _backward_all(grad_log_prob, grad_entropy, hidden, weight, bias, labels, *saved, *maths, *need)
+        whole = (grad_log_prob, grad_entropy, hidden, weight, bias, labels, top, log_sum, entropy)
+        return _backward_all(*whole, *maths, *need)
     g_log_prob, g_entropy = (None if g is None else g[keep] for g in (grad_log_prob, grad_entropy))
     entropy = entropy[keep] if entropy.shape[0] else entropy
     picked = (hidden[keep], weight, bias, labels[keep], top[keep], log_sum[keep], entropy)
@@ -687,10 +687,8 @@ def _backward_all(
         else:
             g_lp = None if g_log_prob is None else g_log_prob[chunk]
             g_ent = None if g_entropy is None else g_entropy[chunk]
-            normalizer = (top[chunk], log_sum[chunk])
-            _backward_chunk(
-                logits, labels[chunk], *normalizer, part(entropy, chunk), g_lp, g_ent, ignore_index, *head.maths
-            )
+            saved = (top[chunk], log_sum[chunk], part(entropy, chunk))
+            _backward_chunk(logits, labels[chunk], *saved, g_lp, g_ent, ignore_index, *head.maths)
         if need_hidden:
             torch.mm(logits, head.weight, out=grad_hidden[chunk])
         if need_weight:
