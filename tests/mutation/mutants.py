@@ -338,7 +338,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "lora_linear: dx of the last layer only",
         "kernels/lora_linear.py",
-        "dx = dx.addmm_(g, dense) if dx.dim() == 2 else torch.mm(g, dense)",
+        "dx = dx.addmm_(g, dense, beta=_beta(dx)) if dx.dim() == 2 else torch.mm(g, dense)",
         "dx = torch.mm(g, dense)",
         'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
     ),
@@ -352,7 +352,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "lora_linear: the base's product first, which is rounded twice",
         "kernels/lora_linear.py",
-        "y = begun.addmm_(rows, dense.t())",
+        "y = begun.addmm_(rows, dense.t(), beta=_beta(begun))",
         "y = torch.mm(rows, dense.t()).add_(begun)",
         "tests/kernels/test_lora_linear.py -k one_rounding",
     ),
