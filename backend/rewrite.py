@@ -313,28 +313,32 @@ def _replace(
     values = _run_fake(answer, fake_mode)
     if isinstance(values, Reason):
         return values
+    olds = answer.outputs if answer.passes is None else (*answer.outputs, answer.passes)
     results = [values]
-    if len(answer.outputs) > 1:
-        if not isinstance(values, (tuple, list)) or len(values) < len(answer.outputs):
-            return Reason("outputs", f"the op does not give {len(answer.outputs)} results")
-        results = list(values[: len(answer.outputs)])
-    for old, got in zip(answer.outputs, results, strict=True):
+    if len(olds) > 1:
+        if not isinstance(values, (tuple, list)) or len(values) < len(olds):
+            return Reason("outputs", f"the op does not give {len(olds)} results")
+        results = list(values[: len(olds)])
+    for old, got in zip(olds, results, strict=True):
         problem = _differs(old, got)
         if problem is not None:
             return problem
+    if answer.passes is not None and (write := memory.writes_to(answer.passes)) is not None:
+        return Reason("in_place", f"{write.name} writes to {answer.passes.name}, which the op would hand on")
     writes = {old: memory.writes_to(old) for old in answer.outputs}
-    for old, got in zip(answer.outputs, results, strict=True):
-        if (write := writes[old]) is not None and _see.value(old).stride() != got.stride():
+    for (old, write), got in zip(writes.items(), results, strict=False):
+        if write is not None and _see.value(old).stride() != got.stride():
             return Reason("in_place", f"{write.name} writes to {old.name}, and the op's result has other strides")
     added: list[fx.Node] = []
     moved: dict[fx.Node, fx.Node] = {}
+    undo: dict[fx.Node, fx.Node] = {}
     try:
         with gm.graph.inserting_after(place):
             new = gm.graph.call_function(answer.target, answer.args, answer.kwargs)
         added.append(new)
         _tag(new, place, values, answer)
         replacements = [new]
-        if len(answer.outputs) > 1:
+        if len(olds) > 1:
             replacements = []
             for index, got in reversed(list(enumerate(results))):
                 with gm.graph.inserting_after(new):
@@ -342,7 +346,7 @@ def _replace(
                 added.append(item)
                 _tag(item, place, got, answer)
                 replacements.insert(0, item)
-        for old, item in zip(answer.outputs, replacements, strict=True):
+        for old, item in zip(answer.outputs, replacements, strict=False):
             if writes[old] is not None:
                 got = _see.value(item)
                 with gm.graph.inserting_after(item):
@@ -350,12 +354,17 @@ def _replace(
                 added.append(item)
                 with fake_mode if fake_mode is not None else contextlib.nullcontext():
                     _tag(item, place, got.clone(), answer)
-            moved[old] = item
+            moved[old] = undo[old] = item
             old.replace_all_uses_with(item, delete_user_cb=lambda user: user is not new)
             item.meta.setdefault("nn_module_stack", old.meta.get("nn_module_stack"))
             _relax_views(old, item)
+        if (passed := answer.passes) is not None:
+            undo[passed] = replacements[-1]
+            passed.replace_all_uses_with(
+                replacements[-1], delete_user_cb=lambda u: u.op != "output" and order.get(u, -1) > order[place]
+            )
     except Exception:
-        for old, item in moved.items():
+        for old, item in undo.items():
             item.replace_all_uses_with(old)
         for node in reversed(added):
             gm.graph.erase_node(node)

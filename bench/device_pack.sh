@@ -30,7 +30,7 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 tar -C "$copy" -xf "$device/tree.tar"
 rm -f "$device"/fastft-*.whl
-"$python" -m pip wheel -q --no-deps --no-build-isolation -w "$device" "$copy"
+"$python" -m pip wheel -q --no-deps -w "$device" "$copy"
 
 git -C "$root" rev-parse HEAD >"$device/commit"
 dirty=$(git -C "$root" status --porcelain --untracked-files=no)

@@ -6,7 +6,10 @@ Maths, for one row x of N elements, all of it in fp32 with one rounding at the e
 
 Backward, with g = dy w. x̂ depends on x directly, through m and through r; collecting the three::
 
-    dx = r (g − mean(g) − x̂ mean(g x̂))        dw = Σ_rows dy x̂        db = Σ_rows dy
+    dx = r (g − mean(g) − x̂ mean(g x̂)) + z        dw = Σ_rows dy x̂        db = Σ_rows dy
+
+z is what x's other readers send back (the residual stream goes around the norm): it is added here, before the rounding,
+where the op hands x on to them (``pass_through``), and is 0 otherwise.
 
 Shapes: x ``[..., N]``, weight and bias ``[N]`` or None, y ``[..., N]`` in ``out_dtype``. Saved: x itself, m and r,
 fp32, one number each a row.
@@ -29,11 +32,13 @@ def reference(
     bias: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+    pass_through: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch, differentiable; fp32 inside (fp64 for fp64)."""
     compute = torch.promote_types(x.dtype, torch.float32)
     w, b = (None if t is None else t.to(compute) for t in (weight, bias))
-    return torch.nn.functional.layer_norm(x.to(compute), x.shape[-1:], w, b, eps).to(out_dtype or x.dtype)
+    y = torch.nn.functional.layer_norm(x.to(compute), x.shape[-1:], w, b, eps).to(out_dtype or x.dtype)
+    return (y, x.view_as(x)) if pass_through else y
 
 
 # ---------------------------------------------------------------- configuration
@@ -77,9 +82,9 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    dy_ptr, x_ptr, w_ptr, m_ptr, r_ptr, dx_ptr, dw_ptr, db_ptr,
-    rows, inner, dy_outer, dy_inner, x_outer, x_inner, r_outer, r_inner, dx_outer, dx_inner,
-    N: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    dy_ptr, x_ptr, w_ptr, m_ptr, r_ptr, z_ptr, dx_ptr, dw_ptr, db_ptr,
+    rows, inner, dy_outer, dy_inner, x_outer, x_inner, r_outer, r_inner, z_outer, z_inner, dx_outer, dx_inner,
+    N: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_Z: tl.constexpr,
     WANT_DX: tl.constexpr, WANT_DWEIGHT: tl.constexpr, WANT_DBIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -110,6 +115,9 @@ def _backward_kernel(
             if HAS_WEIGHT:
                 g = dy * w[None, :]
             dx = r * (g - (tl.sum(g, axis=1) / N)[:, None] - x * (tl.sum(g * x, axis=1) / N)[:, None])
+            if HAS_Z:
+                z_at = tile_at(z_ptr, row, col, inner, z_outer, z_inner)
+                dx = dx + tl.load(z_at, mask=mask, other=0.0).to(tl.float32)
             dx_at = tile_at(dx_ptr, row, col, inner, dx_outer, dx_inner)
             tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     partial = tl.program_id(0).to(tl.int64) * N + col
@@ -178,11 +186,12 @@ def _backward(
     weight: torch.Tensor | None,
     m: torch.Tensor,
     r: torch.Tensor,
+    z: torch.Tensor | None,
     want_dx: bool,
     want_dweight: bool,
     want_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx, dweight, dbias = _backward_fake(dy, x, weight, m, r, want_dx, want_dweight, want_dbias)
+    dx, dweight, dbias = _backward_fake(dy, x, weight, m, r, z, want_dx, want_dweight, want_dbias)
     if x.numel() == 0 or not (want_dx or want_dweight or want_dbias):
         return dx, dweight.zero_(), dbias.zero_()
     n = x.shape[-1]
@@ -194,11 +203,14 @@ def _backward(
             dbias.copy_(g.reshape(-1, n).sum(0))
         if want_dx:
             g = g if weight is None else g * weight.to(r.dtype)
-            dx.copy_(r.unsqueeze(-1) * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True)))
+            through = r.unsqueeze(-1) * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
+            dx.copy_(through if z is None else through + z.to(r.dtype))
         return dx, dweight, dbias
-    walk = rows_of(x, dy, r.unsqueeze(-1), dx if want_dx else x)
+    z_or_x = x if z is None else z
+    walk = rows_of(x, dy, r.unsqueeze(-1), z_or_x, dx if want_dx else x)
     if walk is None or m.stride() != r.stride():
-        dense = (dy.contiguous(), x.contiguous(), weight, m.contiguous(), r.contiguous())
+        z = None if z is None else z.contiguous()
+        dense = (dy.contiguous(), x.contiguous(), weight, m.contiguous(), r.contiguous(), z)
         dense_dx, dweight, dbias = _backward(*dense, want_dx, want_dweight, want_dbias)
         return (dx.copy_(dense_dx) if want_dx else dx), dweight, dbias
     block_m, block_n, warps = row_tile(n)
@@ -206,11 +218,12 @@ def _backward(
     if want_dweight or want_dbias:  # few enough partial rows that summing them is cheap, enough to fill the GPU
         programs = min(programs, 4 * processors(x.device))
     dw, db = (x.new_empty((programs, n) if want else (0,), dtype=torch.float32) for want in (want_dweight, want_dbias))
-    (x_outer, x_inner), (dy_outer, dy_inner), (r_outer, r_inner), (dx_outer, dx_inner) = walk.strides
+    x_strides, dy_strides, r_strides, z_strides, dx_strides = walk.strides
     _backward_kernel[(programs,)](
-        dy, x, x if weight is None else weight.contiguous(), m, r, dx, dw, db,
-        walk.count, walk.inner, dy_outer, dy_inner, x_outer, x_inner, r_outer, r_inner, dx_outer, dx_inner,
-        N=n, HAS_WEIGHT=weight is not None, WANT_DX=want_dx, WANT_DWEIGHT=want_dweight, WANT_DBIAS=want_dbias,
+        dy, x, x if weight is None else weight.contiguous(), m, r, z_or_x, dx, dw, db,
+        walk.count, walk.inner, *dy_strides, *x_strides, *r_strides, *z_strides, *dx_strides,
+        N=n, HAS_WEIGHT=weight is not None, HAS_Z=z is not None,
+        WANT_DX=want_dx, WANT_DWEIGHT=want_dweight, WANT_DBIAS=want_dbias,
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
         # And w · g contracted into its difference from its mean is not rounded as the mean is: no zero where N is 1.
         **SAME_SUMS,
@@ -224,6 +237,7 @@ def _backward_fake(
     weight: torch.Tensor | None,
     m: torch.Tensor,
     r: torch.Tensor,
+    z: torch.Tensor | None,
     want_dx: bool,
     want_dweight: bool,
     want_dbias: bool,
@@ -244,7 +258,7 @@ _raw = raw_op(
 )
 _raw_backward = raw_op(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd,"
-    " bool want_dx, bool want_dweight, bool want_dbias) -> (Tensor, Tensor, Tensor)",
+    " Tensor? z, bool want_dx, bool want_dweight, bool want_dbias) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -252,23 +266,25 @@ _raw_backward = raw_op(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, out_dtype):
+    def forward(ctx, x, weight, bias, eps, out_dtype, pass_through):
         y, m, r = _raw(x, weight, bias, eps, out_dtype)
         ctx.save_for_backward(x, weight, m, r)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        ctx.set_materialize_grads(False)
+        return (y, x) if pass_through else y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, z=None):
+        if dy is None:
+            return z, *(None,) * 5
         x, weight, m, r = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        dx, dweight, dbias = _raw_backward(dy, x, weight, m, r, *wanted)
+        dx, dweight, dbias = _raw_backward(dy, x, weight, m, r, z, *wanted)
         return (
             dx if wanted[0] else None,
             dweight if wanted[1] else None,
             dbias.to(ctx.bias_dtype) if wanted[2] else None,
-            None,
-            None,
+            *(None,) * 3,
         )
 
 
@@ -278,14 +294,16 @@ def layer_norm(
     bias: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+    pass_through: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``(x − mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the last axis, differentiable in x, weight and bias.
 
     x: ``[..., N]``, fp32, fp16 or bf16, any strides (a copy is made unless rows are contiguous and lie at two strides
     or fewer). weight, bias: ``[N]`` or None. out_dtype: dtype of the result, x's own by default. The result has x's
-    memory order, as PyTorch's elementwise ops have.
+    memory order, as PyTorch's elementwise ops have. pass_through: return x too, for its other readers (a view of it);
+    what they send back is added to dx in fp32.
     """
-    return _LayerNorm.apply(x, weight, bias, eps, out_dtype)
+    return _LayerNorm.apply(x, weight, bias, eps, out_dtype, pass_through)
 
 
 def supported(
@@ -294,6 +312,7 @@ def supported(
     bias: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None = None,
+    pass_through: bool = False,
 ) -> Reason | None:
     """None, or why this call cannot run as one kernel."""
     # The kernels' arithmetic is fp32: fp64 would lose digits on a GPU, and integers and fp8 are not norms' inputs.
@@ -325,6 +344,7 @@ def cost(
     bias: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None = None,
+    pass_through: bool = False,
 ) -> Cost:
     """Forward: x in, y out; kept: x and 8 bytes a row."""
     elements, rows = size(x.numel()), size(x.numel() // max(x.shape[-1], 1))

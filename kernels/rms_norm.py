@@ -7,7 +7,10 @@ Maths, for one row x of N elements, all of it in fp32 with one rounding at the e
 
 Backward, with g = dy (offset + w). From ∂r/∂x = −r³ x / N::
 
-    dx = r g + x (∂r/∂x · g) = r (g − x̂ mean(g x̂))        dw = Σ_rows dy x̂
+    dx = r g + x (∂r/∂x · g) + z = r (g − x̂ mean(g x̂)) + z        dw = Σ_rows dy x̂
+
+z is what x's other readers send back (the residual stream goes around the norm): it is added here, before the rounding,
+where the op hands x on to them (``pass_through``), and is 0 otherwise.
 
 Shapes: x ``[..., N]``, weight ``[N]`` or None, y ``[..., N]`` in ``out_dtype``. Saved: x itself and r, fp32, one number
 a row.
@@ -33,14 +36,16 @@ def reference(
     eps: float,
     offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+    pass_through: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch, differentiable; fp32 inside (fp64 for fp64)."""
     compute = torch.promote_types(x.dtype, torch.float32)
     h = x.to(compute)
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         h = h * (weight.to(compute) + offset)
-    return h.to(out_dtype or x.dtype)
+    y = h.to(out_dtype or x.dtype)
+    return (y, x.view_as(x)) if pass_through else y
 
 
 # ---------------------------------------------------------------- configuration
@@ -77,9 +82,10 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, partial_ptr,
-    rows, inner, dy_outer, dy_inner, x_outer, x_inner, r_outer, r_inner, dx_outer, dx_inner,
-    N: tl.constexpr, OFFSET: tl.constexpr, HAS_WEIGHT: tl.constexpr, WANT_DX: tl.constexpr, WANT_DWEIGHT: tl.constexpr,
+    dy_ptr, x_ptr, w_ptr, r_ptr, z_ptr, dx_ptr, partial_ptr,
+    rows, inner, dy_outer, dy_inner, x_outer, x_inner, r_outer, r_inner, z_outer, z_inner, dx_outer, dx_inner,
+    N: tl.constexpr, OFFSET: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_Z: tl.constexpr,
+    WANT_DX: tl.constexpr, WANT_DWEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, BLOCK_N)
@@ -103,6 +109,9 @@ def _backward_kernel(
             if HAS_WEIGHT:
                 g = dy * w[None, :]
             dx = r * (g - x * (tl.sum(g * x, axis=1) / N)[:, None])
+            if HAS_Z:
+                z_at = tile_at(z_ptr, row, col, inner, z_outer, z_inner)
+                dx = dx + tl.load(z_at, mask=mask, other=0.0).to(tl.float32)
             dx_at = tile_at(dx_ptr, row, col, inner, dx_outer, dx_inner)
             tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if WANT_DWEIGHT:
@@ -150,11 +159,12 @@ def _backward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     r: torch.Tensor,
+    z: torch.Tensor | None,
     offset: float,
     want_dx: bool,
     want_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dx, dweight = _backward_fake(dy, x, weight, r, offset, want_dx, want_dweight)
+    dx, dweight = _backward_fake(dy, x, weight, r, z, offset, want_dx, want_dweight)
     if x.numel() == 0 or not (want_dx or want_dweight):
         return dx, dweight.zero_()
     if not use_triton(x) or x.dtype == torch.float64:
@@ -163,12 +173,15 @@ def _backward(
             dweight.copy_((g * x_hat).reshape(-1, x.shape[-1]).sum(0))
         if want_dx:
             g = g if weight is None else g * (weight.to(r.dtype) + offset)
-            dx.copy_(r.unsqueeze(-1) * (g - x_hat * (g * x_hat).mean(-1, keepdim=True)))
+            through = r.unsqueeze(-1) * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
+            dx.copy_(through if z is None else through + z.to(r.dtype))
         return dx, dweight
-    walk = rows_of(x, dy, r.unsqueeze(-1), dx if want_dx else x)
+    z_or_x = x if z is None else z
+    walk = rows_of(x, dy, r.unsqueeze(-1), z_or_x, dx if want_dx else x)
     if walk is None:
+        z = None if z is None else z.contiguous()
         dense, dweight = _backward(
-            dy.contiguous(), x.contiguous(), weight, r.contiguous(), offset, want_dx, want_dweight
+            dy.contiguous(), x.contiguous(), weight, r.contiguous(), z, offset, want_dx, want_dweight
         )
         return (dx.copy_(dense) if want_dx else dx), dweight
     n = x.shape[-1]
@@ -177,11 +190,12 @@ def _backward(
     if want_dweight:  # few enough partial rows that summing them is cheap, enough programs to fill the GPU
         programs = min(programs, 4 * processors(x.device))
     partial = x.new_empty((programs, n) if want_dweight else (0,), dtype=torch.float32)
-    (x_outer, x_inner), (dy_outer, dy_inner), (r_outer, r_inner), (dx_outer, dx_inner) = walk.strides
+    x_strides, dy_strides, r_strides, z_strides, dx_strides = walk.strides
     _backward_kernel[(programs,)](
-        dy, x, x if weight is None else weight.contiguous(), r, dx, partial,
-        walk.count, walk.inner, dy_outer, dy_inner, x_outer, x_inner, r_outer, r_inner, dx_outer, dx_inner,
-        N=n, OFFSET=offset, HAS_WEIGHT=weight is not None, WANT_DX=want_dx, WANT_DWEIGHT=want_dweight,
+        dy, x, x if weight is None else weight.contiguous(), r, z_or_x, dx, partial,
+        walk.count, walk.inner, *dy_strides, *x_strides, *r_strides, *z_strides, *dx_strides,
+        N=n, OFFSET=offset, HAS_WEIGHT=weight is not None, HAS_Z=z is not None,
+        WANT_DX=want_dx, WANT_DWEIGHT=want_dweight,
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, **SAME_SUMS,
     )  # fmt: skip
     return dx, dweight.copy_(partial.sum(0)) if want_dweight else dweight
@@ -192,6 +206,7 @@ def _backward_fake(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     r: torch.Tensor,
+    z: torch.Tensor | None,
     offset: float,
     want_dx: bool,
     want_dweight: bool,
@@ -209,8 +224,8 @@ _raw = raw_op(
     _forward_fake,
 )
 _raw_backward = raw_op(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float offset, bool want_dx, bool want_dweight)"
-    " -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor? z, float offset,"
+    " bool want_dx, bool want_dweight) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -218,18 +233,21 @@ _raw_backward = raw_op(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, offset, out_dtype):
+    def forward(ctx, x, weight, eps, offset, out_dtype, pass_through):
         y, r = _raw(x, weight, eps, offset, out_dtype)
         ctx.save_for_backward(x, weight, r)
         ctx.offset = offset
-        return y
+        ctx.set_materialize_grads(False)
+        return (y, x) if pass_through else y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, z=None):
+        if dy is None:
+            return z, *(None,) * 5
         x, weight, r = ctx.saved_tensors
         want_dx, want_dweight = ctx.needs_input_grad[:2]
-        dx, dweight = _raw_backward(dy, x, weight, r, ctx.offset, want_dx, want_dweight)
-        return dx if want_dx else None, dweight if want_dweight else None, None, None, None
+        dx, dweight = _raw_backward(dy, x, weight, r, z, ctx.offset, want_dx, want_dweight)
+        return dx if want_dx else None, dweight if want_dweight else None, *(None,) * 4
 
 
 def rms_norm(
@@ -238,14 +256,16 @@ def rms_norm(
     eps: float,
     offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+    pass_through: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``x / sqrt(mean(x²) + eps) * (offset + weight)`` over the last axis, differentiable in x and weight.
 
     x: ``[..., N]``, fp32, fp16 or bf16, any strides (a copy is made unless rows are contiguous and lie at two strides
     or fewer). weight: ``[N]`` or None. offset: 1.0 for Gemma. out_dtype: dtype of the result, x's own by default. The
-    result has x's memory order, as PyTorch's elementwise ops have.
+    result has x's memory order, as PyTorch's elementwise ops have. pass_through: return x too, for its other readers (a
+    view of it); what they send back is added to dx in fp32.
     """
-    return _RMSNorm.apply(x, weight, eps, offset, out_dtype)
+    return _RMSNorm.apply(x, weight, eps, offset, out_dtype, pass_through)
 
 
 def supported(
@@ -254,6 +274,7 @@ def supported(
     eps: float,
     offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
+    pass_through: bool = False,
 ) -> Reason | None:
     """None, or why this call cannot run as one kernel."""
     # The kernels' arithmetic is fp32: fp64 would lose digits on a GPU, and integers and fp8 are not norms' inputs.
@@ -281,6 +302,7 @@ def cost(
     eps: float,
     offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
+    pass_through: bool = False,
 ) -> Cost:
     """Forward: x in, y out; kept: x and 4 bytes a row."""
     elements, rows = size(x.numel()), size(x.numel() // max(x.shape[-1], 1))

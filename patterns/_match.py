@@ -227,6 +227,9 @@ class Rewrite:
     :func:`fastft.lazy_logits.lazy_logits`. ``notes`` go into the report beside the site. ``out_dtype`` is not needed
     here: the replaced value's dtype, shape and device are checked against the target's.
 
+    ``passes`` is an operand that the op hands on, as its result after the outputs: whoever reads it later reads that
+    instead, so that what they send back meets the op's own gradient inside of the op.
+
     The op stands where the last output stood; ``early``: where the first did, for outputs that are used before the
     last one is computed. What it reads must be there by then.
     """
@@ -241,6 +244,7 @@ class Rewrite:
     notes: str = ""
     kernel: Kernel | None = None
     early: bool = False
+    passes: fx.Node | None = None
 
 
 def use(kernel: str, *args: Any, **kwargs: Any) -> Rewrite | Reason:

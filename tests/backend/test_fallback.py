@@ -309,7 +309,8 @@ def test_one_rewrite_is_taken_back(monkeypatch: Patch, captured: fx.GraphModule,
     (failed,) = [s for s in done.missed if s.reason == "failed: Boom: on purpose"]
     assert failed.node in {node.name for node in gm.graph.nodes}
     calls = [n for n in gm.graph.nodes if str(getattr(n.target, "__module__", "")).startswith("fastft.")]
-    assert len(calls) == sum(done.counts.values()) > 5
+    # A norm that hands its input on is one call, and two sites.
+    assert len(calls) == sum(done.counts.values()) - done.counts["residual_norm"] > 5
 
 
 @pytest.fixture

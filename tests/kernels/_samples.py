@@ -66,12 +66,14 @@ def _rms_norm(new: _New, n: int) -> Named:
     yield "llama", (new(3, n, 5 * n), new(5 * n), 1e-6), {}
     yield "gemma", (new(2, 3, n, 4).transpose(1, 2), new(4), 1e-5, 1.0), {}
     yield "weightless", (new(2, 7 * n), None, 1e-6), {}
+    yield "residual stream", (new(2, n, 5), new(5), 1e-6), {"pass_through": True}
 
 
 def _layer_norm(new: _New, n: int) -> Named:
     yield "affine", (new(3, n, 5 * n), new(5 * n), new(5 * n), 1e-5), {}
     yield "biasless", (new(2, 3, n, 4).transpose(1, 2), new(4), None, 1e-5), {}
     yield "plain", (new(2, 7 * n), None, None, 1e-5), {}
+    yield "residual stream", (new(2, n, 5), new(5), new(5), 1e-5), {"pass_through": True}
 
 
 def _glu(new: _New, n: int) -> Named:

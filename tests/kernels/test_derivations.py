@@ -181,6 +181,13 @@ def _rms_norm_derivations() -> list[Derivation]:
         Derivation(
             "frozen weight", shapes, lambda fn, x, w: fn(x, w, EPS), lambda x, w: [normed(x) * w], frozen=("w",)
         ),
+        Derivation(
+            "residual stream",
+            shapes,
+            lambda fn, x, w: fn(x, w, EPS, pass_through=True),
+            lambda x, w: [normed(x) * w, x],
+            outputs=2,
+        ),
     ]
 
 
@@ -202,6 +209,13 @@ def _layer_norm_derivations() -> list[Derivation]:
             simplify=BOTH,
         ),
         Derivation("plain", {"x": (3, 3)}, lambda fn, x: fn(x, None, None, EPS), lambda x: [normed(x)]),
+        Derivation(
+            "residual stream",
+            {"x": (3, 3)},
+            lambda fn, x: fn(x, None, None, EPS, pass_through=True),
+            lambda x: [normed(x), x],
+            outputs=2,
+        ),
     ]
 
 

@@ -26,14 +26,16 @@ def random(*shape):
 def run_rms_norm(n):
     x, w = random(4, n), random(n)
     _, r = ops.rms_norm(x, w, 1e-6, 0.0, None)
-    ops.rms_norm_backward(x, x, w, r, 0.0, True, True)
+    for z in (None, x):
+        ops.rms_norm_backward(x, x, w, r, z, 0.0, True, True)
     return rms_norm
 
 
 def run_layer_norm(n):
     x, w = random(4, n), random(n)
     _, m, r = ops.layer_norm(x, w, w, 1e-6, None)
-    ops.layer_norm_backward(x, x, w, m, r, True, True, True)
+    for z in (None, x):
+        ops.layer_norm_backward(x, x, w, m, r, z, True, True, True)
     return layer_norm
 
 

@@ -45,6 +45,27 @@ def test_weight_and_result_in_other_dtypes(out_dtype, device):
     check_op(OP, (x, w, b), 1e-6, out_dtype, length=48)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strided_grads", [False, True])
+def test_passes_x_on(dtype, strided_grads, device):
+    """What x's other readers send back is in dx, whatever its layout; also where nobody reads the result."""
+    tensors = inputs((3, 7, 96), dtype, device)
+    check_op(OP, (*tensors, 1e-6, None, True), length=700, strided_grads=strided_grads)
+    same = layer_norm(*tensors, 1e-6, pass_through=True)[1]
+    (dx,) = torch.autograd.grad(same.sum(), tensors[0])
+    assert torch.equal(dx, torch.ones_like(dx))
+
+
+def test_the_streams_gradient_is_added_before_the_rounding(device):
+    x, w, b = inputs((64, 128), torch.bfloat16, device)
+    dy, z = torch.randn_like(x), torch.randn_like(x)
+    (dx,) = torch.autograd.grad(layer_norm(x, w, b, 1e-6, pass_through=True), x, (dy, z))
+    wide, w, b = (t.detach().double().requires_grad_() for t in (x, w, b))
+    (exact,) = torch.autograd.grad(reference(wide, w, b, 1e-6, pass_through=True), wide, (dy, z))
+    once = (exact.bfloat16().double() - exact).norm()
+    assert (dx.double() - exact).norm() <= 1.02 * once
+
+
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
 def test_only_what_is_asked_for(wanted, device):
     tensors = inputs((4, 32), torch.float32, device)
@@ -80,7 +101,9 @@ def test_raw_ops(layout, device):
     torch.library.opcheck(torch.ops.fastft.layer_norm.default, (x, w, b, 1e-6, torch.float16))
     y, m, r = torch.ops.fastft.layer_norm(x, w, b, 1e-6, None)
     for want in [(True, True, True), (True, False, False), (False, True, True)]:
-        torch.library.opcheck(torch.ops.fastft.layer_norm_backward.default, (torch.randn_like(y), x, w, m, r, *want))
+        for z in (None, torch.randn(x.shape, device=device)):
+            args = (torch.randn_like(y), x, w, m, r, z, *want)
+            torch.library.opcheck(torch.ops.fastft.layer_norm_backward.default, args)
 
 
 @pytest.mark.parametrize("fn", [layer_norm, reference])

@@ -38,6 +38,36 @@ def test_weight_and_result_in_other_dtypes(out_dtype, device):
     check_op(OP, (x, w), 1e-6, 0.0, out_dtype, length=48)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strided_grads", [False, True])
+def test_passes_x_on(dtype, strided_grads, device):
+    """What x's other readers send back is in dx, whatever its layout."""
+    args = (*inputs((3, 7, 96), dtype, device), 1e-6, 0.0, None, True)
+    check_op(OP, args, length=700, strided_grads=strided_grads)
+
+
+def test_the_streams_gradient_is_added_before_the_rounding(device):
+    x, w = inputs((64, 128), torch.bfloat16, device)
+    dy, z = torch.randn_like(x), torch.randn_like(x)
+    (dx,) = torch.autograd.grad(rms_norm(x, w, 1e-6, pass_through=True), x, (dy, z))
+    wide = x.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(reference(wide, w.detach().double(), 1e-6, pass_through=True), wide, (dy, z))
+    once = (exact.bfloat16().double() - exact).norm()
+    assert (dx.double() - exact).norm() <= 1.02 * once
+
+
+def test_nobody_reads_the_result_or_what_is_passed_on(device):
+    x, w = inputs((4, 32), torch.float32, device)
+    y, same = rms_norm(x, w, 1e-6, pass_through=True)
+    assert same.data_ptr() == x.data_ptr() and same.grad_fn is y.grad_fn
+    (dx,) = torch.autograd.grad(same.sum(), x, retain_graph=True)
+    assert torch.equal(dx, torch.ones_like(x))
+    grads = torch.autograd.grad(y.sum(), [x, w])
+    assert all(map(torch.equal, grads, torch.autograd.grad(rms_norm(x, w, 1e-6).sum(), [x, w])))
+    with torch.no_grad():
+        assert torch.equal(rms_norm(x, w, 1e-6, pass_through=True)[1], x)
+
+
 def test_only_what_is_asked_for(device):
     x, w = inputs((4, 32), torch.float32, device)
     (dx,) = torch.autograd.grad(rms_norm(x, w.detach(), 1e-6).sum(), [x])
@@ -81,7 +111,9 @@ def test_raw_ops(layout, device):
     torch.library.opcheck(torch.ops.fastft.rms_norm.default, (x, w, 1e-6, 0.0, torch.float16))
     y, r = torch.ops.fastft.rms_norm(x, w, 1e-6, 0.0, None)
     for want in [(True, True), (True, False), (False, True)]:
-        torch.library.opcheck(torch.ops.fastft.rms_norm_backward.default, (torch.randn_like(y), x, w, r, 0.0, *want))
+        for z in (None, torch.randn(x.shape, device=device)):
+            args = (torch.randn_like(y), x, w, r, z, 0.0, *want)
+            torch.library.opcheck(torch.ops.fastft.rms_norm_backward.default, args)
 
 
 @pytest.mark.parametrize("fn", [rms_norm, reference])

@@ -42,9 +42,10 @@ class Family:
     joint: int = 2
     sums: int = 2
 
-    def sites(self, lora: float | None = None) -> dict[str, int]:
+    def sites(self, lora: float | None = None, trained_input: bool = False) -> dict[str, int]:
         """Replaced sites that a training step must have, by pattern. ``lora``: its dropout, None without LoRA. With
-        dropout each adapter has an input of its own, and no layers are joined.
+        dropout each adapter has an input of its own, and no layers are joined. ``trained_input``: the embeddings
+        require a gradient with LoRA too, as PEFT makes them do under checkpointing.
         """
         wanted = {
             "linear_cross_entropy": 1,
@@ -52,6 +53,8 @@ class Family:
             "rotary": LAYERS,
             "rms_norm": self.norms,
             "mlp": LAYERS,
+            # Two norms of a layer read the stream that goes around them; the last one's stream ends there.
+            "residual_norm": 2 * LAYERS - (lora is not None and not trained_input),
         }
         if lora is None:
             return wanted | ({"residual": self.sums * LAYERS} if self.sums else {})

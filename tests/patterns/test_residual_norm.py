@@ -1,0 +1,152 @@
+"""A norm hands its input on to those who read it later, so that their gradients are added in its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fastft.kernels.layer_norm import layer_norm
+from fastft.kernels.rms_norm import rms_norm
+from tests.patterns._sites import check_site, rewritten
+
+X, W = (2, 5, 16), (16,)
+
+
+def leaves(*sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
+
+
+def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, (16,), w, 1e-6)
+
+
+def passing(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    return [n for n in graph.graph.nodes if n.target in (rms_norm, layer_norm) and n.kwargs.get("pass_through")]
+
+
+@pytest.mark.parametrize("kind", ["rms_norm", "layer_norm"])
+def test_a_block(kind: str) -> None:
+    def block(x, w):
+        y = norm(x, w) if kind == "rms_norm" else F.layer_norm(x, (16,), w, None, 1e-6)
+        return x + y.sin()
+
+    graph = check_site(block, *leaves(X, W), counts={kind: 1, "residual_norm": 1})
+    (node,) = passing(graph)
+    assert set(graph.graph.find_nodes(op="placeholder")[0].users) == {node}, "x is read through the norm alone"
+
+
+def test_two_roundings_are_one() -> None:
+    """dx in bf16: of the exact sum, where autograd adds what was rounded already."""
+    x, w = leaves((64, 16), W, dtype=torch.bfloat16)
+
+    def block(x, w):
+        return norm(x, w), x * 1.0
+
+    outputs, report, _ = rewritten(block, x, w)
+    assert report.counts == {"rms_norm": 1, "residual_norm": 1}
+    grads = [torch.randn_like(o) for o in outputs]
+    (dx,) = torch.autograd.grad(outputs, x, grads)
+    wide, w = x.detach().double().requires_grad_(), w.detach().double()
+    (exact,) = torch.autograd.grad(block(wide, w), wide, [g.double() for g in grads])
+    once = (exact.bfloat16().double() - exact).norm()
+    assert (dx.double() - exact).norm() <= 1.02 * once
+
+
+def test_layers_one_after_another() -> None:
+    """The stream goes through all norms; the last one's stream ends there."""
+
+    def layers(x, *weights):
+        for w in weights:
+            x = x + norm(x, w).sin()
+        return norm(x, weights[0])
+
+    check_site(layers, *leaves(X, W, W, W), counts={"rms_norm": 4, "residual_norm": 3})
+
+
+def test_parallel_norms() -> None:
+    """GPT-NeoX: two norms of one input. The first hands it to the second, which hands it on."""
+
+    def block(x, w, v):
+        first, second = norm(x, w), norm(x, v)
+        return x + first.sin() + second.cos()
+
+    graph = check_site(block, *leaves(X, W, W), counts={"rms_norm": 2, "residual_norm": 2})
+    first, second = passing(graph)
+    assert second.args[0].args[0] is first
+
+
+def test_read_before_the_norm() -> None:
+    """Who reads x earlier keeps on doing so: its gradient is added outside."""
+
+    def block(x, w):
+        early = x.exp()
+        return early * norm(x, w) + x
+
+    check_site(block, *leaves(X, W), counts={"rms_norm": 1, "residual_norm": 1})
+
+
+def test_the_input_is_an_output_too() -> None:
+    def block(x, w):
+        x = x.sin()
+        return norm(x, w), x
+
+    check_site(block, *leaves(X, W), counts={"rms_norm": 1})
+
+    def and_more(x, w):
+        x = x.sin()
+        return norm(x, w) + x, x
+
+    check_site(and_more, *leaves(X, W), counts={"rms_norm": 1, "residual_norm": 1})
+
+
+def left(fn: Any, *args: torch.Tensor) -> list[str]:
+    """Reasons of a graph in which no norm hands its input on."""
+    _, report, graph = rewritten(fn, *args)
+    assert "residual_norm" not in report.counts and not passing(graph)
+    return [site.reason for site in report.missed if site.pattern == "residual_norm"]
+
+
+def test_no_gradient_comes_back() -> None:
+    """A frozen input, or one that others read without a gradient."""
+    x, w = leaves(X, W)
+    assert left(lambda x, w: x + norm(x, w), x.detach(), w) == []
+    assert left(lambda x, w: norm(x, w) * x.detach(), x, w) == []
+    assert left(norm, x, w) == []
+
+
+def test_written_in_place() -> None:
+    """A stream that is written to after the norm: a view of it would not do."""
+
+    def block(x, w):
+        x = x.sin()
+        y = norm(x, w).sin()
+        x.add_(1.0)
+        return x + y
+
+    x, w = leaves(X, W)
+    _, report, graph = rewritten(block, x, w)
+    assert "residual_norm" not in report.counts and not passing(graph)
+
+
+def test_checkpointed_regions() -> None:
+    """Handed on inside of a region that is recomputed, not out of it."""
+
+    def block(x, w):
+        return x + norm(x, w).sin()
+
+    def whole(x, w):
+        return checkpoint(block, x.sin(), w, use_reentrant=False).cos()
+
+    check_site(whole, *leaves(X, W), counts={"rms_norm": 1, "residual_norm": 1})
+
+    def out_of_it(x, w):
+        x = x.sin()
+        return checkpoint(norm, x, w, use_reentrant=False) + x
+
+    (reason,) = left(out_of_it, *leaves(X, W))
+    assert "checkpointed region" in reason
