@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if fates:
         terminalreporter.write_line(f"mutants: {sum(fates)} of {len(fates)} killed ({sum(fates) / len(fates):.0%})")
     if counts:
-        terminalreporter.write_line(f"fuzz: {sum(counts):,} cases of {len(counts)} ops")
+        terminalreporter.write_line(f"fuzz: {sum(counts):,} cases in {len(counts)} tests")
     if graphs:
         cases = graphs.pop("cases")
         reached = ", ".join(f"{name} {times:,}" for name, times in graphs.most_common())
