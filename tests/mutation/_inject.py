@@ -1,4 +1,6 @@
 """Run pytest with one mistake in one of fastft's files: ``python tests/mutation/_inject.py FILE OLD NEW [ARGUMENTS]``.
+Without arguments it serves many of them, from standard input, in forks that have torch imported already: most of the
+time of a short run.
 
 Nothing on disk changes: when the file's module is imported, a copy with the mistake is, from a temporary folder, where
 Triton and ``inspect`` find its source too. Compiler caches are a folder of its own: their keys hash the sources that
@@ -7,10 +9,16 @@ are on disk.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib.util
+import json
 import os
+import signal
 import sys
 import tempfile
+import threading
+import traceback
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -60,8 +68,58 @@ def main(file: str, old: str, new: str, *arguments: str) -> int:
         return code if injector.found else NOT_IMPORTED
 
 
+#: Seconds that one mutant's tests may take.
+LIMIT_S = 600
+
+
+def _forked(arguments: list[str], output: int) -> None:
+    """The child's whole life: ``main``, with all that is printed in ``output``."""
+    os.setsid()  # its process group is the child's and its own children's alone
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.close(0)
+    code = 4  # pytest: an error of usage
+    try:
+        code = main(*arguments)
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def serve() -> None:
+    """For each line of standard input, a JSON list of ``main``'s arguments, a line ``[exit code, output]``. A run that
+    takes too long is killed, and its exit code negative.
+    """
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
+    assert threading.active_count() == 1, "a thread of the parent's would be missing in its forks"
+    assert not {n for n in sys.modules if n.startswith("fastft.")} - {"fastft.autoload"}, "what a mutant may be of"
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        with tempfile.TemporaryFile() as output:
+            child = os.fork()
+            if child == 0:
+                _forked(json.loads(line), output.fileno())
+            timer = threading.Timer(LIMIT_S, os.killpg, (child, signal.SIGKILL))
+            timer.start()
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            timer.cancel()
+            timer.join()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)  # what it started and left
+            output.seek(0)
+            print(json.dumps([code, output.read().decode(errors="replace")]), flush=True)
+
+
 if __name__ == "__main__":
     # Python put this file's folder first on the path; the repository's root is not to be there either.
     del sys.path[0]
     os.chdir(ROOT)
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]) if len(sys.argv) > 1 else serve())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
 import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,17 +24,37 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS_FAILED = 1  # pytest's exit code; others mean that no test ran to its end
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[Callable[[bool], subprocess.Popen[str]]]:
+    """A process that runs mutants, with or without Triton's interpreter; started when it is first asked for."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def started(interpret: bool) -> subprocess.Popen[str]:
+            environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"}
+            environment.pop("PYTEST_ADDOPTS", None)
+            command, pipe = [sys.executable, _inject.__file__], subprocess.PIPE
+            one = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdin=pipe, stdout=pipe)
+            stack.enter_context(one)  # closes its standard input, and waits for it
+            assert one.stdout is not None and json.loads(one.stdout.readline()) == "ready"
+            return one
+
+        yield started
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
-def test_is_killed(mutant: Mutant, record_property: pytest.RecordProperty) -> None:
-    command = [sys.executable, _inject.__file__, mutant.file, mutant.old, mutant.new, *shlex.split(mutant.tests)]
-    environment = {**os.environ, "TRITON_INTERPRET": str(int(mutant.interpret)), "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    killed = run.returncode == TESTS_FAILED
-    record_property("mutant", killed)
+def test_is_killed(
+    mutant: Mutant, server: Callable[[bool], subprocess.Popen[str]], record_property: pytest.RecordProperty
+) -> None:
+    one = server(mutant.interpret)
+    assert one.stdin is not None and one.stdout is not None
+    one.stdin.write(json.dumps([mutant.file, mutant.old, mutant.new, *shlex.split(mutant.tests)]) + "\n")
+    one.stdin.flush()
+    code, output = json.loads(one.stdout.readline())
+    record_property("mutant", code == TESTS_FAILED)
     why = {0: "SURVIVED: its tests pass", _inject.STALE: "stale", _inject.NOT_IMPORTED: "its module was never imported"}
-    said = why.get(run.returncode, f"pytest ended with {run.returncode}")
-    assert killed, f"{mutant.name} ({mutant.file}): {said}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+    said = why.get(code, f"pytest ended with {code}")
+    assert code == TESTS_FAILED, f"{mutant.name} ({mutant.file}): {said}\n{output[-3000:]}"
 
 
 def test_the_list_is_current() -> None:
