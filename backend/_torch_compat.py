@@ -89,7 +89,7 @@ def compile_with_inductor(
         if not settings.get("is_backward"):
             return compile_fx_inner(graph, inputs, **settings)
         plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor changes the graph it is given
-        with backward_attempt(), whole_cache_entries():
+        with backward_attempt(), whole_cache_entries(), _operators_by_name():
             return compile_fx_inner(graph, inputs, **settings)
         for node in plain.graph.nodes:
             if node.target is torch.ops.aten.view.default:
@@ -97,9 +97,29 @@ def compile_with_inductor(
         plain.recompile()
         return make_boxed_func(plain.forward)
 
-    with whole_cache_entries():
+    with whole_cache_entries(), _operators_by_name():
         compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=compile_graph, config_patches=dict(patches))
     return compiled
+
+
+@contextlib.contextmanager
+def _operators_by_name() -> Iterator[None]:
+    """In here Inductor says which operator it has no lowering for by its name alone.
+
+    Before torch 2.13 it prints the operands too, for a log that nobody may read, each with all that it is computed
+    from; a value that is read twice is printed twice, so a residual stream doubles the text at every layer.
+    """
+    from torch._inductor.exc import OperatorIssue
+
+    if version() >= (2, 13):
+        yield
+        return
+    stock = OperatorIssue.operator_str
+    OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: f"  target: {target}")
+    try:
+        yield
+    finally:
+        OperatorIssue.operator_str = staticmethod(stock)
 
 
 @contextlib.contextmanager

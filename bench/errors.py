@@ -197,7 +197,9 @@ def _rms(values: Sequence[float]) -> float:
 
 
 def run_models(a: argparse.Namespace) -> dict[str, Any]:
-    """All settings: a process each, side by side, since most of their time is compiling."""
+    """All settings: a process each, side by side, since most of their time is compiling. What has ended is in ``--out``
+    at once, so that a time limit costs no more than what has not.
+    """
     if len(a.settings) == 1:
         return {**_head("model", a), "rows": [run_setting(a.settings[0], a)]}
     with tempfile.TemporaryDirectory() as folder:
@@ -209,12 +211,19 @@ def run_models(a: argparse.Namespace) -> dict[str, Any]:
             )
             for setting, file in files.items()
         }
-        result = {**_head("model", a), "rows": []}
-        for setting, process in processes.items():
-            code = process.wait()
-            failed = {"setting": setting, "status": "failed", "error": f"the process ended with code {code}"}
-            file = files[setting]
-            result["rows"].append(json.loads(file.read_text())["rows"][0] if file.exists() else failed)
+        rows = {setting: {"setting": setting, "status": "failed", "error": "stopped"} for setting in a.settings}
+        result = {**_head("model", a), "rows": list(rows.values())}
+        while processes:
+            for setting, process in list(processes.items()):
+                if (code := process.poll()) is None:
+                    continue
+                del processes[setting]
+                rows[setting]["error"] = f"the process ended with code {code}"
+                if files[setting].exists():
+                    rows[setting] = json.loads(files[setting].read_text())["rows"][0]
+                result["rows"] = list(rows.values())
+                train.write(result, a.out)
+            time.sleep(0.2)
     return result
 
 

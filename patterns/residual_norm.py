@@ -49,8 +49,9 @@ def _build(m: Match) -> Rewrite | Reason | None:
     norm = m.anchor
     x: Any = norm.args[0]
     later = [u for u in x.users if u > norm and u.op != "output"]
-    if not requires_grad(x) or not any(_sends_back(u, x) for u in later):
-        return None  # nothing comes back on two ways
+    # Nothing comes back on two ways, or the norm is under no_grad, where what it hands on would lose its gradient.
+    if not requires_grad(x) or not requires_grad(norm) or not any(_sends_back(u, x) for u in later):
+        return None
     if any(_region(u) != _region(norm) for u in later):
         return Reason("checkpoint", "what reads the norm's input later is not in the norm's checkpointed region")
     answer = use(_OPS[norm.target], *norm.args, **norm.kwargs, pass_through=True)

@@ -120,5 +120,29 @@ def test_innermost_backend() -> None:
     assert compat.registered_backend("no such backend") is None
 
 
+def test_operands_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 prints, where it meets an operator for the first time, all that its operands are computed from: a
+    residual stream of four layers took minutes.
+    """
+    from torch._inductor import ir
+
+    library = torch.library.Library("fastft_test", "FRAGMENT")
+    for name in ("never_seen", "nor_this"):
+        library.define(f"{name}(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, lambda x: x + 1, "CPU")
+        torch.library.register_fake(f"fastft_test::{name}", torch.empty_like, lib=library)
+
+    def printed(*_: object, **__: object) -> str:
+        raise AssertionError("an operand was printed")
+
+    monkeypatch.setattr(ir.IRNode, "str_helper", printed)
+    monkeypatch.setattr(ir.ExternKernel, "__str__", printed)
+    x = torch.ones(3)
+    ops = torch.ops.fastft_test
+    gm = torch.fx.symbolic_trace(lambda x: (ops.nor_this(ops.never_seen(x)),))
+    (got,) = compat.compile_with_inductor(gm, [x], {})(x)
+    assert torch.equal(got, x + 2)
+
+
 def test_inductor_settings() -> None:
     assert {"max_autotune", "triton.cudagraphs"} <= compat.inductor_settings()

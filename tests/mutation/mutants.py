@@ -1083,6 +1083,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/patterns/test_residual_norm.py -k in_place",
     ),
     Mutant(
+        "residual_norm: handed on by a norm under no_grad",
+        "patterns/residual_norm.py",
+        "if not requires_grad(x) or not requires_grad(norm) or",
+        "if not requires_grad(x) or",
+        "tests/patterns/test_residual_norm.py -k without_gradients",
+    ),
+    Mutant(
         "residual_norm: out of a checkpointed region",
         "patterns/residual_norm.py",
         "    if any(_region(u) != _region(norm) for u in later):",

@@ -119,6 +119,21 @@ def test_no_gradient_comes_back() -> None:
     assert left(norm, x, w) == []
 
 
+def test_a_norm_without_gradients() -> None:
+    """What a norm under ``no_grad`` handed on would be cut off from x. Found by the graph fuzz."""
+
+    def block(x, w):
+        with torch.no_grad():
+            y = norm(x, w)
+        return x * 0.5 + y
+
+    x, w = leaves(X, W)
+    assert left(block, x, w) == []
+    result, _, _ = rewritten(block, x, w)
+    (dx,) = torch.autograd.grad(result.sum(), x)
+    assert torch.equal(dx, torch.full_like(dx, 0.5))
+
+
 def test_written_in_place() -> None:
     """A stream that is written to after the norm: a view of it would not do."""
 
