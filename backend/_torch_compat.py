@@ -109,17 +109,18 @@ def _operators_by_name() -> Iterator[None]:
     Before torch 2.13 it prints the operands too, for a log that nobody may read, each with all that it is computed
     from; a value that is read twice is printed twice, so a residual stream doubles the text at every layer.
     """
-    from torch._inductor.exc import OperatorIssue
+    from torch._inductor import exc
 
+    issue: Any = exc.OperatorIssue
     if version() >= (2, 13):
         yield
         return
-    stock = OperatorIssue.operator_str
-    OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: f"  target: {target}")
+    stock = issue.operator_str
+    issue.operator_str = staticmethod(lambda target, args, kwargs: f"  target: {target}")
     try:
         yield
     finally:
-        OperatorIssue.operator_str = staticmethod(stock)
+        issue.operator_str = staticmethod(stock)
 
 
 @contextlib.contextmanager
