@@ -128,10 +128,21 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "starcoder2-3b": _model("starcoder2", 3072, 12288, 30, 24, 2, 128, 49152, **STARCODER2, rope_parameters=_rope(1e6)),
     "starcoder2-7b": _model("starcoder2", 4608, 18432, 32, 36, 4, 128, 49152, **STARCODER2, rope_parameters=_rope(1e6)),
-    "starcoder2-15b": _model("starcoder2", 6144, 24576, 40, 48, 4, 128, 49152, **STARCODER2, rope_parameters=_rope(1e5)),
+    "starcoder2-15b": _model(
+        "starcoder2", 6144, 24576, 40, 48, 4, 128, 49152, **STARCODER2, rope_parameters=_rope(1e5)
+    ),
     # LayerNorm in other sizes; the first parts of a head are rotated.
     "phi-2": _model(
-        "phi", 2560, 10240, 32, 32, 32, 80, 51200, layer_norm_eps=1e-5, rope_parameters=_rope(1e4, partial_rotary_factor=0.4)
+        "phi",
+        2560,
+        10240,
+        32,
+        32,
+        32,
+        80,
+        51200,
+        layer_norm_eps=1e-5,
+        rope_parameters=_rope(1e4, partial_rotary_factor=0.4),
     ),
     "stablelm-2-1.6b": _model(
         "stablelm",
@@ -147,7 +158,16 @@ MODELS: dict[str, dict[str, Any]] = {
         rope_parameters=_rope(1e4, partial_rotary_factor=0.25),
     ),
     "minitron-8b": _model(
-        "nemotron", 4096, 16384, 32, 48, 8, 128, 256000, norm_eps=1e-5, rope_parameters=_rope(1e4, partial_rotary_factor=0.5)
+        "nemotron",
+        4096,
+        16384,
+        32,
+        48,
+        8,
+        128,
+        256000,
+        norm_eps=1e-5,
+        rope_parameters=_rope(1e4, partial_rotary_factor=0.5),
     ),
     # The smallest that still has every kind of site: for tests of the harness on a CPU.
     "tiny": _model("llama", 64, 176, 2, 4, 2, 16, 512, rms_norm_eps=1e-5, rope_parameters=_rope(1e4)),
@@ -205,9 +225,9 @@ def linears(model: str) -> list[tuple[str, int, int]]:
             ("gate_up_proj", 2 * intermediate, hidden),
             ("down_proj", hidden, intermediate),
         ]
-    one_after_the_other = {"starcoder2": ("c_fc", "c_proj"), "phi": ("fc1", "fc2"), "nemotron": ("up_proj", "down_proj")}
-    if config["model_type"] in one_after_the_other:
-        up, down = one_after_the_other[config["model_type"]]
+    plain = {"starcoder2": ("c_fc", "c_proj"), "phi": ("fc1", "fc2"), "nemotron": ("up_proj", "down_proj")}
+    if config["model_type"] in plain:  # no gate
+        up, down = plain[config["model_type"]]
         mlp = [(up, intermediate, hidden), (down, hidden, intermediate)]
     else:
         mlp = [("gate_proj", intermediate, hidden), ("up_proj", intermediate, hidden)]

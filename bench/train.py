@@ -56,6 +56,8 @@ PACKAGES = (
     "bitsandbytes",
     "trl",
     "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
     "unsloth",
     "fastft",
 )
@@ -546,7 +548,7 @@ def compare(
     timeout: float = 300.0,
     budget: float = 3600.0,
     log: Any = sys.stderr,
-    save: Callable[[dict[str, Any]], None] = lambda compared: None,
+    save: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Run ``specs`` (``name`` or ``name:key=value;key=value``) ``rounds`` times, interleaved; merge each one's rounds.
 
@@ -579,22 +581,26 @@ def compare(
                 )
                 say(f"{spec}: {_in_short(result)}")
                 results[spec].append(result)
-                save(_compared(results, rounds, baseline))
-    return _compared(results, rounds, baseline)
+                save(compared(results, rounds, baseline))
+    return compared(results, rounds, baseline)
 
 
-def _compared(results: dict[str, list[dict[str, Any]]], rounds: int, baseline: str) -> dict[str, Any]:
+def compared(
+    results: dict[str, list[dict[str, Any]]], rounds: int, baseline: str, said: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What :func:`compare` returns, of its runs so far. ``said``: a file whose commit and arguments these are."""
     rows = [merge(spec, runs) for spec, runs in results.items() if runs]
     base = next((r for r in rows if r["impl"] == baseline), {})
     for row in rows:
         row["speed_ratio"] = _ratio(row.get("tokens_per_s"), base.get("tokens_per_s"))
         row["peak_ratio"] = _ratio(row.get("peak_bytes"), base.get("peak_bytes"))
     good = [r for r in rows if r["status"] == "ok"]
+    said = said or {"schema": SCHEMA, "commit": _commit(), "argv": sys.argv}
     return {
-        "schema": SCHEMA,
-        "device": good[0]["runs"][0].get("device") if good else None,
-        "commit": _commit(),
-        "argv": sys.argv,
+        "schema": said["schema"],
+        "device": next((run["device"] for r in good for run in r["runs"] if "device" in run), None),
+        "commit": said.get("commit"),
+        "argv": said.get("argv"),
         "rounds": rounds,
         "baseline": baseline,
         "rows": rows,
@@ -787,7 +793,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             timeout=a.timeout,
             budget=a.budget,
             log=log,
-            save=lambda compared: write(compared, a.out),
+            save=lambda found: write(found, a.out),
         )
         ok = any(r["status"] == "ok" for r in result["rows"])
         checkpointing = "checkpointing" if a.checkpointing == "on" else "no checkpointing"
