@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,18 @@ class Result:
     def versions(self) -> dict[str, str]:
         runs = (run for row in self.rows for run in row.get("runs", ()))
         return self.data.get("versions") or next((run["versions"] for run in runs if "versions" in run), {})
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles, extremes and number of samples."""
+    q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    found = {"median": statistics.median(values), "q1": q1, "q3": q3, "min": min(values), "max": max(values)}
+    return {**{k: round(v, 3) for k, v in found.items()}, "samples": len(values)}
+
+
+def relative_spread(figure: Mapping[str, float]) -> float:
+    """The distance between the quartiles over the median."""
+    return (figure["q3"] - figure["q1"]) / figure["median"] if figure["median"] else 0.0
 
 
 def head(kind: str, argv: Sequence[str]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from bench.files import spread
+
 #: A sample of a shorter phase than this many µs repeats the call, at most so many times, on copies of so many bytes.
 SAMPLE_US = 400.0
 MOST_CALLS = 32
@@ -44,18 +46,6 @@ Phases = dict[str, float]  # phase → µs
 
 
 # -- samples in turns --------------------------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles, extremes and number of samples."""
-    q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
-    found = {"median": statistics.median(values), "q1": q1, "q3": q3, "min": min(values), "max": max(values)}
-    return {**{k: round(v, 3) for k, v in found.items()}, "samples": len(values)}
-
-
-def relative_spread(figure: Mapping[str, float]) -> float:
-    """The distance between the quartiles over the median."""
-    return (figure["q3"] - figure["q1"]) / figure["median"] if figure["median"] else 0.0
 
 
 def interleave(

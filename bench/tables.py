@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.measure import relative_spread
+from bench.files import relative_spread
 
 OURS = "fastft"
 
@@ -109,8 +109,8 @@ DETAILS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], str]] = {
     "backward µs": lambda row, f: _us(f.get("backward_us")),
     "full µs": lambda row, f: _us(f.get("full_us")),
     "± %": lambda row, f: f"{50 * relative_spread(t):.1f}" if (t := time_of(f)) else "",
-    "forward": lambda row, f: _rate(row, f, "forward"),
-    "backward": lambda row, f: _rate(row, f, "backward"),
+    "forward at": lambda row, f: _rate(row, f, "forward"),
+    "backward at": lambda row, f: _rate(row, f, "backward"),
     "% of roofline": lambda row, f: _roofline(f),
     "moved MiB": lambda row, f: _mib(row.get("forward_bytes")) if time_of(f) else "",
     "kept MiB": lambda row, f: _mib(f.get("kept_bytes")),
@@ -219,7 +219,9 @@ def _us(figure: Mapping[str, float] | None) -> str:
 
 
 def _rate(row: Mapping[str, Any], figures: Mapping[str, Any], phase: str) -> str:
-    """In what binds the op: TFLOP/s, or GB/s."""
+    """In what binds the op: TFLOP/s, or GB/s. Nothing for a CPU, which the kernels are not for."""
+    if not row["floor_us"]:
+        return ""
     if row["bound"] == "compute" and f"{phase}_TFLOPps" in figures:
         return f"{figures[f'{phase}_TFLOPps']:.0f} TFLOP/s"
     return f"{figures[f'{phase}_GBps']:,.0f} GB/s" if f"{phase}_GBps" in figures else ""
