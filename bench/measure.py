@@ -310,6 +310,7 @@ class DeviceClock:
         self.gradients = gradients
         self.outputs: list[list[torch.Tensor]] = []
         self.dys: list[list[torch.Tensor]] = []
+        self.pristine: list[torch.Tensor] = []
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self.timed = "events"
         if prepared.capturable:
@@ -324,13 +325,13 @@ class DeviceClock:
             outputs = differentiable(self._one(self.copies[0]))
             self._set_gradients(outputs)
             del outputs
-        self.pristine = [d.clone() for d in self.dys[0]] if prepared.writes and self.dys else []
 
     def _one(self, inputs: Inputs) -> Any:
         return self.prepared.run(*inputs.args, **inputs.kwargs)
 
     def _set_gradients(self, outputs: Sequence[torch.Tensor]) -> None:
         self.dys = [[self.gradients.of(o, i) for o in outputs] for i in range(len(self.copies))]
+        self.pristine = [d.clone() for d in self.dys[0]] if self.prepared.writes else []
 
     def _forwards(self) -> None:
         self.outputs = [differentiable(self._one(c)) if self.both else _tensors(self._one(c)) for c in self.copies]
@@ -365,7 +366,7 @@ class DeviceClock:
             for inputs in self.copies:
                 for now, then in zip(inputs.tensors(), self.master.tensors(), strict=True):
                     now.detach().copy_(then)
-            for dys in self.dys if getattr(self, "pristine", None) else ():
+            for dys in self.dys:
                 for now, then in zip(dys, self.pristine, strict=True):
                     now.copy_(then)
 
