@@ -17,7 +17,6 @@ names what others run.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,8 +48,8 @@ class Case:
     the least (every input read and every output written once).
 
     ``eager``: what stock libraries run, as a function of the op's arguments (default: the spelling that
-    ``bench/errors.py`` knows, else the op's reference). ``others``: more implementations beside that, Inductor's and
-    the specialists'.
+    ``bench/errors.py`` knows, else the op's reference). ``traced``: what they run while they are compiled, where that
+    is another program. ``others``: more implementations beside these and the specialists'.
     """
 
     args: Sequence[Any]
@@ -61,12 +60,13 @@ class Case:
     backward_bytes: float = 0.0
     backward_flops: float = 0.0
     eager: Callable[..., Any] | None = None
+    traced: Callable[..., Any] | None = None
     others: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
 
-@functools.cache
 def _generator() -> torch.Generator:
-    return torch.Generator(DEVICE)
+    """Seeded by the CPU's default generator: a CUDA graph whose capture fails leaves the GPU's own unusable."""
+    return torch.Generator(DEVICE).manual_seed(int(torch.randint(2**62, ())))
 
 
 def _random(*size: int, grad: bool = False, dtype: torch.dtype = DTYPE, scale: float = 1.0) -> torch.Tensor:
@@ -251,21 +251,24 @@ def attention(s: Shape) -> Case:
     if window:
         mask = mask.triu(1 - window)
 
-    def dense(q: Any, k: Any, v: Any, **_: Any) -> Any:  # what stock transformers runs while it is traced
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    def repeated(q: Any, *heads: Any) -> Iterator[Any]:  # transformers' repeat_kv
+        for x in heads:
+            yield x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1, -1).flatten(1, 2)
+
+    # transformers leaves the mask out where causality is all, but not while it is traced.
+    def causal(q: Any, k: Any, v: Any, **_: Any) -> Any:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def dense(q: Any, k: Any, v: Any, **_: Any) -> Any:
+        return F.scaled_dot_product_attention(q, *repeated(q, k, v), attn_mask=mask)
 
     def capped(q: Any, k: Any, v: Any, **_: Any) -> Any:  # its eager_attention_forward, as Gemma-2 has it
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
+        k, v = repeated(q, k, v)
         scores = torch.tanh(q @ k.mT * q.shape[-1] ** -0.5 / softcap) * softcap
         scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
         return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
 
-    others: dict[str, Callable[..., Any]] = {}
-    if plainly_causal(s):
-        others["SDPA causal"] = lambda q, k, v, **_: F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True
-        )
+    traced = capped if softcap else dense
     return Case(
         (q, k, v),
         [q, k, v],
@@ -274,8 +277,8 @@ def attention(s: Shape) -> Case:
         flops=flops,
         backward_bytes=4 * _bytes(q) + 2 * _bytes(k, v),
         backward_flops=2.5 * flops,  # the scores again, and dv, dp, dq, dk
-        eager=capped if softcap else dense,
-        others=others,
+        eager=causal if plainly_causal(s) else traced,
+        traced=traced,
     )
 
 
@@ -299,13 +302,15 @@ def implementations(label: str, name: str, shape: Shape, case: Case) -> dict[str
     """Every implementation of this case, as functions of the op's arguments; ours first."""
     op = OPS[name]
     eager = case.eager or stock().get(name, op.reference)
-    compiled = {"inductor": torch.compile(eager, dynamic=False)} if CUDA else {}
+    compiled = {"inductor": torch.compile(case.traced or eager, dynamic=False)} if CUDA else {}
     others = {**case.others, **specialists(label, shape, CUDA)}
     return {"fastft": op.call, "eager": eager, **compiled, **others}
 
 
-def check_same(runs: Mapping[str, Callable[..., Any]], op: Op, case: Case, found: dict[str, dict[str, Any]]) -> None:
-    """Put an error in the place of the times of what does not compute what the op's reference computes."""
+def check_same(runs: Mapping[str, Callable[..., Any]], op: Op, case: Case, found: dict[str, dict[str, Any]]) -> bool:
+    """Put an error in the place of the times of what does not compute what the op's reference computes. False where
+    the reference does not fit the device.
+    """
     inputs = measure.Inputs(case.args, case.kwargs)
 
     def result(run: Callable[..., Any]) -> list[torch.Tensor]:
@@ -319,7 +324,7 @@ def check_same(runs: Mapping[str, Callable[..., Any]], op: Op, case: Case, found
         with torch.no_grad():
             exact = result(op.reference)
     except torch.OutOfMemoryError:  # it keeps all logits, or all scores, in fp32
-        return
+        return False
     for name, figures in found.items():
         if "error" in figures or name.startswith("("):
             continue
@@ -331,13 +336,14 @@ def check_same(runs: Mapping[str, Callable[..., Any]], op: Op, case: Case, found
             continue
         if not off < SAME:  # NaN is no result either
             found[name] = {"error": f"wrong result: ‖found − reference‖ / ‖reference‖ is {off:.2g}"}
+    return True
 
 
 def measure_case(name: str, label: str, shape: Shape, case: Case, ceilings: Mapping[str, float] | None) -> Row:
     """One row of a result file."""
     runs = implementations(label, name, shape, case)
     found = measure.compare(runs, measure.Inputs(case.args, case.kwargs, case.wanted))
-    check_same(runs, OPS[name], case, found)
+    checked = check_same(runs, OPS[name], case, found)
     costs = {"forward": (case.bytes_moved, case.flops)}
     if case.backward_bytes:
         costs["backward"] = (case.backward_bytes, case.backward_flops)
@@ -365,6 +371,7 @@ def measure_case(name: str, label: str, shape: Shape, case: Case, ceilings: Mapp
         "dtype": str(DTYPE).removeprefix("torch."),
         "bound": "compute" if compute else "memory",
         **{f"{p}_{what}": cost[i] for p, cost in costs.items() for i, what in enumerate(("bytes", "flops"))},
+        "checked": checked,
         "floor_us": {p: round(us, 3) for p, us in floors.items()},
         "implementations": found,
     }
@@ -408,7 +415,7 @@ def test_kernel(
         f"op {name!r} has no row in MAKERS of bench/kernels.py: say how its arguments are made"
     )
     recorder.in_time()
-    _generator().manual_seed(0)
+    torch.default_generator.manual_seed(0)
     torch.compiler.reset()  # Dynamo runs a function uncompiled, silently, once it met it in eight sizes
     try:
         case = maker(shape)
