@@ -329,14 +329,19 @@ def check_same(runs: Mapping[str, Callable[..., Any]], op: Op, case: Case, found
         if "error" in figures or name.startswith("("):
             continue
         try:  # with gradients: without, Inductor would compile it anew
-            pairs = zip(result(runs[name]), exact, strict=False)
-            off = max(((f.float() - e.float()).norm() / e.float().norm()).item() for f, e in pairs)
+            off = max(_off(f, e) for f, e in zip(result(runs[name]), exact, strict=False))
         except Exception as error:
             found[name] = {"error": measure.say_error(error)}
             continue
         if not off < SAME:  # NaN is no result either
             found[name] = {"error": f"wrong result: ‖found − reference‖ / ‖reference‖ is {off:.2g}"}
     return True
+
+
+def _off(found: torch.Tensor, exact: torch.Tensor) -> float:
+    if found.shape != exact.shape:
+        return float("inf")
+    return float((found.float() - exact.float()).norm() / exact.float().norm())
 
 
 def measure_case(name: str, label: str, shape: Shape, case: Case, ceilings: Mapping[str, float] | None) -> Row:

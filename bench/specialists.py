@@ -114,7 +114,10 @@ def _liger_glu_packed(s: Shape) -> Run | None:
     from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction, LigerGELUMulFunction
 
     if s["activation"] == "silu":
-        return lambda gate_up, kind: LigerFusedGateUpSiLUMulFunction.apply(gate_up)
+        # Its backward gives a gradient of rows, whatever it was given.
+        return lambda gate_up, kind: LigerFusedGateUpSiLUMulFunction.apply(gate_up.flatten(0, -2)).view(
+            *gate_up.shape[:-1], -1
+        )
     if s["activation"] == "gelu_tanh":
         return lambda gate_up, kind: LigerGELUMulFunction.apply(*gate_up.chunk(2, -1))
     return None

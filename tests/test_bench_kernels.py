@@ -303,10 +303,11 @@ def test_a_competitor_that_raises_is_an_error_cell(monkeypatch, clean):
     assert found["fastft"]["full_us"]["median"] > 0
 
 
-def test_a_competitor_with_another_result_gets_no_time(monkeypatch, clean):
+@pytest.mark.parametrize("wrong", [lambda x: x * 1.0, lambda x: x[:1], lambda x: x * math.nan])
+def test_a_competitor_with_another_result_gets_no_time(monkeypatch, clean, wrong):
     from bench.tables import best_other
 
-    with_specialists(monkeypatch, ("wrong", "torch", lambda s: lambda x, w, eps, offset: x * 1.0))
+    with_specialists(monkeypatch, ("wrong", "torch", lambda s: lambda x, w, eps, offset: wrong(x)))
     row = row_of()
     assert row["implementations"]["wrong"]["error"].startswith("wrong result: ")
     best = best_other(row)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import fastft.cli
@@ -311,6 +313,26 @@ def test_timeline_of_events():
     # a bin's most and its last: the peak is kept, however short it was
     assert line["points"] == [[0.0, 2**30], [1.0, 2 * 2**30], [1.001, 3 * 2**30], [1.002, 2 * 2**30], [3.0, 2**30]]
     assert train.timeline_of([], 5, 0.0, [])["points"] == [[0.0, 5]]
+
+
+def test_timeline_switches_the_history_off_again(monkeypatch):
+    said: list[Any] = []
+    events = [{"action": "alloc", "size": 7, "time_us": time.time() * 1e6 + 5000}]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"device_traces": [[], events]})
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled, **more: said.append(enabled))
+
+    def step(begins: Any) -> None:
+        begins("forward")
+        begins("backward")
+
+    line = train._timeline(step)
+    assert (line["start_bytes"], line["peak_bytes"]) == (3, 10) and list(line["phases_ms"]) == ["forward", "backward"]
+    with pytest.raises(ZeroDivisionError):
+        train._timeline(lambda begins: 1 / 0)
+    assert said == ["all", None, "all", None]
 
 
 # -- the command
