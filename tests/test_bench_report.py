@@ -29,14 +29,14 @@ def figure(median: float, spread: float = 0.0) -> dict[str, float]:
 def kernels(times: dict[str, float | str], spread: float = 0.0, **more: Any) -> dict[str, Any]:
     """A result file: ``"op shape implementation"`` → µs, or an error."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for key, time in times.items():
+    for key, us in times.items():
         op, shape, name = key.split(" ", 2)
         new = {"op": op, "shape": shape, "dtype": "bfloat16", "implementations": {}, "floor_us": {"full": 80.0}}
         new |= {"bound": "memory", "forward_bytes": 2e8, "backward_bytes": 3e8, "forward_flops": 0.0}
-        found: dict[str, Any] = {"error": time}
-        if not isinstance(time, str):
-            found = {"forward_us": figure(0.4 * time), "backward_us": figure(0.6 * time), "timed": "graph"}
-            found |= {"full_us": figure(time, spread), "roofline": {"forward": 0.8, "full": 80 / time}}
+        found: dict[str, Any] = {"error": us}
+        if not isinstance(us, str):
+            found = {"forward_us": figure(0.4 * us), "backward_us": figure(0.6 * us), "timed": "graph"}
+            found |= {"full_us": figure(us, spread), "roofline": {"forward": 0.8, "full": 80 / us}}
             found |= {"forward_GBps": 2500.0, "backward_GBps": 2400.0, "kept_bytes": 2**20, "first_call_s": 1.5}
         rows.setdefault((op, shape), new)["implementations"][name] = found
     head = {"schema": 1, "kind": "kernels", "device": {"name": "H100"}, "versions": {"torch": "2.11.0"}, "commit": "c"}
