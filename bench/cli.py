@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 def kernels(a: argparse.Namespace, more: Sequence[str]) -> int:
     """pytest on bench/kernels.py, in a process of its own: it imports this package by another way."""
     command = [sys.executable, "-m", "pytest", str(ROOT / "bench" / "kernels.py"), "-p", "no:cacheprovider"]
-    command += ["--no-header", "--tb=short", "-rfE", "--benchmark-quiet", *more]
+    command += ["--no-header", "--tb=short", "-rfEs", "--benchmark-quiet", *more]
     for option, value in (("-k", a.k), ("--shapes-tag", a.shapes_tag), ("--budget", a.budget), ("--result", a.out)):
         if value is not None:
             command += [option, str(value.resolve() if isinstance(value, Path) else value)]

@@ -111,7 +111,7 @@ step() { # STEP[:SECONDS] ARGUMENTS...
     errors) grep -E '[│┃]|Error' "$output" | sed 's/[│┃]/|/g; s/  */ /g' | tail -$([[ $1 == model ]] && echo 9 || echo 45) | cut -c1-220 ;;
     large) grep -E '^(FAILED|ERROR|SKIPPED) |(passed|failed|error|skipped).* in |s call ' "$output" | cut -c1-220 | tail -40 ;;
     kernels | pytest) grep -E '^(FAILED|ERROR) |(passed|failed|error).* in ' "$output" | cut -c1-220 | tail -40 ;;
-    bench) grep -E '^(FAILED|ERROR) |(passed|failed|skipped|error).* in |: µs, |^Not here|[│┃]' "$output" | cut -c1-400 | tail -70 ;;
+    bench) grep -E '^(FAILED|ERROR|SKIPPED) |(passed|failed|skipped|error).* in |: µs, |^Not here|[│┃]' "$output" | cut -c1-400 | tail -70 ;;
     *) tail -25 "$output" | cut -c1-300 ;;
   esac >>"$summary"
   rm -f "$output"
