@@ -36,7 +36,7 @@ test: lint
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest -n $(TEST_WORKERS) tests
 
 bench: $(READY)
-	$(BIN)/pytest bench/kernels.py $(ARGS)
+	$(BIN)/fastft bench kernels $(ARGS)
 
 clean:
 	rm -rf .venv build out .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks *.egg-info

@@ -74,6 +74,34 @@ def demo(context: typer.Context) -> None:
     run(context.args)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure kernels and training steps, compare result files, make a report (options: `fastft bench --help`)."""
+    # Beside backend/ in a checkout, as the demo's examples/ are.
+    folder = Path(__file__).resolve().parent.parent / "bench"
+    if not (folder / "cli.py").is_file():
+        raise _fail(
+            f"the benchmarks are part of the repository, not of an installed wheel: there is no {folder / 'cli.py'}. "
+            "Clone the repository and run `pip install -e '.[bench]'` in it"
+        )
+    _need(
+        *{"kernels": ("pytest_benchmark",), "report": ("matplotlib",)}.get("".join(context.args[:1]), ()), extra="bench"
+    )
+    # By its path: with the repository on Python's, its folder kernels/ would pass for the Hub's package of that name.
+    if "bench" not in sys.modules:
+        import importlib.util
+
+        path = folder / "__init__.py"
+        spec = importlib.util.spec_from_file_location("bench", path, submodule_search_locations=[str(folder)])
+        assert spec is not None and spec.loader is not None
+        sys.modules["bench"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["bench"])
+    from bench.cli import main as run  # type: ignore[import-not-found]
+
+    if code := run(context.args):
+        raise typer.Exit(code)
+
+
 Model = Annotated[Path, typer.Argument(help="A transformers config.json, or a folder that holds one.")]
 Lora = Annotated[int, typer.Option(min=0, help="Rank of LoRA adapters on every linear layer; 0: none.")]
 Checkpointing = Annotated[bool, typer.Option(help="With gradient checkpointing.")]
@@ -203,12 +231,12 @@ def _build(config: Any, layers: int, dtype: Any) -> Any:
             raise _fail(str(error).splitlines()[0]) from None
 
 
-def _need(*libraries: str) -> None:
+def _need(*libraries: str, extra: str = "train") -> None:
     import importlib.util
 
     missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
-        raise _fail(f"this needs {', '.join(missing)}: pip install 'fastft[train]'")
+        raise _fail(f"this needs {', '.join(missing)}: pip install 'fastft[{extra}]'")
 
 
 def main() -> None:

@@ -1,23 +1,23 @@
-"""Kernel times beside PyTorch's: every registered op, at the sizes of ``bench/shapes.py``.
+"""Kernel times beside others': every registered op, at the sizes of ``bench/shapes.py``.
 
-    pytest bench/kernels.py --benchmark-json=kernels.json
-    pytest bench/kernels.py -k "llama-3.1-8b and rms_norm" --shapes-tag primary
+    fastft bench kernels --shapes-tag real --out kernels.json
+    pytest bench/kernels.py -k "llama-3.1-8b and rms_norm" --result kernels.json --benchmark-json benchmark.json
 
 On a GPU the shapes tagged ``primary`` run in bf16, on a CPU the ones tagged ``test`` in fp32 (which shows that the
-benchmark works, not how fast anything is). For each op, shape and implementation, one row: microseconds of the forward
-(with what it keeps for the backward) and of forward and backward together, as the GPU's own clock has them
-(``triton.testing.do_bench``: median, level-2 cache flushed), and what that is in GB/s and TFLOP/s of the fewest bytes
-and operations a forward needs. Implementations: the op, its reference in eager PyTorch and under Inductor, and what
-stock libraries run instead where that is another program. Gradients are those of LoRA training: weights are frozen.
+benchmark works, not how fast anything is). For each op, shape and implementation: microseconds of the forward (with
+what it keeps for the backward), of the backward and of both, and how far they are from the device's own ceilings.
+``bench/measure.py`` says how that is measured. Implementations: ``fastft``, the op; ``eager``, what stock libraries run
+uncompiled; ``inductor``, the same under ``torch.compile``; those of ``bench/specialists.py``. A name in parentheses is
+no competitor: it does less, or is ours in pieces. Gradients are those of LoRA training: weights are frozen.
 
-Ops are found through ``fastft.kernels.load()``. One that has no row in :data:`MAKERS` fails here.
+What does not give the reference's result gets no time. Ops are found through ``fastft.kernels.load()``. One that has
+no row in :data:`MAKERS` fails here; a new one needs one maker, and is compared with its reference until the maker
+names what others run.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,19 +26,30 @@ import torch
 import torch.nn.functional as F
 
 import fastft.kernels
+from bench import measure
+from bench.errors import stock
 from bench.shapes import Shape, shapes
+from bench.specialists import plainly_causal, specialists
+from fastft.kernels._op import Op
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 OPS = fastft.kernels.load()
+#: A result further than this from the reference's, ‖found − reference‖ / ‖reference‖, is another computation's.
+SAME = 0.05
+#: Without a device's ceilings: more operations than this for each byte, and an op counts as bound by arithmetic.
+INTENSE = 200.0
 
 
 @dataclass
 class Case:
-    """One call: arguments, the tensors whose gradients are wanted, what the forward must move and compute at the least.
+    """One call: arguments, the tensors whose gradients are wanted, what forward and backward must move and compute at
+    the least (every input read and every output written once).
 
-    ``others``: implementations beside op, reference and Inductor, as functions of nothing.
+    ``eager``: what stock libraries run, as a function of the op's arguments (default: the spelling that
+    ``bench/errors.py`` knows, else the op's reference). ``traced``: what they run while they are compiled, where that
+    is another program. ``others``: more implementations beside these and the specialists'.
     """
 
     args: Sequence[Any]
@@ -46,11 +57,21 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     bytes_moved: float = 0.0
     flops: float = 0.0
-    others: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    backward_bytes: float = 0.0
+    backward_flops: float = 0.0
+    eager: Callable[..., Any] | None = None
+    traced: Callable[..., Any] | None = None
+    others: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+def _generator() -> torch.Generator:
+    """Seeded by the CPU's default generator: a CUDA graph whose capture fails leaves the GPU's own unusable."""
+    return torch.Generator(DEVICE).manual_seed(int(torch.randint(2**62, ())))
 
 
 def _random(*size: int, grad: bool = False, dtype: torch.dtype = DTYPE, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*size, device=DEVICE, dtype=torch.float32) * scale).to(dtype).requires_grad_(grad)
+    values = torch.randn(*size, device=DEVICE, dtype=torch.float32, generator=_generator())
+    return (values * scale).to(dtype).requires_grad_(grad)
 
 
 def _bytes(*tensors: torch.Tensor) -> float:
@@ -59,22 +80,26 @@ def _bytes(*tensors: torch.Tensor) -> float:
 
 def rms_norm(s: Shape) -> Case:
     x, weight = _random(s["batch"], s["seq"], s["hidden"], grad=True), _random(s["hidden"])
-    return Case((x, weight, s["eps"], s["offset"]), [x], bytes_moved=2 * _bytes(x))
+    n = _bytes(x)
+    return Case((x, weight, s["eps"], s["offset"]), [x], bytes_moved=2 * n, backward_bytes=3 * n)
 
 
 def layer_norm(s: Shape) -> Case:
     x, weight, bias = _random(s["batch"], s["seq"], s["hidden"], grad=True), _random(s["hidden"]), _random(s["hidden"])
-    return Case((x, weight, bias, s["eps"]), [x], bytes_moved=2 * _bytes(x))
+    n = _bytes(x)
+    return Case((x, weight, bias, s["eps"]), [x], bytes_moved=2 * n, backward_bytes=3 * n)
 
 
 def glu(s: Shape) -> Case:
     gate, up = (_random(s["batch"], s["seq"], s["intermediate"], grad=True) for _ in range(2))
-    return Case((gate, up, s["activation"]), [gate, up], bytes_moved=3 * _bytes(gate))
+    n = _bytes(gate)
+    return Case((gate, up, s["activation"]), [gate, up], bytes_moved=3 * n, backward_bytes=5 * n)
 
 
 def glu_packed(s: Shape) -> Case:
     gate_up = _random(s["batch"], s["seq"], 2 * s["intermediate"], grad=True)
-    return Case((gate_up, s["activation"]), [gate_up], bytes_moved=1.5 * _bytes(gate_up))
+    n = _bytes(gate_up) / 2
+    return Case((gate_up, s["activation"]), [gate_up], bytes_moved=3 * n, backward_bytes=5 * n)
 
 
 def rotary(s: Shape) -> Case:
@@ -82,49 +107,65 @@ def rotary(s: Shape) -> Case:
     q, k = (
         _random(s["batch"], s["seq"], s[n], s["head_dim"], grad=True).transpose(1, 2) for n in ("heads", "kv_heads")
     )
-    angle = torch.rand(1, s["seq"], s["rotary_dim"] // 2, device=DEVICE).repeat(1, 1, 2)
+    angle = torch.rand(1, s["seq"], s["rotary_dim"] // 2, device=DEVICE, generator=_generator()).repeat(1, 1, 2)
     cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
-    return Case((q, k, cos, sin), [q, k], dict(rotary_dim=s["rotary_dim"]), bytes_moved=2 * _bytes(q, k))
+    moved = 2 * _bytes(q, k)
+
+    def partly(q: Any, k: Any, cos: Any, sin: Any, rotary_dim: int) -> Any:  # transformers' Phi
+        turned = stock()["rotary"](q[..., :rotary_dim], k[..., :rotary_dim], cos, sin)
+        return tuple(torch.cat((t, x[..., rotary_dim:]), -1) for t, x in zip(turned, (q, k), strict=True))
+
+    eager = partly if s["rotary_dim"] < s["head_dim"] else None
+    kwargs = dict(rotary_dim=s["rotary_dim"])
+    return Case((q, k, cos, sin), [q, k], kwargs, bytes_moved=moved, backward_bytes=moved, eager=eager)
 
 
-def _adapters(s: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """x, A, B (fp32, as PEFT keeps them), and the operations of one product with the weight and the adapter."""
+def _adapters(s: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, A, B (fp32, as PEFT keeps them)."""
     x = _random(s["batch"], s["seq"], s["in_features"], grad=True)
     a = _random(s["rank"], s["in_features"], grad=True, dtype=torch.float32, scale=s["in_features"] ** -0.5)
     b = _random(s["out_features"], s["rank"], grad=True, dtype=torch.float32, scale=0.02)
-    sizes = s["in_features"] * s["out_features"] + s["rank"] * (s["in_features"] + s["out_features"])
-    return x, a, b, 2.0 * s["batch"] * s["seq"] * sizes
+    return x, a, b
+
+
+def _linear_cost(s: Shape, widths: Sequence[int], *weights: torch.Tensor) -> dict[str, float]:
+    """Of linear layers that read one x, with adapters. Forward: the weights and the adapters in, y out. Backward: dx
+    through the weight, and through the adapter five thin products (dh, its way into dx, h, dA, dB).
+    """
+    tokens, k, rank = s["batch"] * s["seq"], s["in_features"], s["rank"]
+    x, out = tokens * k * DTYPE.itemsize, tokens * sum(widths) * DTYPE.itemsize
+    thick, thin = sum(2.0 * tokens * n * k for n in widths), sum(2.0 * tokens * rank * (n + k) for n in widths)
+    both = dict(bytes_moved=x + out + _bytes(*weights), flops=thick + thin)
+    return {**both, "backward_bytes": 2 * x + out + _bytes(*weights), "backward_flops": thick + 2 * thin}
 
 
 def lora_linear(s: Shape) -> Case:
-    x, a, b, flops = _adapters(s)
+    x, a, b = _adapters(s)
     weight = _random(s["out_features"], s["in_features"], scale=s["in_features"] ** -0.5)
     kwargs = dict(dtype=DTYPE, lora_dtype=DTYPE)  # under bf16 autocast
-    out = x.numel() // s["in_features"] * s["out_features"] * x.element_size()
-    others = {"base linear alone": lambda: F.linear(x, weight)}
-    return Case((x, weight, None, [a], [b], [1.0]), [x, a, b], kwargs, _bytes(x, weight) + out, flops, others)
-
-
-def _joint_adapters(s: Shape) -> tuple[torch.Tensor, list[list[torch.Tensor]], list[list[torch.Tensor]], float]:
-    """x, each layer's A and B, the operations: as :func:`_adapters`, for layers that share x."""
-    each = [_adapters(Shape(s.op, s.model, {**s.dims, "out_features": n}, s.tags)) for n in s["out_features"]]
-    return each[0][0], [[a] for _, a, _, _ in each], [[b] for _, _, b, _ in each], sum(flops for *_, flops in each)
+    others = {"(base linear alone)": lambda x, weight, *_, **__: F.linear(x, weight)}
+    cost = _linear_cost(s, [s["out_features"]], weight)
+    return Case((x, weight, None, [a], [b], [1.0]), [x, a, b], kwargs, **cost, others=others)
 
 
 def lora_linears(s: Shape) -> Case:
-    x, a, b, flops = _joint_adapters(s)
+    each = [_adapters(Shape(s.op, s.model, {**s.dims, "out_features": n}, s.tags)) for n in s["out_features"]]
+    x, a, b = each[0][0], [[a] for _, a, _ in each], [[b] for _, _, b in each]
     weight = [_random(n, s["in_features"], scale=s["in_features"] ** -0.5) for n in s["out_features"]]
     kwargs = dict(dtype=DTYPE, lora_dtype=DTYPE)
-    out = x.numel() // s["in_features"] * sum(s["out_features"]) * x.element_size()
     wanted = [x, *(t for pair in zip(a, b, strict=True) for (t,) in pair)]
     scaling = [[1.0]] * len(weight)
 
-    def apart() -> list[torch.Tensor]:
+    def apart(x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: Any, **dtypes: Any) -> tuple[Any, ...]:
         op = OPS["lora_linear"].call
-        return [op(x, w, None, *thin, **kwargs) for w, *thin in zip(weight, a, b, scaling, strict=True)]
+        return tuple(op(x, w, None, *thin, **dtypes) for w, *thin in zip(weight, a, b, scaling, strict=True))
 
-    others = {"one after the other": apart, "base linears alone": lambda: [F.linear(x, w) for w in weight]}
-    return Case((x, weight, (), a, b, scaling), wanted, kwargs, _bytes(x, *weight) + out, flops, others)
+    def bare(x: Any, weight: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
+        return tuple(F.linear(x, w) for w in weight)
+
+    others = {"(lora_linear for each)": apart, "(base linears alone)": bare}
+    cost = _linear_cost(s, s["out_features"], *weight)
+    return Case((x, weight, (), a, b, scaling), wanted, kwargs, **cost, others=others)
 
 
 def _quantised(out_features: int, in_features: int) -> tuple[torch.Tensor, Any]:
@@ -134,18 +175,27 @@ def _quantised(out_features: int, in_features: int) -> tuple[torch.Tensor, Any]:
 
 
 def lora_linear_nf4(s: Shape) -> Case:
-    x, a, b, flops = _adapters(s)
+    x, a, b = _adapters(s)
     packed, state = _quantised(s["out_features"], s["in_features"])
+    import bitsandbytes
+
     quant = [state.absmax, state.state2.code, state.offset, state.state2.absmax]
     kwargs = dict(quant=quant, shape=tuple(state.shape), dtype=DTYPE, lora_dtype=DTYPE)
-    out = x.numel() // s["in_features"] * s["out_features"] * x.element_size()
-    return Case((x, packed, None, [a], [b], [1.0]), [x, a, b], kwargs, _bytes(x, packed) + out, flops)
+
+    def eager(x: Any, packed: Any, bias: Any, a: Any, b: Any, scaling: Any, **_: Any) -> Any:
+        y = bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)  # as Linear4bit does; then PEFT's, as in stock()
+        for down, up, scale in zip(a, b, scaling, strict=True):
+            y = y + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * scale
+        return y
+
+    cost = _linear_cost(s, [s["out_features"]], packed, state.absmax)
+    return Case((x, packed, None, [a], [b], [1.0]), [x, a, b], kwargs, **cost, eager=eager)
 
 
 def nf4_dequantize(s: Shape) -> Case:
+    packed, state = _quantised(s["out_features"], s["in_features"])
     import bitsandbytes.functional as functional
 
-    packed, state = _quantised(s["out_features"], s["in_features"])
     scales = (
         state.absmax,
         state.state2.code,
@@ -155,7 +205,7 @@ def nf4_dequantize(s: Shape) -> Case:
         state.state2.blocksize,
     )
     moved = _bytes(packed, state.absmax) + s["out_features"] * s["in_features"] * DTYPE.itemsize
-    others = {"bitsandbytes": lambda: functional.dequantize_4bit(packed, state)}
+    others = {"bitsandbytes": lambda packed, *_: functional.dequantize_4bit(packed, state)}
     return Case((packed, *scales, tuple(state.shape), DTYPE), bytes_moved=moved, others=others)
 
 
@@ -163,9 +213,30 @@ def linear_cross_entropy(s: Shape) -> Case:
     tokens = s["batch"] * s["seq"]
     hidden = _random(tokens, s["hidden"], grad=True)
     weight = _random(s["vocab"], s["hidden"], scale=s["hidden"] ** -0.5)
-    labels = torch.randint(0, s["vocab"], (tokens,), device=DEVICE)
-    moved, flops = _bytes(hidden, weight), 2.0 * tokens * s["hidden"] * s["vocab"]
-    return Case((hidden, weight, None, labels), [hidden], dict(softcap=s["softcap"]), moved, flops)
+    labels = torch.randint(0, s["vocab"], (tokens,), device=DEVICE, generator=_generator())
+    flops = 2.0 * tokens * s["hidden"] * s["vocab"]  # the logits; and through them back to the hidden states
+    cost = dict(bytes_moved=_bytes(hidden, weight), backward_bytes=2 * _bytes(hidden) + _bytes(weight))
+    return Case(
+        (hidden, weight, None, labels),
+        [hidden],
+        dict(softcap=s["softcap"]),
+        **cost,
+        flops=flops,
+        backward_flops=flops,
+    )
+
+
+def linear_log_prob(s: Shape) -> Case:
+    case = linear_cross_entropy(s)
+
+    def eager(hidden: Any, weight: Any, bias: Any, labels: Any, softcap: float | None) -> Any:
+        logits = F.linear(hidden, weight, bias).float()
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        return -F.cross_entropy(logits, labels, reduction="none")
+
+    case.eager = eager
+    return case
 
 
 def attention(s: Shape) -> Case:
@@ -176,17 +247,39 @@ def attention(s: Shape) -> Case:
     window, softcap = s["window"] or 0, s["softcap"] or 0.0
     seen = min(window, s["seq"] / 2) if window else s["seq"] / 2
     flops = 4.0 * s["batch"] * s["heads"] * s["seq"] * seen * s["head_dim"]
-    others: dict[str, Callable[[], Any]] = {}
-    if not softcap:
-        # What stock transformers runs while it is traced: a dense mask.
-        mask = torch.ones(s["seq"], s["seq"], dtype=torch.bool, device=DEVICE).tril()
-        if window:
-            mask = mask.triu(1 - window)
-        others["SDPA, dense mask"] = lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-    if not softcap and not window:
-        others["SDPA, causal"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    kwargs = dict(causal=True, window=window, softcap=softcap)
-    return Case((q, k, v), [q, k, v], kwargs, 2 * _bytes(q) + _bytes(k, v), flops, others)
+    mask = torch.ones(s["seq"], s["seq"], dtype=torch.bool, device=DEVICE).tril()
+    if window:
+        mask = mask.triu(1 - window)
+
+    def repeated(q: Any, *heads: Any) -> Iterator[Any]:  # transformers' repeat_kv
+        for x in heads:
+            yield x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1, -1).flatten(1, 2)
+
+    # transformers leaves the mask out where causality is all, but not while it is traced.
+    def causal(q: Any, k: Any, v: Any, **_: Any) -> Any:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def dense(q: Any, k: Any, v: Any, **_: Any) -> Any:
+        return F.scaled_dot_product_attention(q, *repeated(q, k, v), attn_mask=mask)
+
+    def capped(q: Any, k: Any, v: Any, **_: Any) -> Any:  # its eager_attention_forward, as Gemma-2 has it
+        k, v = repeated(q, k, v)
+        scores = torch.tanh(q @ k.mT * q.shape[-1] ** -0.5 / softcap) * softcap
+        scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
+
+    traced = capped if softcap else dense
+    return Case(
+        (q, k, v),
+        [q, k, v],
+        dict(causal=True, window=window, softcap=softcap),
+        bytes_moved=2 * _bytes(q) + _bytes(k, v),
+        flops=flops,
+        backward_bytes=4 * _bytes(q) + 2 * _bytes(k, v),
+        backward_flops=2.5 * flops,  # the scores again, and dv, dp, dq, dk
+        eager=causal if plainly_causal(s) else traced,
+        traced=traced,
+    )
 
 
 #: op → (the op whose shapes it takes, what makes its arguments), one for each way it is called.
@@ -200,61 +293,134 @@ MAKERS: dict[str, list[tuple[str, Callable[[Shape], Case]]]] = {
     "lora_linears": [("lora_linears", lora_linears)],
     "nf4_dequantize": [("nf4", nf4_dequantize)],
     "linear_cross_entropy": [("linear_cross_entropy", linear_cross_entropy)],
-    "linear_log_prob": [("linear_cross_entropy", linear_cross_entropy)],
+    "linear_log_prob": [("linear_cross_entropy", linear_log_prob)],
     "attention": [("attention", attention)],
 }
 
 
-def _calls(name: str, case: Case) -> dict[str, Callable[[], Any]]:
-    """Every implementation of this case, as functions of nothing."""
+def implementations(label: str, name: str, shape: Shape, case: Case) -> dict[str, Callable[..., Any]]:
+    """Every implementation of this case, as functions of the op's arguments; ours first."""
     op = OPS[name]
-    compiled = torch.compile(op.reference, dynamic=False) if CUDA else op.reference
+    eager = case.eager or stock().get(name, op.reference)
+    compiled = {"inductor": torch.compile(case.traced or eager, dynamic=False)} if CUDA else {}
+    others = {**case.others, **specialists(label, shape, CUDA)}
+    return {"fastft": op.call, "eager": eager, **compiled, **others}
+
+
+def check_same(runs: Mapping[str, Callable[..., Any]], op: Op, case: Case, found: dict[str, dict[str, Any]]) -> bool:
+    """Put an error in the place of the times of what does not compute what the op's reference computes. False where
+    the reference does not fit the device.
+    """
+    inputs = measure.Inputs(case.args, case.kwargs)
+
+    def result(run: Callable[..., Any]) -> list[torch.Tensor]:
+        copied = inputs.copy()  # some write to their inputs
+        outputs = run(*copied.args, **copied.kwargs)
+        parts = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+        floats = [t for t in parts if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
+        return [t.detach() for t in floats]
+
+    try:
+        with torch.no_grad():
+            exact = result(op.reference)
+    except torch.OutOfMemoryError:  # it keeps all logits, or all scores, in fp32
+        return False
+    for name, figures in found.items():
+        if "error" in figures or name.startswith("("):
+            continue
+        try:  # with gradients: without, Inductor would compile it anew
+            off = max(_off(f, e) for f, e in zip(result(runs[name]), exact, strict=False))
+        except Exception as error:
+            found[name] = {"error": measure.say_error(error)}
+            continue
+        if not off < SAME:  # NaN is no result either
+            found[name] = {"error": f"wrong result: ‖found − reference‖ / ‖reference‖ is {off:.2g}"}
+    return True
+
+
+def _off(found: torch.Tensor, exact: torch.Tensor) -> float:
+    if found.shape != exact.shape:
+        return float("inf")
+    return float((found.float() - exact.float()).norm() / exact.float().norm())
+
+
+def measure_case(name: str, label: str, shape: Shape, case: Case, ceilings: Mapping[str, float] | None) -> Row:
+    """One row of a result file."""
+    runs = implementations(label, name, shape, case)
+    found = measure.compare(runs, measure.Inputs(case.args, case.kwargs, case.wanted))
+    checked = check_same(runs, OPS[name], case, found)
+    costs = {"forward": (case.bytes_moved, case.flops)}
+    if case.backward_bytes:
+        costs["backward"] = (case.backward_bytes, case.backward_flops)
+    floors = {p: measure.floor_us(*cost, ceilings) for p, cost in costs.items()} if ceilings else {}
+    if "backward" in floors:
+        floors["full"] = floors["forward"] + floors["backward"]
+    if ceilings:
+        compute = floors["forward"] > measure.floor_us(case.bytes_moved, 0.0, ceilings)
+    else:
+        compute = case.flops > INTENSE * case.bytes_moved
+    for figures in found.values():
+        for phase, (moved, flops) in costs.items():
+            if f"{phase}_us" in figures:
+                figures[f"{phase}_GBps"] = round(moved / figures[f"{phase}_us"]["median"] / 1e3, 2)
+                if flops:
+                    figures[f"{phase}_TFLOPps"] = round(flops / figures[f"{phase}_us"]["median"] / 1e6, 3)
+        reached = {p: round(us / figures[f"{p}_us"]["median"], 4) for p, us in floors.items() if f"{p}_us" in figures}
+        if reached:
+            figures["roofline"] = reached
     return {
-        "fastft": lambda: op.call(*case.args, **case.kwargs),
-        "eager": lambda: op.reference(*case.args, **case.kwargs),
-        **({"inductor": lambda: compiled(*case.args, **case.kwargs)} if CUDA else {}),
-        **case.others,
+        "op": label,
+        "shape": str(shape).split("-", 1)[-1],
+        "model": shape.model,
+        "dims": {k: list(v) if isinstance(v, tuple) else v for k, v in shape.dims.items()},
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "bound": "compute" if compute else "memory",
+        **{f"{p}_{what}": cost[i] for p, cost in costs.items() for i, what in enumerate(("bytes", "flops"))},
+        "checked": checked,
+        "floor_us": {p: round(us, 3) for p, us in floors.items()},
+        "implementations": found,
     }
 
 
-def _first(result: Any) -> tuple[torch.Tensor, ...]:
-    """The differentiable tensors of a result."""
-    parts = (result,) if isinstance(result, torch.Tensor) else tuple(result)
-    return tuple(t for t in parts if isinstance(t, torch.Tensor) and t.requires_grad)
+Row = dict[str, Any]
 
 
-def _microseconds(run: Callable[[], Any]) -> float:
-    """Median time of ``run``."""
-    if CUDA:
-        from triton.testing import do_bench
-
-        return 1e3 * do_bench(run, warmup=10, rep=60, return_mode="median")
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times)
+def _cases(tag: str) -> Iterator[tuple[str, Callable[[Shape], Case] | None, Shape | None, str]]:
+    """(op, maker, shape, label): the first shape of every op, then the second of every one, and so on, so that a run
+    that is stopped has something of each.
+    """
+    columns = []
+    for name in sorted(OPS):
+        for family, maker in MAKERS.get(name, [(name, None)]):
+            label = maker.__name__ if maker else name
+            found: list[Shape | None] = [*shapes(family, tag=tag)] if maker else [None]
+            columns.append([(name, maker, s, label) for s in found])
+    for i in range(max(map(len, columns))):
+        yield from (column[i] for column in columns if i < len(column))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     tag = metafunc.config.getoption("--shapes-tag") or ("primary" if CUDA else "test")
-    rows = []
-    for name in sorted(OPS):
-        for family, maker in MAKERS.get(name, [(name, None)]):
-            found = shapes(family, tag=tag) if maker else [None]
-            label = maker.__name__ if maker and maker.__name__ != family else name
-            rows += [pytest.param(name, maker, s, id=f"{label}-{str(s).split('-', 1)[-1]}") for s in found]
-    metafunc.parametrize(("name", "maker", "shape"), rows)
+    rows = [
+        pytest.param(name, maker, s, label, id=f"{label}-{str(s).split('-', 1)[-1]}")
+        for name, maker, s, label in _cases(tag)
+    ]
+    metafunc.parametrize(("name", "maker", "shape", "label"), rows)
 
 
 def test_kernel(
-    name: str, maker: Callable[[Shape], Case] | None, shape: Shape | None, benchmark: Any, record_property: Any
+    name: str,
+    maker: Callable[[Shape], Case] | None,
+    shape: Shape | None,
+    label: str,
+    benchmark: Any,
+    recorder: Any,
 ) -> None:
     assert maker is not None and shape is not None, (
         f"op {name!r} has no row in MAKERS of bench/kernels.py: say how its arguments are made"
     )
-    torch.manual_seed(0)
+    recorder.in_time()
+    torch.default_generator.manual_seed(0)
     torch.compiler.reset()  # Dynamo runs a function uncompiled, silently, once it met it in eight sizes
     try:
         case = maker(shape)
@@ -262,50 +428,15 @@ def test_kernel(
         pytest.skip("the arguments do not fit the device")
     if reason := OPS[name].supported(*case.args, **case.kwargs):
         pytest.skip(f"not supported: {reason}")
-    calls = _calls(name, case)
-    table: dict[str, Any] = {}
-    for implementation, call in calls.items():
-        try:
-            table[implementation] = _times(call, case)
-        except torch.OutOfMemoryError:
-            table[implementation] = {"error": "out of memory"}
-            torch.cuda.empty_cache()
-        except Exception as error:
-            # Others may fail on a shape; the op itself may not.
-            if implementation == "fastft":
-                raise
-            table[implementation] = {"error": f"{type(error).__name__}: {error}"[:200]}
-    assert "error" not in table["fastft"], f"the op ran out of memory: {table['fastft']}"
-    benchmark.extra_info.update(op=name, shape=str(shape), device=_device_name(), times=table)
-    record_property(
-        "times", {"label": f"{name} {str(shape).split('-', 1)[-1]}", "maker": maker.__name__, "times": table}
-    )
+    row = measure_case(name, label, shape, case, recorder.ceilings())
+    recorder.add(row)
+    benchmark.extra_info["row"] = row
+    # Others may fail on a shape; the op itself may not.
+    assert "error" not in row["implementations"]["fastft"], row["implementations"]["fastft"]["error"]
 
     def synchronous() -> None:
-        calls["fastft"]()
+        OPS[name].call(*case.args, **case.kwargs)
         if CUDA:
             torch.cuda.synchronize()
 
     benchmark.pedantic(synchronous, rounds=3, warmup_rounds=1)
-
-
-def _times(call: Callable[[], Any], case: Case) -> dict[str, float]:
-    forward = _microseconds(call)
-    found = {"forward_us": round(forward, 2)}
-    if case.bytes_moved:
-        found["forward_GBps"] = round(case.bytes_moved / forward / 1e3, 1)
-    if case.flops:
-        found["forward_TFLOPps"] = round(case.flops / forward / 1e6, 1)
-    outputs = _first(call())
-    if case.wanted and outputs:
-        gradients = [torch.randn_like(o) for o in outputs]
-
-        def both() -> None:
-            torch.autograd.grad(_first(call()), case.wanted, gradients, allow_unused=True)
-
-        found["both_us"] = round(_microseconds(both), 2)
-    return found
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if CUDA else "cpu"

@@ -13,8 +13,9 @@ Sizes are counts of elements. ``str(shape)`` is a test id. To add a model, add a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 LLAMA3_ROPE = {
@@ -29,6 +30,15 @@ LLAMA3_ROPE = {
 
 def _rope(theta: float, **more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta, **more}
+
+
+#: The classes with LayerNorm instead of RMSNorm, and the field that holds its eps.
+LAYER_NORMS = {
+    "starcoder2": "norm_epsilon",
+    "phi": "layer_norm_eps",
+    "stablelm": "layer_norm_eps",
+    "nemotron": "norm_eps",
+}
 
 
 def _model(
@@ -61,6 +71,14 @@ QWEN = dict(rms_norm_eps=1e-6, rope_parameters=_rope(1e6), max_position_embeddin
 GEMMA = dict(rms_norm_eps=1e-6, query_pre_attn_scalar=256, tie_word_embeddings=True)
 GEMMA2 = dict(**GEMMA, rope_parameters=_rope(1e4), sliding_window=4096, max_position_embeddings=8192)
 SOFTCAPS = dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+STARCODER2 = dict(
+    norm_epsilon=1e-5,
+    sliding_window=4096,
+    use_bias=True,
+    hidden_act="gelu_pytorch_tanh",
+    bos_token_id=0,
+    eos_token_id=0,
+)
 PHI4 = dict(rms_norm_eps=1e-5, max_position_embeddings=16384, original_max_position_embeddings=16384)
 GRANITE_SCALES = dict(
     embedding_multiplier=12.0, attention_multiplier=0.0078125, residual_multiplier=0.22, logits_scaling=16.0
@@ -108,22 +126,48 @@ MODELS: dict[str, dict[str, Any]] = {
     "granite-3.1-8b": _model(
         "granite", 4096, 12800, 40, 32, 8, 128, 49155, rms_norm_eps=1e-5, rope_parameters=_rope(1e7), **GRANITE_SCALES
     ),
-    "starcoder2-7b": _model(
-        "starcoder2",
-        4608,
-        18432,
+    "starcoder2-3b": _model("starcoder2", 3072, 12288, 30, 24, 2, 128, 49152, **STARCODER2, rope_parameters=_rope(1e6)),
+    "starcoder2-7b": _model("starcoder2", 4608, 18432, 32, 36, 4, 128, 49152, **STARCODER2, rope_parameters=_rope(1e6)),
+    "starcoder2-15b": _model(
+        "starcoder2", 6144, 24576, 40, 48, 4, 128, 49152, **STARCODER2, rope_parameters=_rope(1e5)
+    ),
+    # LayerNorm in other sizes; the first parts of a head are rotated.
+    "phi-2": _model(
+        "phi",
+        2560,
+        10240,
         32,
-        36,
-        4,
+        32,
+        32,
+        80,
+        51200,
+        layer_norm_eps=1e-5,
+        rope_parameters=_rope(1e4, partial_rotary_factor=0.4),
+    ),
+    "stablelm-2-1.6b": _model(
+        "stablelm",
+        2048,
+        5632,
+        24,
+        32,
+        32,
+        64,
+        100352,
+        layer_norm_eps=1e-5,
+        use_qkv_bias=True,
+        rope_parameters=_rope(1e4, partial_rotary_factor=0.25),
+    ),
+    "minitron-8b": _model(
+        "nemotron",
+        4096,
+        16384,
+        32,
+        48,
+        8,
         128,
-        49152,
-        norm_epsilon=1e-5,
-        rope_parameters=_rope(1e6),
-        sliding_window=4096,
-        use_bias=True,
-        hidden_act="gelu_pytorch_tanh",
-        bos_token_id=0,
-        eos_token_id=0,
+        256000,
+        norm_eps=1e-5,
+        rope_parameters=_rope(1e4, partial_rotary_factor=0.5),
     ),
     # The smallest that still has every kind of site: for tests of the harness on a CPU.
     "tiny": _model("llama", 64, 176, 2, 4, 2, 16, 512, rms_norm_eps=1e-5, rope_parameters=_rope(1e4)),
@@ -136,8 +180,8 @@ MODELS: dict[str, dict[str, Any]] = {
 class Shape:
     """One op at one model's sizes. ``shape["hidden"]`` reads a size; ``tags`` are how a user picks rows.
 
-    Tags: ``primary`` (what the benchmark runs by default), ``long`` (32k tokens in one sequence), ``test`` (small and
-    odd, for the tests).
+    Tags: ``primary`` (what the benchmark runs by default), ``real`` (six sizes of each op that models have, for the
+    whole table in one go), ``long`` (32k tokens in one sequence), ``test`` (small and odd, for the tests).
     """
 
     op: str
@@ -181,8 +225,10 @@ def linears(model: str) -> list[tuple[str, int, int]]:
             ("gate_up_proj", 2 * intermediate, hidden),
             ("down_proj", hidden, intermediate),
         ]
-    if config["model_type"] == "starcoder2":
-        mlp = [("c_fc", intermediate, hidden), ("c_proj", hidden, intermediate)]
+    plain = {"starcoder2": ("c_fc", "c_proj"), "phi": ("fc1", "fc2"), "nemotron": ("up_proj", "down_proj")}
+    if config["model_type"] in plain:  # no gate
+        up, down = plain[config["model_type"]]
+        mlp = [(up, intermediate, hidden), (down, hidden, intermediate)]
     else:
         mlp = [("gate_proj", intermediate, hidden), ("up_proj", intermediate, hidden)]
         mlp.append(("down_proj", hidden, intermediate))
@@ -190,7 +236,7 @@ def linears(model: str) -> list[tuple[str, int, int]]:
         ("q_proj", attention, hidden),
         ("k_proj", kv_heads * head_dim, hidden),
         ("v_proj", kv_heads * head_dim, hidden),
-        ("o_proj", hidden, attention),
+        ("dense" if config["model_type"] == "phi" else "o_proj", hidden, attention),
         *mlp,
     ]
 
@@ -205,11 +251,12 @@ def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterato
     def shape(op: str, **dims: Any) -> Shape:
         return Shape(op, model, dims, tags)
 
-    if family == "starcoder2":
-        yield shape("layer_norm", **tokens, hidden=hidden, eps=config["norm_epsilon"])
+    if family in LAYER_NORMS:
+        yield shape("layer_norm", **tokens, hidden=hidden, eps=config[LAYER_NORMS[family]])
     else:
         offset = 1.0 if family.startswith("gemma") else 0.0  # Gemma multiplies by 1 + weight
         yield shape("rms_norm", **tokens, hidden=hidden, eps=config["rms_norm_eps"], offset=offset)
+    if {name for name, *_ in linears(model)} & {"gate_proj", "gate_up_proj"}:
         yield shape("glu", **tokens, intermediate=config["intermediate_size"], activation=_activation(config))
     if family == "qwen3":  # norm of each head of q: rows of head_dim
         yield shape("rms_norm", batch=batch, seq=seq * heads, hidden=head_dim, eps=config["rms_norm_eps"], offset=0.0)
@@ -225,7 +272,7 @@ def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterato
             yield shape("lora_linear", **tokens, in_features=in_features, out_features=out_features, rank=16)
     for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):  # what reads one input, where not fused
         widths = tuple(out_features for name, out_features, _ in linears(model) if name in group)
-        if widths:
+        if len(widths) == len(group):
             yield shape("lora_linears", **tokens, in_features=hidden, out_features=widths, rank=16)
     softcap = config.get("final_logit_softcapping")
     yield shape("linear_cross_entropy", **tokens, hidden=hidden, vocab=config["vocab_size"], softcap=softcap)
@@ -289,15 +336,62 @@ def _tests() -> Iterator[Shape]:
 #: Measured by default: one model for each way an op is used (head norms, offset norms, soft caps, fused linears, ...).
 PRIMARY = ("llama-3.1-8b", "llama-3.2-1b", "qwen3-8b", "gemma-2-9b", "mistral-7b", "phi-4", "starcoder2-7b")
 _SMALL = ("tiny", "llama-1b")
+#: ``real``: so many sizes of each op, those of the first model all, of the others the largest that is new, in order.
+REAL_SIZES = 6
+REAL = (
+    "llama-3.1-8b",
+    "llama-3.2-1b",
+    "gemma-2-9b",
+    "qwen3-8b",
+    "phi-4",
+    "gemma-3-1b",
+    "mistral-7b",
+    "qwen2.5-7b",
+    "phi-4-mini",
+    "llama-3.3-70b",
+    "starcoder2-7b",
+    "starcoder2-3b",
+    "starcoder2-15b",
+    "phi-2",
+    "stablelm-2-1.6b",
+    "minitron-8b",
+)
+
+
+def _sizes(shape: Shape) -> tuple[Any, ...]:
+    """What makes a shape another one for a kernel: its sizes, not its eps."""
+    return (shape.op, *(value for name, value in shape.dims.items() if name != "eps"))
+
+
+def _elements(shape: Shape) -> int:
+    """How large a shape is, roughly: the product of its sizes."""
+    sizes = (sum(v) if isinstance(v, tuple) else v for v in shape.dims.values())
+    return math.prod(v for v in sizes if isinstance(v, int) and v > 0)
+
+
+def _real(found: list[Shape]) -> set[tuple[str, str]]:
+    """(op, name) of the shapes to tag ``real``."""
+    chosen: dict[str, dict[tuple[Any, ...], str]] = {}
+    for i, model in enumerate(REAL):
+        for op in dict.fromkeys(s.op for s in found):
+            taken = chosen.setdefault(op, {})
+            new = [s for s in found if s.op == op and s.model == model and _sizes(s) not in taken]
+            new.sort(key=_elements, reverse=True)
+            for s in new if i == 0 else new[:1]:
+                if len(taken) < REAL_SIZES:
+                    taken[_sizes(s)] = str(s)
+    return {(op, name) for op, names in chosen.items() for name in names.values()}
 
 
 def _all() -> Iterator[Shape]:
+    found: list[Shape] = []
     for model in MODELS:
         if model in _SMALL:
             continue
         tags = frozenset({"primary"}) if model in PRIMARY else frozenset()
-        yield from _of_model(model, 4, 2048, tags)
-        yield from _nf4(model, tags)
+        found += [*_of_model(model, 4, 2048, tags), *_nf4(model, tags)]
+    real = _real(found)
+    yield from (replace(s, tags=s.tags | {"real"}) if (s.op, str(s)) in real else s for s in found)
     yield from _of_model("llama-3.1-8b", 1, 32768, frozenset({"long"}))
     yield from _tests()
 

@@ -56,6 +56,8 @@ PACKAGES = (
     "bitsandbytes",
     "trl",
     "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
     "unsloth",
     "fastft",
 )
@@ -318,7 +320,7 @@ def _timed(result: dict[str, Any], key: str) -> Iterator[None]:
     say(f"{key} {result[key]}")
 
 
-def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = False) -> None:
+def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = False, timeline: bool = False) -> None:
     """Load, compile, warm up, measure. Figures go into ``result`` as they come, so that a failure keeps what it had."""
     if setup.impl == "unsloth":
         import unsloth  # noqa: F401  (it must come before transformers)
@@ -347,10 +349,13 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
         # Ids 0 to 3 are the tokenizer's special tokens.
         return torch.randint(4, vocabulary, (setup.batch, setup.seq), generator=tokens).to(device)
 
-    def step(x: torch.Tensor) -> torch.Tensor:
+    def step(x: torch.Tensor, begins: Callable[[str], None] = lambda phase: None) -> torch.Tensor:
+        begins("forward")
         with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = model(input_ids=x, labels=x).loss
+        begins("backward")
         loss.backward()
+        begins("optimizer")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
@@ -389,6 +394,12 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
         print(fastft.report(), file=sys.stderr, flush=True)
     if profile:
         result["kernels"] = _profile(lambda: timed_step(), cuda)
+    if timeline and cuda:
+        x = batch()
+        result["timeline"] = _timeline(lambda begins: step(x, begins))
+    elif timeline:
+        result["timeline_note"] = "no memory timeline: PyTorch keeps no memory history of a CPU"
+        say(result["timeline_note"])
 
 
 def _spread(times: Sequence[float]) -> dict[str, Any]:
@@ -417,6 +428,55 @@ def _profile(step: Callable[[], float], cuda: bool) -> list[dict[str, Any]]:
         for e in profiler.key_averages()
     ]
     return sorted((r for r in rows if r["ms"] > 0), key=lambda r: -r["ms"])[:60]
+
+
+def _timeline(step: Callable[[Callable[[str], None]], Any]) -> dict[str, Any]:
+    """One more step's allocated bytes over time, from the allocator's own history: it sees compiled code too."""
+    import torch
+
+    phases: list[tuple[str, float]] = []
+    torch.cuda.synchronize()
+    start_bytes, start_us = torch.cuda.memory_allocated(), time.time_ns() / 1e3
+    torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=2_000_000)
+    try:
+        step(lambda phase: phases.append((phase, time.time_ns() / 1e3)))
+        torch.cuda.synchronize()
+        events = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    return timeline_of(events, start_bytes, start_us, phases)
+
+
+def timeline_of(
+    events: Sequence[dict[str, Any]],
+    start_bytes: int,
+    start_us: float,
+    phases: Sequence[tuple[str, float]],
+    bins: int = 300,
+) -> dict[str, Any]:
+    """Points (ms, bytes) of the allocator's ``events``: of each of ``bins`` equal times the most and the last. The
+    time is the host's, when memory was asked for or given back, which is ahead of when the device used it.
+    """
+    sizes, size = [], start_bytes
+    for event in events:
+        if event["action"] in ("alloc", "free_requested"):
+            size += event["size"] if event["action"] == "alloc" else -event["size"]
+            sizes.append(((event["time_us"] - start_us) / 1e3, size))
+    points: list[tuple[float, int]] = [(0.0, start_bytes)]
+    width = max(sizes[-1][0] if sizes else 0.0, 1e-3) / bins
+    at = 0
+    for i in range(bins):
+        inside = []
+        while at < len(sizes) and (sizes[at][0] <= (i + 1) * width or i == bins - 1):
+            inside.append(sizes[at])
+            at += 1
+        points += dict.fromkeys([max(inside, key=lambda p: p[1]), inside[-1]]) if inside else ()
+    return {
+        "start_bytes": start_bytes,
+        "peak_bytes": max([start_bytes, *(s for _, s in sizes)]),
+        "phases_ms": {phase: round((us - start_us) / 1e3, 3) for phase, us in phases},
+        "points": [[round(ms, 3), b] for ms, b in points],
+    }
 
 
 def _device() -> dict[str, Any]:
@@ -462,7 +522,7 @@ def _commit() -> str | None:
     return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
 
 
-def run(setup: Setup, root: Path, profile: bool = False) -> dict[str, Any]:
+def run(setup: Setup, root: Path, profile: bool = False, timeline: bool = False) -> dict[str, Any]:
     """Measure one implementation in this process. A failure is a result too: ``status`` ``failed``, and ``error``."""
     setup.check()
     os.environ.update(QUIET)
@@ -477,7 +537,7 @@ def run(setup: Setup, root: Path, profile: bool = False) -> dict[str, Any]:
         "argv": sys.argv,
     }
     try:
-        measure(setup, checkpoint(setup.model, root), result, profile)
+        measure(setup, checkpoint(setup.model, root), result, profile, timeline)
         result["status"] = "ok"
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"
@@ -546,7 +606,7 @@ def compare(
     timeout: float = 300.0,
     budget: float = 3600.0,
     log: Any = sys.stderr,
-    save: Callable[[dict[str, Any]], None] = lambda compared: None,
+    save: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Run ``specs`` (``name`` or ``name:key=value;key=value``) ``rounds`` times, interleaved; merge each one's rounds.
 
@@ -579,22 +639,26 @@ def compare(
                 )
                 say(f"{spec}: {_in_short(result)}")
                 results[spec].append(result)
-                save(_compared(results, rounds, baseline))
-    return _compared(results, rounds, baseline)
+                save(compared(results, rounds, baseline))
+    return compared(results, rounds, baseline)
 
 
-def _compared(results: dict[str, list[dict[str, Any]]], rounds: int, baseline: str) -> dict[str, Any]:
+def compared(
+    results: dict[str, list[dict[str, Any]]], rounds: int, baseline: str, said: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What :func:`compare` returns, of its runs so far. ``said``: a file whose commit and arguments these are."""
     rows = [merge(spec, runs) for spec, runs in results.items() if runs]
     base = next((r for r in rows if r["impl"] == baseline), {})
     for row in rows:
         row["speed_ratio"] = _ratio(row.get("tokens_per_s"), base.get("tokens_per_s"))
         row["peak_ratio"] = _ratio(row.get("peak_bytes"), base.get("peak_bytes"))
     good = [r for r in rows if r["status"] == "ok"]
+    said = said or {"schema": SCHEMA, "commit": _commit(), "argv": sys.argv}
     return {
-        "schema": SCHEMA,
-        "device": good[0]["runs"][0].get("device") if good else None,
-        "commit": _commit(),
-        "argv": sys.argv,
+        "schema": said["schema"],
+        "device": next((run["device"] for r in good for run in r["runs"] if "device" in run), None),
+        "commit": said.get("commit"),
+        "argv": said.get("argv"),
         "rounds": rounds,
         "baseline": baseline,
         "rows": rows,
@@ -718,6 +782,9 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", action="store_true", help="one more step under the profiler: kernels by time in the JSON"
     )
     setting.add_argument(
+        "--timeline", action="store_true", help="one more step's allocated memory over time in the JSON (CUDA)"
+    )
+    setting.add_argument(
         "--checkpoints", type=Path, default=None, help="folder of checkpoints (default: see checkpoint_root)"
     )
     setting.add_argument("--out", type=Path, default=None, help="JSON file (default: standard output)")
@@ -762,7 +829,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             setup.check()
         except ValueError as error:
             parser.error(str(error))
-        result = run(setup, root, a.profile)
+        result = run(setup, root, a.profile, a.timeline)
         ok = result["status"] == "ok"
     else:
         specs = _specs(a.impls)
@@ -778,7 +845,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log = open(a.log, "a") if a.log else sys.stderr  # noqa: SIM115  (the runs write to it, closed at exit)
         result = compare(
             specs,
-            [*arguments, *(["--profile"] if a.profile else [])],
+            [*arguments, *(["--profile"] if a.profile else []), *(["--timeline"] if a.timeline else [])],
             model=a.model,
             root=root,
             rounds=a.rounds,
@@ -787,7 +854,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             timeout=a.timeout,
             budget=a.budget,
             log=log,
-            save=lambda compared: write(compared, a.out),
+            save=lambda found: write(found, a.out),
         )
         ok = any(r["status"] == "ok" for r in result["rows"])
         checkpointing = "checkpointing" if a.checkpointing == "on" else "no checkpointing"

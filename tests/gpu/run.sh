@@ -5,7 +5,8 @@
 #
 # Steps, in order, each within its SECONDS (default: what is left); with ++ in place of --, beside the one before (nothing timed, then):
 #   kernels [pytest arguments]         tests/kernels on CUDA (the derivations need no GPU)
-#   bench [pytest arguments]           bench/kernels.py, kernel times (-k llama-3.1-8b: about 2 minutes; all: long)
+#   bench [bench kernels arguments]    fastft bench kernels (--shapes-tag real: the whole table, in two or more calls; -k rms_norm: one op).
+#                                      The JSON has every case that was finished; cases that no time is left for are not begun
 #   compare [train.py arguments]       bench/train.py compare
 #   run [train.py arguments]           bench/train.py run
 #   checkpoint MODEL                   write a random-weight checkpoint
@@ -58,7 +59,7 @@ install_fastft() { # from the tree that came along; from the wheel where pip's s
 }
 
 unpack .device/site.tar.xz "$site" || { note "cannot unpack .device/site.tar.xz: is .device carried?"; cat "$summary"; exit 1; }
-if [[ " $* " == *liger* || " $* " == *unsloth* ]]; then unpack .device/peers.tar.xz "$peers" || note "no peers"; fi
+if [[ " $* " == *liger* || " $* " == *unsloth* || " $* " =~ \ bench(:[0-9]+)?\  ]]; then unpack .device/peers.tar.xz "$peers" || note "no peers"; fi
 install_fastft || { note "fastft cannot be installed here"; tail -20 "$log"; cat "$summary"; exit 1; }
 # The pack says what is measured: a tree that travelled has no .git, or one that knows only what had landed.
 commit=$(cat .device/commit 2>/dev/null) || commit=unknown
@@ -87,7 +88,8 @@ step() { # STEP[:SECONDS] ARGUMENTS...
   local command
   case $name in
     kernels) command=(env OMP_NUM_THREADS=1 TRITON_INTERPRET=0 "$python" -m pytest -o addopts=--import-mode=importlib tests/kernels --ignore tests/kernels/test_derivations.py -v --durations 12 -p no:cacheprovider --no-header --tb=short -rfE -n "$workers" --dist worksteal --junitxml "$result.xml") ;;
-    bench) command=("$python" -m pytest bench/kernels.py -p no:cacheprovider --no-header --tb=short -rfE --benchmark-quiet --benchmark-json "$result.json") ;;
+    # Liger and cut-cross-entropy lie with the peers, beside other versions of what is in $site: that goes first.
+    bench) command=(env PYTHONPATH="$site:$peers" "$python" bench/cli.py kernels --budget $((seconds > 60 ? seconds - 30 : seconds / 2)) --out "$result.json") ;;
     compare) command=("$python" bench/train.py compare --peers "$peers" --budget $((seconds - 10)) --log "$log" --out "$result.json") ;;
     run) command=("$python" bench/train.py run --out "$result.json") ;;
     checkpoint) command=("$python" bench/train.py checkpoint --model) ;;
@@ -109,7 +111,7 @@ step() { # STEP[:SECONDS] ARGUMENTS...
     errors) grep -E '[│┃]|Error' "$output" | sed 's/[│┃]/|/g; s/  */ /g' | tail -$([[ $1 == model ]] && echo 9 || echo 45) | cut -c1-220 ;;
     large) grep -E '^(FAILED|ERROR|SKIPPED) |(passed|failed|error|skipped).* in |s call ' "$output" | cut -c1-220 | tail -40 ;;
     kernels | pytest) grep -E '^(FAILED|ERROR) |(passed|failed|error).* in ' "$output" | cut -c1-220 | tail -40 ;;
-    bench) grep -E '^(FAILED|ERROR) |(passed|failed|error).* in |^µs|[│┃]' "$output" | cut -c1-400 | tail -60 ;;
+    bench) grep -E '^(FAILED|ERROR|SKIPPED) |(passed|failed|skipped|error).* in |: µs, |^Not here|[│┃]' "$output" | cut -c1-400 | tail -70 ;;
     *) tail -25 "$output" | cut -c1-300 ;;
   esac >>"$summary"
   rm -f "$output"

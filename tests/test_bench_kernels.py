@@ -1,0 +1,390 @@
+"""How kernels are timed, and what becomes of a competitor that is missing or fails. No GPU: its clock is made up here,
+and what is asked of ``torch.cuda`` is answered by a stand-in that counts µs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import cli, files, kernels, measure, specialists
+from bench.shapes import REAL, REAL_SIZES, SHAPES, Shape, shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# -- samples in turns
+
+
+def recording(log: list[str], **us: float) -> dict[str, Callable[[], dict[str, float]]]:
+    """Samplers that note their turn; a time that grows with every turn of anybody is a clock that drifts."""
+
+    def sampler(name: str) -> Callable[[], dict[str, float]]:
+        def sample() -> dict[str, float]:
+            log.append(name)
+            return {"forward_us": us[name] * (1 + 0.01 * len(log))}
+
+        return sample
+
+    return {name: sampler(name) for name in us}
+
+
+def test_implementations_take_turns():
+    log: list[str] = []
+    samples, failed = measure.interleave(recording(log, a=10.0, b=10.0, c=10.0), rounds=(4, 4), seconds=math.inf)
+    assert "".join(log) == "abccbaabccba" and not failed
+    # A drift of 1 % a sample falls on all alike: one after the other, the last would seem 8 % slower than the first.
+    medians = {name: files.spread(of["forward_us"])["median"] for name, of in samples.items()}
+    assert max(medians.values()) / min(medians.values()) < 1.01
+
+
+def test_rounds_end_with_the_time_but_not_before_the_least():
+    now = iter(range(100))
+
+    def clock() -> float:
+        return float(next(now))
+
+    log: list[str] = []
+    measure.interleave(recording(log, a=1.0), rounds=(3, 50), seconds=1.0, clock=clock)
+    assert len(log) == 3
+    log.clear()
+    measure.interleave(recording(log, a=1.0), rounds=(1, 50), seconds=5.0, clock=clock)
+    assert 3 < len(log) < 10
+
+
+def test_one_that_fails_later_is_out_and_the_others_go_on():
+    def failing() -> dict[str, float]:
+        raise RuntimeError("out of luck")
+
+    log: list[str] = []
+    samples, failed = measure.interleave({**recording(log, a=1.0), "b": failing}, rounds=(3, 3), seconds=1.0)
+    assert list(samples) == ["a"] and len(samples["a"]["forward_us"]) == 3
+    assert str(failed["b"]) == "out of luck"
+
+
+def test_wall_clock_splits_forward_and_backward():
+    now = SimpleNamespace(us=0.0)
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            now.us += 30
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+            now.us += 50
+            return g * 2
+
+    x = torch.randn(3, requires_grad=True)
+    sampler = measure.WallClock(Slow.apply, measure.Inputs([x], {}, [x]), clock=lambda: now.us / 1e6)
+    assert sampler() == pytest.approx({"forward_us": 30.0, "backward_us": 50.0, "full_us": 80.0})
+
+
+def test_copies_keep_strides_gradients_and_sharing():
+    x = torch.randn(2, 3, 4, requires_grad=True).transpose(0, 1)
+    ids = torch.arange(3)
+    copied = measure.Inputs([x, [x, None], ids, 1.0], {"kind": "silu"}, [x]).copy()
+    y, (again, none), more, number = copied.args
+    assert y is again is copied.wanted[0] and y is not x and y.is_leaf and y.requires_grad
+    assert y.stride() == x.stride() and torch.equal(y, x) and none is None and number == 1.0
+    assert torch.equal(more, ids) and more.data_ptr() != ids.data_ptr() and copied.kwargs == {"kind": "silu"}
+
+
+# -- a GPU, made up
+
+
+class Device:
+    """Stands in for ``torch.cuda``. Time passes where an implementation says so (:meth:`work`); a graph remembers how
+    much passed while it was captured, and lets it pass again when it is replayed.
+    """
+
+    def __init__(self) -> None:
+        self.us, self.strict, self.allocated, self.flushed = 0.0, False, 0, 0
+        self.capturing: list[Any] = []
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = device.us
+
+            def elapsed_time(self, end: Any) -> float:
+                return (end.at - self.at) / 1e3
+
+        class Graph:
+            def __init__(self) -> None:
+                self.us = 0.0
+
+            def pool(self) -> str:
+                return "pool"
+
+            def replay(self) -> None:
+                device.us += self.us
+
+        @contextlib.contextmanager
+        def graph(captured: Any, pool: Any = None, stream: Any = None) -> Any:
+            assert stream == "side stream"
+            before, self.capturing = self.us, [captured]
+            yield
+            captured.us, self.us, self.capturing = self.us - before, before, []
+
+        self.cuda = SimpleNamespace(
+            Event=Event,
+            CUDAGraph=Graph,
+            graph=graph,
+            synchronize=lambda: None,
+            empty_cache=lambda: None,
+            memory_allocated=lambda: self.allocated,
+            current_stream=lambda: "side stream",
+            set_sync_debug_mode=lambda mode: setattr(self, "strict", mode == "error"),
+        )
+
+    def work(self, us: float) -> None:
+        self.us += us
+
+    def synchronise(self) -> None:
+        if self.strict:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        assert not self.capturing, "a synchronisation reached the capture"
+
+    def flush(self) -> None:
+        self.flushed += 1
+        self.work(1000)  # it is in nobody's time
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device()
+    for name, value in vars(device.cuda).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(measure, "Flush", lambda: device.flush)
+    return device
+
+
+def doubling(device: Device, forward: float, backward: float, **does: bool) -> Callable[..., Any]:
+    """2x, in ``forward`` and ``backward`` µs, which may overwrite its input, its gradient, or wait for the device."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            device.work(forward)
+            if does.get("waits"):
+                device.synchronise()
+            if does.get("overwrites"):
+                x.data.zero_()
+            device.allocated += 96 + 24  # what it keeps, and the output: 6 fp32 numbers
+            return x.detach() * 2
+
+        @staticmethod
+        def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+            device.work(backward)
+            if does.get("overwrites"):
+                g.zero_()
+            device.allocated -= 96 + 24
+            return g * 2
+
+    return Function.apply
+
+
+def on_device(runs: dict[str, Callable[..., Any]]) -> tuple[dict[str, Any], dict[str, Any], dict[str, str], Any]:
+    x = torch.arange(1.0, 7.0, requires_grad=True)
+    found: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    samplers = measure._device_samplers(runs, measure.Inputs([x], {}, [x]), found, failed)
+    samples, _ = measure.interleave(samplers, rounds=(3, 3), seconds=1.0)
+    return samples, found, failed, samplers
+
+
+def test_device_times_are_of_the_call_alone(device):
+    samples, found, failed, samplers = on_device({"a": doubling(device, 30.0, 50.0), "b": doubling(device, 80.0, 9.0)})
+    assert not failed
+    assert samples["a"]["forward_us"] == pytest.approx([30.0] * 3)
+    assert samples["a"]["backward_us"] == pytest.approx([50.0] * 3)
+    assert samples["b"]["full_us"] == pytest.approx([89.0] * 3)
+    assert found["a"]["timed"] == found["b"]["timed"] == "graph"
+    assert found["a"]["calls"] == math.ceil(measure.SAMPLE_US / 30)  # 400 µs of the shorter phase, each on its own copy
+    assert len({c.args[0].data_ptr() for c in samplers["a"].copies}) == found["a"]["calls"]
+    assert found["a"]["kept_bytes"] == 96
+    assert device.flushed == 2 * 2 * (1 + 3)  # before every forward and every backward
+
+
+def test_what_waits_for_the_device_or_takes_long_is_launched_not_replayed(device):
+    samples, found, failed, _ = on_device(
+        {"waits": doubling(device, 30.0, 50.0, waits=True), "long": doubling(device, 3000.0, 3000.0)}
+    )
+    assert not failed and found["waits"]["timed"] == found["long"]["timed"] == "events"
+    assert samples["waits"]["full_us"] == pytest.approx([80.0] * 3)
+    assert found["long"]["calls"] == 1
+
+
+def test_what_is_overwritten_is_put_back(device):
+    _, _, failed, samplers = on_device(
+        {"overwrites": doubling(device, 30.0, 50.0, overwrites=True), "b": doubling(device, 30.0, 50.0)}
+    )
+    assert not failed and samplers["overwrites"].prepared.writes and not samplers["b"].prepared.writes
+    for clock in samplers.values():
+        assert all(torch.equal(c.args[0], torch.arange(1.0, 7.0)) for c in clock.copies)
+        assert all(d.abs().sum() > 0 for (d,) in clock.dys)
+
+
+def test_a_failure_on_the_device_is_one_implementation_s(device):
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    samples, found, failed, _ = on_device({"broken": broken, "b": doubling(device, 30.0, 50.0)})
+    assert failed == {"broken": "out of memory"} and list(samples) == list(found) == ["b"]
+
+
+def test_floors():
+    ceilings = {"copy_GBps": 1000.0, "matmul_TFLOPps": 100.0}
+    assert measure.floor_us(2e6, 0.0, ceilings) == pytest.approx(2.0)
+    assert measure.floor_us(2e6, 4e8, ceilings) == pytest.approx(4.0)
+
+
+# -- competitors
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specialists, "MISSING", {})
+    monkeypatch.setattr(specialists, "_FOUND", set())
+
+
+def row_of(**shape: Any) -> dict[str, Any]:
+    s = Shape("rms_norm", "odd", {"batch": 2, "seq": 3, "hidden": 16, "eps": 1e-6, "offset": 0.0, **shape})
+    return kernels.measure_case("rms_norm", "rms_norm", s, kernels.rms_norm(s), None)
+
+
+def with_specialists(monkeypatch: pytest.MonkeyPatch, *rows: tuple[str, str, Callable[..., Any]]) -> None:
+    made = [specialists.Specialist("rms_norm", name, package, run, cuda_only=False) for name, package, run in rows]
+    monkeypatch.setattr(specialists, "SPECIALISTS", tuple(made))
+
+
+def test_a_missing_competitor_has_no_column_and_is_named_once(monkeypatch, clean):
+    from bench.tables import kernel_tables
+
+    right = lambda s: lambda x, w, eps, offset: torch.nn.functional.rms_norm(x, x.shape[-1:], w, eps)  # noqa: E731
+    with_specialists(monkeypatch, ("absent", "no_such_package_here", right), ("present", "torch", right))
+    row = row_of()
+    assert set(row["implementations"]) == {"fastft", "eager", "present"}
+    assert "no_such_package_here" in specialists.MISSING
+    result = {"rows": [row, row], "device": {"name": "cpu"}, "ceilings": None, "missing": specialists.MISSING}
+    shown = [table.html() for table in kernel_tables(result)]
+    assert "absent" not in "".join(shown) and "present" in "".join(shown)
+    assert sum("no_such_package_here" in table for table in shown) == 1
+    assert "no_such_package_here" in shown[-1]
+    assert "kept MiB" not in shown[0] and "first call s" not in shown[0]  # of a CPU they say nothing
+
+
+def test_a_competitor_that_raises_is_an_error_cell(monkeypatch, clean):
+    def raises(x: Any, w: Any, eps: float, offset: float) -> Any:
+        raise ValueError("hidden sizes of 16\n are too small")
+
+    def unbuildable(s: Shape) -> Any:
+        raise ImportError("cannot import name 'RMSNorm'")
+
+    with_specialists(monkeypatch, ("raises", "torch", lambda s: raises), ("old", "torch", unbuildable))
+    found = row_of()["implementations"]
+    assert found["raises"] == {"error": "ValueError: hidden sizes of 16 are too small"}
+    assert found["old"] == {"error": "ImportError: cannot import name 'RMSNorm'"}
+    assert found["fastft"]["full_us"]["median"] > 0
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x * 1.0, lambda x: x[:1], lambda x: x * math.nan])
+def test_a_competitor_with_another_result_gets_no_time(monkeypatch, clean, wrong):
+    from bench.tables import best_other
+
+    with_specialists(monkeypatch, ("wrong", "torch", lambda s: lambda x, w, eps, offset: wrong(x)))
+    row = row_of()
+    assert row["implementations"]["wrong"]["error"].startswith("wrong result: ")
+    best = best_other(row)
+    assert best is not None and best[0] == "eager"
+
+
+def test_competitors_are_those_of_the_list(clean):
+    ops = {label for name, makers in kernels.MAKERS.items() for _, maker in makers for label in (name, maker.__name__)}
+    assert {row.op for row in specialists.SPECIALISTS} <= ops
+    names = [(row.op, row.name) for row in specialists.SPECIALISTS]
+    assert len(set(names)) == len(names)
+
+
+# -- shapes
+
+
+def test_every_op_has_real_sizes():
+    assert set(REAL) <= {s.model for s in SHAPES}
+    for op in {s.op for s in SHAPES}:
+        real = shapes(op, tag="real")
+        assert len(real) == REAL_SIZES >= 6, op
+        assert len({tuple(v for k, v in s.dims.items() if k != "eps") for s in real}) == REAL_SIZES, op
+    assert sum("primary" in s.tags for s in SHAPES) < 120  # what runs by default stays small
+
+
+def test_a_run_that_is_stopped_has_something_of_every_op():
+    cases = list(kernels._cases("real"))
+    labels = [label for *_, label in cases]
+    first = len(set(labels))
+    assert len(set(labels[:first])) == first and len(cases) == first * REAL_SIZES
+
+
+# -- the whole command
+
+
+def test_pytest_collects_the_folder_and_writes_both_files(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(ROOT / "bench"),
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "rms_norm and 1x1x8",
+    ]
+    command += ["--benchmark-json", str(tmp_path / "benchmark.json"), "--result", str(tmp_path / "kernels.json")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rms_norm: µs, forward and backward" in done.stdout
+    own, benchmarks = (files.load(tmp_path / f"{name}.json") for name in ("kernels", "benchmark"))
+    assert own.kind == benchmarks.kind == "kernels" and own.rows == benchmarks.rows and len(own.rows) == 2
+    assert own.data["schema"] == files.SCHEMA and own.versions["torch"] and own.data["argv"][0] == "pytest"
+    figure = own.rows[0]["implementations"]["fastft"]["full_us"]
+    assert figure["min"] <= figure["q1"] <= figure["median"] <= figure["q3"] <= figure["max"]
+    assert not list(tmp_path.glob(".kernels.json*"))  # what a stopped write would leave
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 0), (1, 1), (4, 2), (5, 2)])
+def test_kernels_runs_pytest_on_the_file(monkeypatch, code, status, tmp_path, capsys):
+    seen: list[Any] = []
+
+    def run(command: list[str], env: dict[str, str]) -> Any:
+        seen.extend(command)
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["kernels", "-k", "rms_norm", "--shapes-tag", "real", "--budget", "60", "--out", "k.json", "-x"]
+    assert cli.main(arguments) == status
+    assert str(ROOT / "bench" / "kernels.py") in seen and "-x" in seen
+    for option, value in {"-k": "rms_norm", "--shapes-tag": "real", "--result": str(tmp_path / "k.json")}.items():
+        assert seen[seen.index(option) + 1] == value
+    assert ("no case has that name" in capsys.readouterr().err) == (code == 5)
+
+
+def test_a_row_is_json():
+    row = row_of(offset=1.0)
+    assert json.loads(json.dumps(row)) == row
+    assert {"op", "shape", "dims", "dtype", "bound", "forward_bytes", "backward_bytes"} <= set(row)

@@ -1,0 +1,375 @@
+"""What is made of result files: the gate between two of them, tables, the HTML page."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastft.cli
+from bench import cli, files, gate, report, train
+from bench.tables import OURS
+
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
+COMPARED = sorted(RESULTS.glob("*compare.json"))
+
+
+def figure(median: float, spread: float = 0.0) -> dict[str, float]:
+    low, high = median * (1 - spread / 2), median * (1 + spread / 2)
+    return {"median": median, "q1": low, "q3": high, "min": low, "max": high, "samples": 9}
+
+
+def kernels(times: dict[str, float | str], spread: float = 0.0, **more: Any) -> dict[str, Any]:
+    """A result file: ``"op shape implementation"`` → µs, or an error."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for key, us in times.items():
+        op, shape, name = key.split(" ", 2)
+        new = {"op": op, "shape": shape, "dtype": "bfloat16", "implementations": {}, "floor_us": {"full": 80.0}}
+        new |= {"bound": "memory", "forward_bytes": 2e8, "backward_bytes": 3e8, "forward_flops": 0.0}
+        found: dict[str, Any] = {"error": us}
+        if not isinstance(us, str):
+            found = {"forward_us": figure(0.4 * us), "backward_us": figure(0.6 * us), "timed": "graph"}
+            found |= {"full_us": figure(us, spread), "roofline": {"forward": 0.8, "full": 80 / us}}
+            found |= {"forward_GBps": 2500.0, "backward_GBps": 2400.0, "kept_bytes": 2**20, "first_call_s": 1.5}
+        rows.setdefault((op, shape), new)["implementations"][name] = found
+    head = {"schema": 1, "kind": "kernels", "device": {"name": "H100"}, "versions": {"torch": "2.11.0"}, "commit": "c"}
+    ceilings = {"copy_GBps": 3000.0, "matmul_TFLOPps": 750.0}
+    return {**head, "argv": ["x"], "ceilings": ceilings, "missing": {"quack": "no"}, "rows": [*rows.values()], **more}
+
+
+def steps(times: dict[str, list[float] | str], **setup: Any) -> dict[str, Any]:
+    """A training comparison: implementation → ms of its steps, or an error."""
+
+    def run(impl: str, ms: list[float] | str) -> dict[str, Any]:
+        said = {"schema": 1, "impl": impl, "argv": [], "status": "failed", "error": ms, "setup": {**SETUP, **setup}}
+        if isinstance(ms, str):
+            return said
+        spread = {"all": ms, "median": ms[len(ms) // 2], "min": min(ms), "max": max(ms)}
+        good = {"status": "ok", "error": None, "step_ms": spread, "peak_bytes": 9 * 2**30, "first_step_s": 60.0}
+        more = {"loss": [5.0, 4.0], "device": {"name": "H100"}, "versions": {"torch": "2.11.0"}}
+        more["kernels"] = [{"name": "nvjet_gemm", "calls": 3, "ms": 60.0}, {"name": "mystery", "calls": 1, "ms": 2.0}]
+        more["timeline"] = train.timeline_of(EVENTS, 2**30, 0.0, [("forward", 0.0), ("backward", 1500.0)])
+        return {**said, **good, **more}
+
+    return train.compared({impl: [run(impl, ms)] for impl, ms in times.items()}, 1, next(iter(times)))
+
+
+SETUP = {"model": "tiny", "quant": "nf4", "train": "lora", "rank": 16, "batch": 2, "seq": 8, "checkpointing": True}
+EVENTS = [
+    {"action": "alloc", "size": 2**30, "time_us": 1000.0},
+    {"action": "alloc", "size": 2**30, "time_us": 1001.0},
+    {"action": "free_requested", "size": 2**30, "time_us": 1002.0},
+    {"action": "free_completed", "size": 2**30, "time_us": 1003.0},
+    {"action": "free_requested", "size": 2**30, "time_us": 3000.0},
+]
+BASE = {"rms_norm a fastft": 100.0, "rms_norm a eager": 200.0, "glu a fastft": 50.0}
+
+
+@pytest.fixture
+def compare(tmp_path, capsys):
+    """Writes two files, runs the gate, gives its status and what it printed."""
+
+    def run(old: Any, new: Any, *options: str) -> tuple[int, str]:
+        for name, data in (("old", old), ("new", new)):
+            text = data if isinstance(data, str) else json.dumps(data)
+            (tmp_path / f"{name}.json").write_text(text)
+        status = cli.main(["compare", str(tmp_path / "old.json"), str(tmp_path / "new.json"), *options])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return run
+
+
+# -- the gate
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "says"),
+    [
+        ({}, 0, "3 same"),
+        ({"rms_norm a fastft": 104.0}, 0, "3 same"),
+        ({"rms_norm a fastft": 106.0}, 1, "1 slower"),
+        ({"rms_norm a fastft": 60.0}, 0, "1 faster"),
+        ({"rms_norm a eager": 400.0}, 0, "1 slower"),  # somebody else's
+        ({"rms_norm a fastft": "OutOfMemoryError"}, 1, "1 gone"),
+        ({"glu b fastft": 10.0}, 0, "1 new"),
+    ],
+)
+def test_gate_of_kernels(compare, changed, status, says):
+    found, said = compare(kernels(BASE), kernels({**BASE, **changed}))
+    assert found == status and says in said
+    assert ("Regressed" in said) == (status == 1)
+
+
+def test_gate_of_a_row_that_is_gone(compare):
+    fewer = {k: v for k, v in BASE.items() if not k.startswith("glu")}
+    status, said = compare(kernels(BASE), kernels(fewer))
+    assert status == 1 and "1 gone" in said
+    without_eager = {k: v for k, v in BASE.items() if "eager" not in k}
+    assert compare(kernels(BASE), kernels(without_eager))[0] == 0
+    failed = {**BASE, "glu a fastft": "RuntimeError: no"}
+    assert compare(kernels(failed), kernels(failed))[0] == 0  # as it was
+    assert compare(kernels(failed), kernels(BASE))[0] == 0
+
+
+def test_gate_allows_noise_that_the_files_have(compare):
+    slower = {**BASE, "rms_norm a fastft": 110.0}
+    assert compare(kernels(BASE), kernels(slower))[0] == 1
+    assert compare(kernels(BASE), kernels(slower), "--band", "0.12")[0] == 0
+    assert compare(kernels(BASE, spread=0.15), kernels(slower))[0] == 0
+    assert compare(kernels(BASE), kernels(slower, spread=0.15))[0] == 0
+    assert compare(kernels(BASE), kernels({**BASE, "rms_norm a fastft": 103.0}), "--band", "0.02")[0] == 1
+
+
+def test_gate_of_training_steps(compare):
+    old = steps({"eager": [100.0, 101.0, 102.0], "fastft": [60.0, 60.5, 61.0]})
+    assert compare(old, old)[0] == 0
+    status, said = compare(old, steps({"eager": [100.0, 101.0, 102.0], "fastft": [69.0, 70.0, 71.0]}))
+    assert status == 1 and "1.157" in said and "slower" in said
+    assert compare(old, steps({"eager": [100.0, 101.0, 102.0], "fastft": "out of memory"}))[0] == 1
+    assert compare(old, steps({"eager": "timed out", "fastft": [60.0, 60.5, 61.0]}))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("{", kernels(BASE), "is not JSON"),
+        ([1], kernels(BASE), "not an object"),
+        ({"a": 1}, kernels(BASE), "no schema"),
+        ({**kernels(BASE), "schema": 99}, kernels(BASE), "schema 99; this version reads schema 1"),
+        ({"schema": 1, "command": "ops", "rows": []}, kernels(BASE), "neither `bench kernels` nor `bench train`"),
+        ({"benchmarks": [], "machine_info": {}}, kernels(BASE), "not of bench/kernels.py"),
+        (kernels(BASE, device={"name": "H200"}), kernels(BASE), "measured on H200"),
+        (kernels(BASE), steps({"fastft": [1.0]}), "kernels results"),
+        (steps({"fastft": [1.0]}, seq=16), steps({"fastft": [1.0]}), "different settings: seq 16 and 8"),
+    ],
+)
+def test_gate_refuses_what_says_nothing(compare, old, new, says):
+    status, said = compare(old, new)
+    assert status == 2 and says in said and "Traceback" not in said
+
+
+def test_gate_compares_devices_when_asked(compare):
+    assert compare(kernels(BASE, device={"name": "H200"}), kernels(BASE), "--any-device")[0] == 0
+
+
+def test_gate_arguments(compare, tmp_path, capsys):
+    status, said = compare(kernels(BASE), kernels(BASE), "--band", "5")
+    assert status == 2 and "a fraction" in said
+    assert cli.main(["compare", str(tmp_path / "none.json"), str(tmp_path / "new.json")]) == 2
+    assert "No such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "old", "new", "--wide"])
+    assert stopped.value.code == 2
+
+
+def test_gate_shows_what_did_not_change_when_asked(compare):
+    assert "rms_norm a" not in compare(kernels(BASE), kernels(BASE))[1]
+    assert "rms_norm a" in compare(kernels(BASE), kernels(BASE), "--all")[1]
+
+
+def test_the_worst_of_ours_is_first():
+    old, new = ({"a": 10.0, "b": 10.0, "c": 10.0}, {"a": 12.0, "b": 20.0, "c": 40.0})
+    found = [
+        gate.Change(what, "eager" if what == "c" else OURS, old[what], new[what], 0.05, gate.SLOWER) for what in old
+    ]
+    assert [row[0] for row in gate.table(found, "µs").rows] == ["b", "a", "c"]
+
+
+# -- committed files
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=lambda p: p.stem)
+def test_committed_comparisons_are_read(path, compare):
+    result = files.load(path)
+    assert result.kind == "train" and result.setup["model"] and result.versions["torch"]
+    assert compare(path.read_text(), path.read_text())[0] == 0
+
+
+def test_a_single_run_is_a_comparison_of_one(tmp_path):
+    row = json.loads(COMPARED[0].read_text())["rows"][0]
+    (tmp_path / "run.json").write_text(json.dumps(row["runs"][0]))
+    result = files.load(tmp_path / "run.json")
+    assert result.kind == "train" and [r["impl"] for r in result.rows] == [row["impl"]]
+    assert result.rows[0]["tokens_per_s"] == row["tokens_per_s"]
+
+
+# -- the report
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and collects what a page refers to."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[str] = []
+        self.references: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        found = dict(attrs)
+        if tag == "img":
+            self.images.append(found["src"] or "")
+        self.references += [v for k, v in attrs if k in ("src", "href", "data") and v and not v.startswith("data:")]
+        assert tag not in ("script", "link", "iframe")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def render(tmp_path: Path, *paths: Path) -> tuple[str, Page]:
+    out = tmp_path / "out" / "report.html"
+    assert cli.main(["report", *map(str, paths), "--html", str(out), "--png", str(tmp_path / "png")]) == 0
+    text = out.read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.references and "http" not in text and "@import" not in text
+    assert page.images and all(image.startswith("data:image/png;base64,iVBOR") for image in page.images)
+    plots = list((tmp_path / "png").glob("*.png"))
+    assert len(plots) == len(page.images) and all(p.read_bytes().startswith(b"\x89PNG") for p in plots)
+    return text, page
+
+
+def test_report_of_synthetic_files(tmp_path):
+    times = {**BASE, "rms_norm b fastft": 180.0, "rms_norm b Liger": 190.0, "rms_norm b eager": "ValueError: <no>"}
+    first = kernels(times)
+    first["rows"][0]["bound"] = "memory"
+    second = steps({"eager": [10.0, 11.0, 12.0], "fastft": [5.0, 6.0, 7.0], "unsloth": "cannot be <imported>"})
+    for name, data in (("kernels", first), ("steps", second)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    text, page = render(tmp_path, tmp_path / "kernels.json", tmp_path / "steps.json")
+    # best other, a rate for each of two ops; speed, parts, timeline
+    assert {p.stem for p in (tmp_path / "png").iterdir()} == {
+        "1-best-other", "1-rms-norm", "1-glu", "2-speed", "2-parts", "2-timeline",
+    }  # fmt: skip
+    assert "&lt;no&gt;" in text and "cannot be &lt;imported&gt;" in text and "quack (no)" in text
+    assert "H100" in text and "torch 2.11.0" in text and len(page.images) == 6
+
+
+def test_report_of_committed_files(tmp_path):
+    text, page = render(tmp_path, *COMPARED)
+    assert "11,818" in text and "15,476" in text and len(page.images) == len(COMPARED)
+
+
+def test_report_without_a_page_prints_the_tables(tmp_path, capsys):
+    (tmp_path / "k.json").write_text(json.dumps(kernels(BASE)))
+    assert cli.main(["report", str(tmp_path / "k.json")]) == 0
+    said = capsys.readouterr().out
+    assert "rms_norm: µs, forward and backward" in said and "2.00" in said and "% of roofline" in said
+
+
+def test_a_run_without_any_result_has_a_report(tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps(steps({"fastft": "out of memory"})))
+    out = tmp_path / "r.html"
+    assert cli.main(["report", str(tmp_path / "s.json"), "--html", str(out)]) == 0
+    assert "out of memory" in out.read_text() and not Page(out.read_text()).images
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_TNT", "GEMM"),
+        ("void cutlass::Kernel2<cutlass_80_simt_sgemm_128x32_8x5_nn_align1>(…)", "GEMM"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>(…)", "GEMM"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<…>", "attention"),
+        ("_dkdv_kernel", "attention"),
+        ("_nf4_dequantize_kernel", "dequantise"),
+        ("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(…)", "dequantise"),
+        ("_rms_norm_forward_kernel", "norm"),
+        ("triton_poi_fused_add_rms_norm_backward_2", "norm"),
+        ("_forward_kernel", "norm, rotary, GLU"),
+        ("_swiglu_forward_kernel", "norm, rotary, GLU"),
+        ("void (anonymous namespace)::cunn_SoftMaxForward<8, float, float, float>", "loss"),
+        ("liger_cross_entropy_kernel", "loss"),
+        ("void at::native::vectorized_elementwise_kernel<8, at::native::bfloat16_copy_kernel_cuda(…)", "copies"),
+        ("Memcpy DtoH (Device -> Pinned)", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::AUnaryFunctor<float>>", "elementwise"),
+        ("triton_poi_fused_add_4", "elementwise"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<…>", "optimizer"),
+        ("mystery", "other"),
+    ],
+)
+def test_parts_of_a_step(kernel, part):
+    assert report.part_of(kernel) == part
+
+
+def test_timeline_of_events():
+    line = train.timeline_of(EVENTS, 2**30, 0.0, [("forward", 0.0), ("backward", 1500.0)], bins=3)
+    assert line["peak_bytes"] == 3 * 2**30 and line["phases_ms"] == {"forward": 0.0, "backward": 1.5}
+    # a bin's most and its last: the peak is kept, however short it was
+    assert line["points"] == [[0.0, 2**30], [1.0, 2 * 2**30], [1.001, 3 * 2**30], [1.002, 2 * 2**30], [3.0, 2**30]]
+    assert train.timeline_of([], 5, 0.0, [])["points"] == [[0.0, 5]]
+
+
+def test_timeline_switches_the_history_off_again(monkeypatch):
+    said: list[Any] = []
+    events = [{"action": "alloc", "size": 7, "time_us": time.time() * 1e6 + 5000}]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"device_traces": [[], events]})
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled, **more: said.append(enabled))
+
+    def step(begins: Any) -> None:
+        begins("forward")
+        begins("backward")
+
+    line = train._timeline(step)
+    assert (line["start_bytes"], line["peak_bytes"]) == (3, 10) and list(line["phases_ms"]) == ["forward", "backward"]
+    with pytest.raises(ZeroDivisionError):
+        train._timeline(lambda begins: 1 / 0)
+    assert said == ["all", None, "all", None]
+
+
+# -- the command
+
+
+def test_fastft_bench_hands_over(tmp_path):
+    for name, data in (("old", kernels(BASE)), ("new", kernels({**BASE, "glu a fastft": 500.0}))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    old, new = str(tmp_path / "old.json"), str(tmp_path / "new.json")
+
+    def fastft_bench(*arguments: str) -> Any:
+        return CliRunner().invoke(fastft.cli.app, ["bench", *arguments])
+
+    assert fastft_bench("compare", old, old).exit_code == 0
+    assert fastft_bench("compare", old, new).exit_code == 1
+    assert fastft_bench("compare", old).exit_code == 2
+    assert fastft_bench("train", "run", "--impl", "nobody").exit_code == 2
+    assert fastft_bench().exit_code == 2
+    shown = fastft_bench("--help")
+    assert shown.exit_code == 0 and all(word in shown.output for word in ("kernels", "train", "compare", "report"))
+
+
+def test_bench_without_the_repository_says_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(fastft.cli, "__file__", str(tmp_path / "site-packages" / "fastft" / "cli.py"))
+    found = CliRunner().invoke(fastft.cli.app, ["bench", "kernels"])
+    assert found.exit_code == 2 and "Clone the repository" in found.stderr
+
+
+def test_bench_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = CliRunner().invoke(fastft.cli.app, ["bench", "kernels"])
+    assert found.exit_code == 2 and "this needs pytest_benchmark: pip install 'fastft[bench]'" in found.stderr
+
+
+def test_merging_leaves_files_as_they_are():
+    data = kernels(BASE)
+    before = copy.deepcopy(data)
+    result = files.Result(Path("k.json"), "kernels", data)
+    list(report.tables(result))
+    assert data == before
