@@ -234,7 +234,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "kernels/attention.py",
         "first = tl.maximum(first, q - (WINDOW - 1))",
         "first = tl.maximum(first, q - WINDOW)",
-        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        'tests/kernels/test_attention.py -k "forward_and_gradients and window"',
         interpret=True,
     ),
     Mutant(
@@ -242,7 +242,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "kernels/attention.py",
         "past = tl.minimum(past, k + WINDOW)",
         "past = tl.minimum(past, k + WINDOW + 1)",
-        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        'tests/kernels/test_attention.py -k "forward_and_gradients and window"',
         interpret=True,
     ),
     Mutant(
@@ -282,7 +282,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "kernels/attention.py",
         "            ds *= 1 - tanh * tanh\n        dk +=",
         "            ds *= 1\n        dk +=",
-        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        'tests/kernels/test_attention.py -k "forward_and_gradients and softcap"',
         interpret=True,
     ),
     Mutant(
@@ -447,7 +447,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "kernels/nf4.py",
         "block // BLOCKSIZE2, mask",
         "(block + 1) // BLOCKSIZE2, mask",
-        "tests/kernels/test_nf4.py",
+        "tests/kernels/test_nf4.py -k 'equals_bitsandbytes and 257'",
         interpret=True,
     ),
     Mutant(
@@ -602,7 +602,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "patterns/rotary.py",
         "if theirs is None or not all(_same(theirs[key], mine[key]) for key in shared):",
         "if theirs is None:",
-        "tests/patterns/test_rotary.py",
+        "tests/patterns/test_rotary.py -k own_tables",
     ),
     Mutant(
         "attention rule: scale dropped",
@@ -644,7 +644,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "patterns/lora.py",
         "        adapters.insert(0, adapter)\n",
         "        adapters[:] = [adapter]\n",
-        "tests/patterns/test_lora.py",
+        "tests/patterns/test_lora.py -k two-dense",
     ),
     Mutant(
         "lora rule: dropout forgotten",
