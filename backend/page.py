@@ -34,10 +34,9 @@ def page(report: Report, title: str = "") -> str:
         body.append(_section("What was replaced", _counts(report, colours)))
         body += [
             _section(
-                f"{_numbered('graph', [i + 1 for i in numbers])} of {report.graphs}",
-                f'<p class="note">{_again(same)}For one run of the graph, with {_inputs(view.report)}.</p>'
-                + _costs(view, inner=True)
-                + _layers(view, inner=True),
+                f"{_numbered('Graph', [i + 1 for i in numbers])} of {report.graphs}",
+                f'<p class="note">{_again(same)}One forward pass of it with {_inputs(view.report)}. '
+                f"{_rates(view)}</p>" + _costs(view, inner=True) + _layers(view, inner=True, is_open=numbers[0] == 0),
             )
             for (numbers, same), view in zip(graphs, views, strict=True)
         ]
@@ -234,7 +233,7 @@ def _head(report: Report, title: str, views: list[_View]) -> str:
             [
                 ("FLOPs, forward", _amount(view.total.flops), ""),
                 ("bytes moved, forward", _bytes(view.total.bytes_moved), ""),
-                ("kept for backward", _bytes(view.total.bytes_kept), ""),
+                ("kept for backward, unless recomputed", _bytes(view.total.bytes_kept), ""),
                 (f"estimate at {view.rates.name} rates, forward", f"≥ {_time(view.seconds)}", ""),
             ]
         ]
@@ -256,7 +255,7 @@ def _counts(report: Report, colours: dict[str, int]) -> str:
         f"<tr{_data(name, report.sites)}><th>{_chip(name, colours)}</th>{_states(name, report.sites)}</tr>"
         for name in dict.fromkeys(s.pattern for s in report.sites)
     )
-    return _table(("pattern", "replaced", "missed", "skipped"), body) if body else _nothing()
+    return _table(("pattern", REPLACED, MISSED, SKIPPED), body, "facts") if body else _nothing()
 
 
 def _costs(view: _View, inner: bool = False) -> str:
@@ -329,7 +328,7 @@ def _unknown(view: _View) -> str:
     )
 
 
-def _layers(view: _View, inner: bool = False) -> str:
+def _layers(view: _View, inner: bool = False, is_open: bool = True) -> str:
     """The model from first to last, a block after the other."""
     if not view.blocks:
         return ""
@@ -339,7 +338,7 @@ def _layers(view: _View, inner: bool = False) -> str:
     blocks = []
     for block in view.blocks:
         shown += bool(block.stack)
-        blocks.append(_block(block, view, most, is_open=not block.stack or few or shown == 1))
+        blocks.append(_block(block, view, most, is_open=is_open and (not block.stack or few or shown == 1)))
     return _section("The model, in order", "".join(blocks), inner)
 
 
@@ -636,7 +635,7 @@ def _bytes(n: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    return _scaled(seconds * 1e6, ("µs", "ms", "s")) if seconds else "0"
+    return _scaled(seconds * 1e9, ("ns", "µs", "ms", "s")) if seconds else "0"
 
 
 # ---------------------------------------------------------------------------------------------------------------- looks
@@ -664,7 +663,7 @@ h3 { font-size: 14px; margin: 16px 0 6px; } p { margin: 4px 0 10px; } ul { margi
 section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px;
   margin: 14px 0; }
 section section { border: 0; padding: 0; margin: 14px 0 0; }
-.note { color: var(--dim); font-size: 12.5px; } th .note { font-weight: 400; }
+.note { color: var(--dim); font-size: 12.5px; overflow-wrap: anywhere; } th .note { font-weight: 400; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 4px 8px; border-top: 1px solid var(--line); vertical-align: top; font-weight: 400; }
 th.n, td.n { text-align: right; white-space: nowrap; }
@@ -676,7 +675,7 @@ table.modules { table-layout: fixed; min-width: 980px; }
 .modules tbody th { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 .rule { font: 12px/1.6 ui-monospace, "DejaVu Sans Mono", monospace; color: var(--dim); }
 td.text { overflow-wrap: anywhere; } table.text .rule { white-space: nowrap; }
-table.facts { width: auto; } table.facts th { color: var(--dim); }
+table.facts { width: auto; } table.facts td { min-width: 64px; }
 .chip { display: inline-block; border-radius: 4px; padding: 0 7px; font-size: 12px; line-height: 19px; color: #fff;
   white-space: nowrap; }
 .chip.left { background: none; color: var(--dim); border: 1px solid var(--left); line-height: 17px; }

@@ -964,7 +964,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "compiler: a report of what was given up",
         "backend/compiler.py",
-        "replace(s, status=MISSED, reason=reason) if s.status",
+        'replace(s, status=MISSED, reason=reason, work=None, into="") if s.status',
         "s if s.status",
         'tests/backend/test_fallback.py -k "goes_on and compiling"',
     ),
