@@ -111,21 +111,33 @@ class _Row:
 
 @dataclass
 class _Block:
-    """What is in one place of the model: layers that are alike (``layers``: which), or modules outside of layers."""
+    """What is in one place of the model: layers that are alike (``layers``: which), or modules outside of layers (no
+    ``stack``; that of a Sequential's own is empty).
+    """
 
-    stack: str
+    stack: str | None
     layers: list[int]
     rows: list[_Row]
+
+    @property
+    def first(self) -> str:
+        """Path of the first of the layers."""
+        return "" if self.stack is None else _layer(self.stack, self.layers[0])
 
     @property
     def works(self) -> list[Work]:
         return [w for row in self.rows for w in row.works]
 
 
+def _layer(stack: str, number: int) -> str:
+    return f"{stack}.{number}" if stack else str(number)
+
+
 def _split(path: str) -> tuple[str, int, str] | None:
     """``"model.layers.3.mlp"`` → ``("model.layers", 3, "mlp")``; None outside of layers."""
     words = path.split(".")
-    number = next((i for i, word in enumerate(words) if word.isdecimal()), None)
+    # A wrapper's first argument, through which Dynamo may see the model, is no layer.
+    number = next((i for i, word in enumerate(words) if word.isdecimal() and words[:i] != ["args"]), None)
     return None if number is None else (".".join(words[:number]), int(words[number]), ".".join(words[number + 1 :]))
 
 
@@ -151,11 +163,11 @@ def _blocks(report: Report) -> list[_Block]:
             stacks.setdefault(stack, {}).setdefault(number, []).append(row)
         elif not row.path and not row.sites and not row.module.left:
             continue
-        elif blocks and not blocks[-1].stack:
+        elif blocks and blocks[-1].stack is None:
             blocks[-1].rows.append(row)
         else:
-            blocks.append(_Block("", [], [row]))
-    return [b for block in blocks for b in (_folded(block.stack, stacks[block.stack]) if block.stack else [block])]
+            blocks.append(_Block(None, [], [row]))
+    return [b for one in blocks for b in ([one] if one.stack is None else _folded(one.stack, stacks[one.stack]))]
 
 
 def _inside(path: str) -> bool:
@@ -166,7 +178,7 @@ def _inside(path: str) -> bool:
 
 def _folded(stack: str, layers: dict[int, list[_Row]]) -> list[_Block]:
     def key(number: int) -> Hashable:
-        return tuple(_row_key(row, f"{stack}.{number}") for row in layers[number])
+        return tuple(_row_key(row, _layer(stack, number)) for row in layers[number])
 
     return [_Block(stack, same, layers[same[0]]) for _, same in _fold(sorted(layers), key)]
 
@@ -175,7 +187,8 @@ def _row_key(row: _Row, layer: str) -> Hashable:
     """What two layers have in common that are alike. Names of nodes (``add_3``) count without their numbers."""
 
     def plain(text: str) -> str:
-        return re.sub(r"_\d+", "", text.replace(layer, ""))
+        here = rf"(?<![\w.]){re.escape(layer)}(?!\w)" if layer else "$"
+        return re.sub(r"_\d+", "", re.sub(here, "", text))
 
     sites = tuple(
         (s.pattern, s.status, plain(s.reason), s.rule, s.notes, s.work, plain(s.into)) for s in _in_order(row.sites)
@@ -333,20 +346,20 @@ def _layers(view: _View, inner: bool = False, is_open: bool = True) -> str:
     if not view.blocks:
         return ""
     most = max((view.time(b.works) * max(1, len(b.layers)) for b in view.blocks), default=0.0)
-    few = sum(bool(b.stack) for b in view.blocks) <= 3
+    few = sum(b.stack is not None for b in view.blocks) <= 3
     shown = 0
     blocks = []
     for block in view.blocks:
-        shown += bool(block.stack)
-        blocks.append(_block(block, view, most, is_open=is_open and (not block.stack or few or shown == 1)))
+        shown += block.stack is not None
+        blocks.append(_block(block, view, most, is_open=is_open and (block.stack is None or few or shown == 1)))
     return _section("The model, in order", "".join(blocks), inner)
 
 
 def _block(block: _Block, view: _View, most: float, is_open: bool) -> str:
     times = max(1, len(block.layers))
     all_sites = [s for row in block.rows for s in row.sites if s.status == REPLACED and not s.into]
-    if block.stack:
-        name = escape(f"{block.stack}: {_numbered('layer', block.layers)}")
+    if block.stack is not None:
+        name = escape(": ".join(filter(None, (block.stack, _numbered("layer", block.layers)))))
         alike = f'<span class="times">identical ×{times}</span>' if times > 1 else ""
     else:
         name, alike = "outside of layers", ""
@@ -371,8 +384,8 @@ def _block(block: _Block, view: _View, most: float, is_open: bool) -> str:
 
 
 def _module_rows(row: _Row, block: _Block, view: _View) -> str:
-    layer = f"{block.stack}.{block.layers[0]}" if block.stack else ""
-    path = escape(row.path or ("(the layer itself)" if block.stack else "(the model itself)")).replace(".", ".<wbr>")
+    layer = block.first
+    path = escape(row.path or ("(the layer itself)" if layer else "(the model itself)")).replace(".", ".<wbr>")
     inner = f'<div class="note">with {escape(_some(row.inner))}</div>' if row.inner else ""
     cells = [_site_cells(s, layer, view) for s in _in_order(row.sites)]
     if row.module.left:

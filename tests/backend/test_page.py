@@ -196,6 +196,21 @@ def test_other_layers_in_between_are_not_alike() -> None:
     ]  # fmt: skip
 
 
+def test_layers_without_a_name() -> None:
+    modules = [Module(str(i)) for i in range(12)] + [Module("12", {"linear": 1})]
+    sites = [Site("rms_norm", str(i), REPLACED, work=Work("rms_norm", 1, 2, 3)) for i in range(12)]
+    found = Page(Report(sites=sites, modules=modules, graphs=1).to_html())
+    assert [(b["data-layers"], b["data-times"]) for b in found.having("data-layers")] == [("0–11", "12"), ("12", "1")]
+    assert {row["data-module"] for row in found.having("data-module")} == {"0", "12"}
+
+
+def test_a_model_that_dynamo_sees_through_arguments() -> None:
+    sites = [Site("mlp", f"args.0.model.layers.{i}.mlp", REPLACED) for i in (0, 1)]
+    found = Page(Report(sites=[*sites, Site("rms_norm", "args.0.model.norm", REPLACED)], graphs=1).to_html())
+    assert [b["data-layers"] for b in found.having("data-layers")] == ["0–1", ""]
+    assert "args.0.model.layers: layers 0–1" in found.text
+
+
 def test_a_miss_in_one_layer_sets_it_apart() -> None:
     sites = [Site("mlp", f"layers.{i}.mlp", REPLACED, rule="mlp.py:1") for i in (0, 1, 3)]
     missed = [
