@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 import torch._dynamo
 import torch._inductor.config as inductor_config
@@ -24,7 +25,7 @@ __all__ = [
     "compile_with_inductor", "control_flow", "copy_graph", "dynamo_counters", "fake_mode_of", "forget_loaded_code",
     "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
     "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "qualified_name",
-    "registered_backend", "storage_of", "tree_map", "version", "whole_cache_entries", "wrapper_context",
+    "registered_backend", "size_hint", "storage_of", "tree_map", "version", "whole_cache_entries", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
@@ -175,6 +176,14 @@ def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     return copied
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """A size as it was when the graph was traced, without a guard; None for one that is known at run time only."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(size.node, "hint", None)
+    return int(hint) if isinstance(hint, (int, sympy.Integer)) else None
 
 
 def input_source(node: torch.fx.Node) -> str:

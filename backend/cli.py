@@ -108,6 +108,9 @@ Checkpointing = Annotated[bool, typer.Option(help="With gradient checkpointing."
 Layers = Annotated[int, typer.Option(min=0, help="Keep only this many layers, which is quicker; 0: all of them.")]
 Sequences = Annotated[int, typer.Option("--batch", min=1, help="Sequences.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write the report as a page, to look at in a browser.")
+]
 Dtype = Annotated[str, typer.Option(help="The weights' dtype: bfloat16, float16 or float32.")]
 
 
@@ -120,6 +123,7 @@ def explain(
     batch: Sequences = 2,
     length: Length = 64,
     dtype: Dtype = "bfloat16",
+    html: Html = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what fastft would replace in a model, and what not, and why.
@@ -128,9 +132,44 @@ def explain(
     """
     import fastft
 
+    if html is not None:
+        _writable(html)
     network, data = _network(model, lora, checkpointing, layers, batch, length, dtype)
     report = fastft.explain(network, **data)
     typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))
+    if html is not None:
+        whole = _config(model).get_text_config().num_hidden_layers
+        title = _title(network.config.get_text_config(), whole, lora, checkpointing, dtype)
+        try:
+            html.write_text(report.to_html(title), encoding="utf-8")
+        except OSError as error:
+            raise _cannot_write(html, error) from None
+        typer.echo(f"wrote {html}", err=True)
+
+
+def _writable(file: Path) -> None:
+    """Refuse a file that cannot be written before a model is built for it."""
+    if not file.parent.is_dir():
+        raise _fail(f"cannot write {file}: there is no folder {file.parent}")
+    new = not file.exists()
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        raise _cannot_write(file, error) from None
+    if new:
+        file.unlink()
+
+
+def _cannot_write(file: Path, error: OSError) -> typer.Exit:
+    return _fail(f"cannot write {file}: {error.strerror or error}")
+
+
+def _title(config: Any, whole: int, lora: int, checkpointing: bool, dtype: str) -> str:
+    """What the page is of."""
+    kept = config.num_hidden_layers
+    layers = f"{kept} of {whole} layers" if kept < whole else f"{kept} layers"
+    extras = [f"LoRA r={lora}"] * bool(lora) + ["gradient checkpointing"] * checkpointing
+    return ", ".join([config.model_type, layers, f"hidden size {config.hidden_size}", *extras, dtype])
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from fastft import _torch_compat as compat
-from fastft import bridges, caches, reporting
+from fastft import bridges, caches, describing, reporting
 from fastft.fallback import Attempt
 from fastft.first_step import FirstStep
 from fastft.kernels._op import rescue
@@ -78,11 +78,16 @@ def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs
     # 2. Normalise: one flat graph.
     with step("normalising", "checkpointed layers are left as they are, and no site in them is found"):
         counts = normalise(gm, recompute=options.recompute == "asked")
+    modules: list[str] = []
+    with _describing(done, options):
+        done.device, done.inputs = describing.device_of(gm.graph), describing.inputs_of(gm.graph)
+        modules = describing.modules_of(gm.graph)
     # 3., 4. Match and rewrite, each rewrite checked.
     with step("rewriting", "nothing is replaced"):
-        done.sites = _bridged(gm)
-        rewritten = rewrite(gm, options, compat.fake_mode_of(gm))
-        done.sites += rewritten.sites
+        bridged = _bridged(gm)
+        done.sites = list(bridged.values())
+        rewritten = rewrite(gm, options, compat.fake_mode_of(gm), bridged)
+        done.sites = rewritten.sites
     done.errors += rewritten.errors
     if options.lazy_logits and rewritten.lazy:
         with step("leaving the logits out", "they are computed in every step"):
@@ -91,19 +96,25 @@ def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs
     with step("planning", "torch decides what is recomputed"):
         done.plan |= _plan(counts, options)
         gm.graph.lint()
+    with _describing(done, options):
+        done.modules = describing.described(gm.graph, modules, rewritten.into)
     gm.recompile()
     done.timings["rewrite"] = time.perf_counter() - start
     return lazy
 
 
-def _bridged(gm: fx.GraphModule) -> list[Site]:
+def _describing(done: Report, options: Options) -> Attempt:
+    return Attempt("describing the graph", "the report lacks what it is of", done.errors, options.strict)
+
+
+def _bridged(gm: fx.GraphModule) -> dict[fx.Node, Site]:
     """The sites that a bridge has put into the graph."""
-    where = {"rule": "bridges/trl_head.py", "notes": "TRL's fused head"}
-    return [
-        Site("linear_cross_entropy", module_path(n), REPLACED, node=n.name, **where)
+    rule, notes = "bridges/trl_head.py", "TRL's fused head"
+    return {
+        n: Site("linear_cross_entropy", module_path(n), REPLACED, rule=rule, node=n.name, notes=notes)
         for n in gm.graph.nodes
         if n.target is linear_log_prob
-    ]
+    }
 
 
 def _plan(counts: Mapping[str, int], options: Options) -> dict[str, str]:
@@ -137,7 +148,7 @@ def _compile_rest(
     with Attempt("finding a folder for compiled code", instead, done.errors, options.strict) as folder:
         caches.secure()
     if folder.failed is not None:
-        _give_up(gm, untouched, done)
+        _give_up(gm, untouched, done, options)
         return compat.compile_with_aot_eager(gm, example_inputs), None
     for cache in caches.CACHES:
         if (exchange := caches.exchanged(cache)) is not None:
@@ -153,15 +164,19 @@ def _compile_rest(
     instead = "the graph is compiled as it came"
     with Attempt("compiling in an empty folder", instead, done.errors), caches.empty_folder():
         return _inductor(gm, example_inputs, options, backward), lazy
-    _give_up(gm, untouched, done)
+    _give_up(gm, untouched, done, options)
     return compat.compile_with_inductor(gm, example_inputs, _patches(options)), None  # what fails now is not ours
 
 
-def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report) -> None:
+def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report, options: Options) -> None:
     """The graph as it came, and a report without what was done to it."""
     gm.graph = untouched
     reason = "failed: the graph with it could not be compiled"
-    done.sites = [replace(s, status=MISSED, reason=reason) if s.status == REPLACED else s for s in done.sites]
+    done.sites = [
+        replace(s, status=MISSED, reason=reason, work=None, into="") if s.status == REPLACED else s for s in done.sites
+    ]
+    with _describing(done, options):
+        done.modules = describing.described(untouched, describing.modules_of(untouched), {})
     for key in ("recompute", "checkpoint policies"):
         done.plan.pop(key, None)
 

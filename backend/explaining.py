@@ -32,6 +32,7 @@ def explain(model: torch.nn.Module, *args: Any, options: dict[str, Any] | None =
         one = Report(graphs=1)
         transform(gm, asked, one)
         merged.graphs += 1
+        merged.parts.append(one)
         merged.sites += one.sites
         merged.errors += one.errors
         merged.merge_plan(one.plan)

@@ -16,12 +16,39 @@ REPLACED, MISSED, SKIPPED = "replaced", "missed", "skipped"
 
 
 @dataclass(frozen=True)
+class Work:
+    """What an op computes in one forward pass, from its cost formula, for the sizes that were traced: FLOPs, bytes read
+    and written, bytes kept for the backward. ``problem``: why that is not known.
+    """
+
+    op: str
+    flops: int = 0
+    bytes_moved: int = 0
+    bytes_kept: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of a graph, and what stays with Inductor there: ``left``, ops by name; ``work``: that of its linear
+    layers. ``into``: which site took the rest, where that is not the module's own.
+    """
+
+    path: str
+    left: dict[str, int] = field(default_factory=dict)
+    work: Work | None = None
+    into: str = ""
+
+
+@dataclass(frozen=True)
 class Site:
     """One place in a graph that is, or looks like, one that fastft knows.
 
     ``status``: ``"replaced"``; ``"missed"`` (recognised, but left as it was: ``reason``); ``"skipped"`` (switched off
     by an option).
     ``module``: path of the module it belongs to; ``rule``: ``file:line`` of the rule; ``node``: its name in the graph.
+    ``work``: of the op that is in its place; None for one that a later rewrite took up, which ``into`` names
+    (``"joint_linears at layers.0.attn.v"``) and where it is counted.
     """
 
     pattern: str
@@ -31,11 +58,17 @@ class Site:
     rule: str = ""
     node: str = ""
     notes: str = ""
+    work: Work | None = None
+    into: str = ""
 
 
 @dataclass
 class Report:
-    """What happened to one graph, or to all of them."""
+    """What happened to one graph, or to all of them.
+
+    ``modules``, in the order in which they compute, ``inputs`` (``"input_ids [4, 2048]"``) and ``device`` are one
+    graph's. A report of several has theirs in ``parts``.
+    """
 
     sites: list[Site] = field(default_factory=list)
     graphs: int = 0
@@ -46,6 +79,10 @@ class Report:
     timings: dict[str, float] = field(default_factory=dict)
     break_reasons: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    modules: list[Module] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+    device: str = ""
+    parts: list[Report] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -70,7 +107,7 @@ class Report:
         """Everything, ready for JSON."""
         return {
             "counts": self.counts,
-            "sites": [vars(s) for s in self.sites],
+            "sites": [_as_dict(s) for s in self.sites],
             "graphs": self.graphs,
             "breaks": self.breaks,
             "break_reasons": dict(self.break_reasons),
@@ -79,7 +116,21 @@ class Report:
             "plan": dict(self.plan),
             "timings": dict(self.timings),
             "errors": list(self.errors),
+            "parts": [
+                {"inputs": list(p.inputs), "device": p.device, "left": [_as_dict(m) for m in p.modules if m.left]}
+                for p in self.each_graph()
+            ],
         }
+
+    def to_html(self, title: str = "") -> str:
+        """The report as a page: one file that needs no other. ``title`` says what it is of."""
+        from fastft.page import page
+
+        return page(self, title)
+
+    def each_graph(self) -> list[Report]:
+        """One report for each graph."""
+        return self.parts or [self]
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -125,6 +176,12 @@ class Report:
         return out.getvalue()
 
 
+def _as_dict(record: Site | Module) -> dict[str, Any]:
+    """Ready for JSON; ``work`` and ``into`` are there where there is something to say."""
+    fields = {k: v for k, v in vars(record).items() if v or k not in ("work", "into")}
+    return fields | ({"work": vars(record.work)} if record.work is not None else {})
+
+
 def _where(sites: list[Site]) -> str:
     paths = list(dict.fromkeys(s.module for s in sites if s.module))
     return ", ".join(paths[:2]) + (f", … ({len(paths)} modules)" if len(paths) > 2 else "")
@@ -161,6 +218,7 @@ def report() -> Report:
         for key, seconds in one.timings.items():
             merged.timings[key] = merged.timings.get(key, 0.0) + seconds
         merged.merge_plan(one.plan)
+        merged.parts.append(one)
     merged.errors += [f"kernel {name} failed, PyTorch runs in its place: {why}" for name, why in FAILED.items()]
     merged.errors += [f"file not used: {line}" for line in store.problems()]
     return merged

@@ -10,18 +10,20 @@ A rule that raises costs the site at which it did, a rewrite that raises is take
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
+from fastft.costs import Memo, work_of
 from fastft.fallback import Attempt, said
-from fastft.kernels._op import Reason, Recompute
+from fastft.kernels._op import OPS, Op, Reason, Recompute
 from fastft.kernels._triton import HAS_TRITON
 from fastft.options import Options
 from fastft.patterns import _see, tables
@@ -36,11 +38,16 @@ _FREE = _see.VIEWS | {"cast", "contiguous", "size", "input"}
 class Rewritten:
     """What the rewriting of one graph did: the sites, the graph outputs that are to be lazy (node → operands of
     ``lazy_logits``), and what failed.
+
+    ``ops``: each op that is in the graph, with its site's index and its record. ``into``: modules that a site outside
+    of them took something from, and which.
     """
 
     sites: list[Site] = field(default_factory=list)
     lazy: dict[fx.Node, dict[str, Any]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    ops: dict[fx.Node, tuple[int, Op | None]] = field(default_factory=dict)
+    into: dict[str, str] = field(default_factory=dict)
 
 
 class Fuel:
@@ -58,16 +65,37 @@ class Fuel:
             self.left -= 1
 
 
-def rewrite(gm: fx.GraphModule, options: Options, fake_mode: Any) -> Rewritten:
-    """Replace every site that a rule recognises, in place."""
+def rewrite(
+    gm: fx.GraphModule, options: Options, fake_mode: Any, bridged: Mapping[fx.Node, Site] | None = None
+) -> Rewritten:
+    """Replace every site that a rule recognises, in place. ``bridged``: ops of ours that the graph came with."""
     done = Rewritten()
+    for node, site in (bridged or {}).items():
+        done.ops[node] = len(done.sites), OPS["linear_log_prob"]
+        done.sites.append(site)
     fuel = Fuel(options.fuel)
     for table in tables():
         with Attempt(f"table {table.name}", "the rest of its sites stay as they were", done.errors, options.strict):
             _apply(gm, table, options, fuel, fake_mode, done)
+    _add_work(done)
     gm.graph.lint()
     gm.recompile()
     return done
+
+
+def _add_work(done: Rewritten) -> None:
+    """Say at each site what the op in its place computes. What a later rewrite took up is no longer among the ops."""
+    memo = Memo()
+    for node, (index, kernel) in done.ops.items():
+        if node._erased:
+            done.sites[index] = replace(done.sites[index], into="nothing: its result is no longer used")
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), _see.value)
+        values = _see.value(node)
+        results = values if isinstance(values, (tuple, list)) else (values,)
+        trained = any(isinstance(t, torch.Tensor) and t.requires_grad for t in results)
+        work = work_of(kernel, node.target, args, kwargs, trained, memo)
+        done.sites[index] = replace(done.sites[index], work=work)
 
 
 def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_mode: Any, done: Rewritten) -> None:
@@ -113,10 +141,8 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
                         sweep(gm.graph, old)
                     fuel.burn()
                     notes = "" if answer.lazy and not options.lazy_logits else answer.notes
-                    done.sites.append(_but(site, REPLACED, "", notes))
-                    done.lazy = {
-                        made.get(n, n): _moved(ops, made) for n, ops in {**done.lazy, **answer.lazy}.items()
-                    }
+                    _note(done, _but(site, REPLACED, "", notes), answer, made)
+                    done.lazy = {made.get(n, n): _moved(ops, made) for n, ops in {**done.lazy, **answer.lazy}.items()}
                     consumed |= set(answer.outputs)
                     refused.pop(node, None)
                     break
@@ -139,6 +165,22 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
             status = SKIPPED if table.name in options.disable else MISSED
             refused[node] = Site(table.name, module_path(node), status, f"no rule fits: {what}", node=node.name)
     done.sites += [site for node, site in refused.items() if not node._erased]
+
+
+def _note(done: Rewritten, site: Site, answer: Rewrite, made: dict[fx.Node, fx.Node]) -> None:
+    """Enter a rewrite that was made: its site, its op, and what it took up."""
+    name = f"{site.pattern} at {site.module}" if site.module else site.pattern
+    for node in answer.inside:
+        if (path := module_path(node)) != site.module:
+            done.into[path] = name
+        if node._erased and node in done.ops:
+            index, _ = done.ops.pop(node)
+            done.sites[index] = replace(done.sites[index], into=name)
+    new: Any = made[answer.outputs[0]]
+    while new.target is not answer.target:  # an item of its results, or a copy
+        new = new.args[0]
+    done.ops[new] = len(done.sites), answer.kernel
+    done.sites.append(site)
 
 
 def _answers(
@@ -464,6 +506,10 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
+    return _readable(str(list(stack.values())[-1][0]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _readable(path: str) -> str:
     words = [quoted or name for quoted, name in re.findall(r"(\w+)'\]|(\w+)", path)]
     return ".".join(w for w in words if w not in _NO_MODULE)

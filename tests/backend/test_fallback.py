@@ -188,6 +188,7 @@ DRILLS: dict[str, Drill] = {
     "rewriting": Drill(after("fastft.compiler.rewrite"), norms=0),
     "leaving the logits out": Drill(after("fastft.compiler.drop_lazy")),
     "planning": Drill(after("fastft.compiler._plan")),
+    "describing the graph": Drill(replaced("fastft.describing.described")),
     "table …": Drill(no_table_rules, norms=0),
     "seed of table …": Drill(edited_tables(bad_seed)),
     "rule …: matching": Drill(edited_tables(bad_patterns)),

@@ -801,6 +801,34 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_rewrite.py -k fuel",
     ),
     Mutant(
+        "rewrite: what a later pattern took up is not said",
+        "backend/rewrite.py",
+        "        if node._erased and node in done.ops:\n",
+        "        if False:\n",
+        "tests/backend/test_costs.py -k took_up",
+    ),
+    Mutant(
+        "costs: kept without a backward",
+        "backend/costs.py",
+        "_number(cost.bytes_kept) if trained else 0",
+        "_number(cost.bytes_kept)",
+        "tests/backend/test_costs.py -k without_a_gradient",
+    ),
+    Mutant(
+        "costs: ops of one dtype are all alike",
+        "backend/costs.py",
+        "        return tuple(map(_size, x.shape)), x.dtype\n",
+        "        return x.dtype\n",
+        "tests/backend/test_page.py -k sums",
+    ),
+    Mutant(
+        "page: what the model is called is not escaped",
+        "backend/page.py",
+        "from html import escape\n",
+        "escape = str\n",
+        "tests/backend/test_page.py -k nothing_runs",
+    ),
+    Mutant(
         "rewrite: an early op reads what is written later",
         "backend/rewrite.py",
         " + [order[place]])",
@@ -936,7 +964,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "compiler: a report of what was given up",
         "backend/compiler.py",
-        "replace(s, status=MISSED, reason=reason) if s.status",
+        'replace(s, status=MISSED, reason=reason, work=None, into="") if s.status',
         "s if s.status",
         'tests/backend/test_fallback.py -k "goes_on and compiling"',
     ),

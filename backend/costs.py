@@ -1,0 +1,216 @@
+"""What a rewritten graph computes, in numbers for the sizes that were traced: each op's own ``cost`` formula, and a
+roofline over them.
+
+The formulas are those of the forward pass. Symbolic sizes count as what they were when the graph was traced, without a
+guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from fastft import _torch_compat as compat
+from fastft.fallback import said
+from fastft.kernels._op import OPS, Cost, Op
+from fastft.reporting import Work
+
+# ------------------------------------------------------------------------------------------------------------ formulas
+
+
+def _attention(q: Any, k: Any, v: Any, *, to: torch.dtype | None = None, **options: Any) -> Cost:
+    """``to``: what q, k and v are rounded to first, by :func:`fastft.patterns.attention.rounded_attention`."""
+    q, k, v = (x if to is None else x.to(to) for x in (q, k, v))
+    return _formula("attention")(q, k, v, **options)
+
+
+def _linear(
+    x: Any, weight: Any, bias: Any = None, a: Any = (), b: Any = (), scaling: Any = (), *, quant: Any = (),
+    shape: Any = (), dtype: torch.dtype | None = None, **_: Any,
+) -> Cost:  # fmt: skip
+    sizes = x.numel() // x.shape[-1], (shape or weight.shape)[0], x.shape[-1], sum(down.shape[0] for down in a)
+    return _formula("lora_linear")(*sizes, (dtype or x.dtype).itemsize, bool(quant))
+
+
+def _linears(
+    x: Any, weight: Any, bias: Any = (), a: Any = (), b: Any = (), scaling: Any = (), *, quant: Any = (),
+    shape: Any = (), dtype: torch.dtype | None = None, **_: Any,
+) -> Cost:  # fmt: skip
+    """The formula is for layers of one rank: those of each rank are added up."""
+    by_rank: dict[int, list[int]] = {}
+    for i, w in enumerate(weight):
+        rank = sum(down.shape[0] for down in a[i]) if a else 0
+        by_rank.setdefault(rank, []).append(((shape[i] if shape else ()) or w.shape)[0])
+    tokens, K, nf4 = x.numel() // x.shape[-1], x.shape[-1], any(quant)
+    each = [
+        _formula("lora_linears")(tokens, N, K, rank, (dtype or x.dtype).itemsize, nf4) for rank, N in by_rank.items()
+    ]
+    return Cost(*(sum(getattr(c, of) for c in each) for of in ("flops", "bytes_moved", "bytes_kept")))
+
+
+def _loss(name: str) -> Callable[..., Cost]:
+    def formula(hidden: Any, weight: Any, bias: Any, labels: Any, **options: Any) -> Cost:
+        cost = _formula(name)(hidden, weight, bias, labels)
+        sizes = {"N": labels.numel(), "V": weight.shape[0], "H": weight.shape[1]}
+        return Cost(*(e.subs({s: sizes[s.name] for s in e.free_symbols}) for e in vars(cost).values()))
+
+    return formula
+
+
+def _dequantise(*args: Any, shape: Any = None, dtype: torch.dtype | None = None) -> Cost:
+    shape, dtype, blocksize = shape or args[7], dtype or args[8], args[5]
+    return _formula("nf4_dequantize")(*shape, blocksize, dtype.itemsize)
+
+
+#: Ops whose formula takes sizes, or whose call in a graph has more arguments than the op: how they come by them. The
+#: formula of any other op takes the call's own arguments.
+ADAPTERS: dict[str, Callable[..., Cost]] = {
+    "attention": _attention,
+    "lora_linear": _linear,
+    "lora_linears": _linears,
+    "linear_cross_entropy": _loss("linear_cross_entropy"),
+    "linear_log_prob": _loss("linear_log_prob"),
+    "nf4_dequantize": _dequantise,
+}
+
+#: What a reader of an op's numbers must know.
+CAVEATS = {
+    "attention": "documents of a packed batch count as one: how many there are is known at run time only",
+    "rotary": "the tables that are kept are shared by all layers, and counted in each",
+    "linear": "by the formula of lora_linear; the layer's input is kept by who produced it, and not counted here",
+    "lora_linear": "the layer's input is kept by who produced it, and not counted here",
+    "lora_linears": "the layers' input is kept by who produced it, and not counted here",
+    "linear_cross_entropy": "forward and backward of a frozen head in bf16: its gradient is computed in the forward",
+    "linear_log_prob": "forward and backward of a frozen head in bf16",
+}
+
+
+def _formula(name: str) -> Callable[..., Cost]:
+    formula = OPS[name].cost
+    if formula is None:
+        raise Unknown("the op has no cost formula")
+    return formula
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+#: Works by op and sizes: a model's layers are alike, and sympy is slow.
+Memo = dict[Any, Work]
+
+
+class Unknown(Exception):
+    """Why there is no number."""
+
+
+def work_of(kernel: Op | None, target: Any, args: Any, kwargs: Any, trained: bool, memo: Memo) -> Work:
+    """The formula of ``kernel`` for these operands (fake tensors, numbers); a :class:`Work` with a ``problem`` where
+    there is none or it fails. Nothing is kept for a backward unless ``trained``.
+    """
+    name = getattr(target, "__name__", str(target)) if kernel is None else kernel.name
+    try:
+        if kernel is None or kernel.cost is None:
+            raise Unknown("the op has no cost formula")
+        key = (name, trained, _key((args, kwargs)))
+        if key not in memo:
+            given, named = _sizes((args, kwargs))
+            cost = ADAPTERS.get(name, kernel.cost)(*given, **named)
+            kept = _number(cost.bytes_kept) if trained else 0
+            memo[key] = Work(name, _number(cost.flops), _number(cost.bytes_moved), kept)
+        return memo[key]
+    except Exception as error:  # a formula that fails is no reason to leave a site alone
+        return Work(name, problem=str(error) if isinstance(error, Unknown) else said(error))
+
+
+def _key(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        return tuple(map(_size, x.shape)), x.dtype
+    if isinstance(x, torch.SymInt):
+        return _size(x)
+    if isinstance(x, (list, tuple)):
+        return tuple(map(_key, x))
+    if isinstance(x, Mapping):
+        return tuple((k, _key(v)) for k, v in x.items())
+    # What is no plain value is in the graph, and lives as long as it.
+    return x if x is None or isinstance(x, (bool, int, float, str, torch.dtype)) else id(x)
+
+
+def _sizes(x: Any) -> Any:
+    """Operands as formulas need them: tensors without memory, with sizes that are numbers."""
+    if isinstance(x, torch.Tensor):
+        return torch.empty([_size(n) for n in x.shape], dtype=x.dtype, device="meta")
+    if isinstance(x, torch.SymInt):
+        return _size(x)
+    if isinstance(x, (list, tuple)):
+        return tuple(map(_sizes, x))
+    return {k: _sizes(v) for k, v in x.items()} if isinstance(x, Mapping) else x
+
+
+def _size(n: int | torch.SymInt) -> int:
+    hint = compat.size_hint(n)
+    if hint is None:
+        raise Unknown(f"the size {n} is known at run time only")
+    return hint
+
+
+def _number(e: Any) -> int:
+    e = sympy.sympify(e)
+    if e.free_symbols:
+        raise Unknown(f"the cost formula has no value for {', '.join(sorted(map(str, e.free_symbols)))}")
+    return round(float(e))
+
+
+def added(name: str, each: Iterable[Work]) -> Work:
+    """The sum; the first ``problem`` is kept, beside what is known."""
+    each = list(each)
+    return Work(
+        name,
+        sum(w.flops for w in each),
+        sum(w.bytes_moved for w in each),
+        sum(w.bytes_kept for w in each),
+        next((w.problem for w in each if w.problem), ""),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ roofline
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does at best: TFLOP/s of bf16 products, TB/s of memory, and where the two numbers are from."""
+
+    name: str
+    tflops: float
+    terabytes: float
+    source: str
+
+    def seconds(self, work: Work) -> float:
+        """A lower bound: arithmetic and memory traffic overlap entirely."""
+        return max(work.flops / (self.tflops * 1e12), work.bytes_moved / (self.terabytes * 1e12))
+
+    def bound(self, work: Work) -> str:
+        """What takes the longer: ``"compute"`` or ``"memory"``."""
+        return "compute" if work.flops / self.tflops > work.bytes_moved / self.terabytes else "memory"
+
+
+H100 = Rates("H100 SXM", 750, 3.0, "measured: what large bf16 products and copies reach")
+_DATASHEET = "the datasheet's, which nothing reaches"
+#: By words of the name that CUDA has for a device; the first whose words are all in it counts.
+RATES: tuple[tuple[tuple[str, ...], Rates], ...] = (
+    (("H100", "PCIe"), Rates("H100 PCIe", 756, 2.0, _DATASHEET)),
+    (("H100", "NVL"), Rates("H100 NVL", 835, 3.9, _DATASHEET)),
+    (("H100",), H100),
+    (("H200",), Rates("H200", 989, 4.8, _DATASHEET)),
+    (("A100", "80GB"), Rates("A100 80GB", 312, 2.0, _DATASHEET)),
+    (("A100",), Rates("A100 40GB", 312, 1.55, _DATASHEET)),
+    (("L40S",), Rates("L40S", 362, 0.86, _DATASHEET)),
+    (("RTX 4090",), Rates("RTX 4090", 165, 1.0, _DATASHEET)),
+)
+
+
+def rates_of(device: str) -> Rates | None:
+    """The rates of a device by its name; None for one that is not known (a CPU)."""
+    return next((rates for words, rates in RATES if all(word.lower() in device.lower() for word in words)), None)

@@ -1,0 +1,159 @@
+"""What the ops of a graph compute: each op's own formula, evaluated for its operands, once for what is in the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+
+import fastft
+from fastft import caches, costs, reporting
+from fastft.costs import H100, rates_of, work_of
+from fastft.kernels import load
+from fastft.kernels._op import OPS, Cost
+from fastft.kernels.lora_linear import JOINT
+from fastft.kernels.lora_linear import OP as LORA_LINEAR
+from fastft.reporting import Report, Work
+from tests.kernels._samples import samples
+
+
+class Net(torch.nn.Module):
+    """A norm whose input goes around it, two linear layers that read it, a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(64, eps=1e-6)
+        self.gate, self.up = torch.nn.Linear(64, 96, bias=False), torch.nn.Linear(64, 96, bias=False)
+        self.down = torch.nn.Linear(96, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        y = self.norm(x)
+        return self.down(F.silu(self.gate(y)) * self.up(y)) + x
+
+
+def works(report: Report) -> list[Work]:
+    return [s.work for s in report.sites if s.work is not None]
+
+
+@pytest.mark.parametrize("name", sorted(load()))
+def test_every_op_has_numbers(name: str) -> None:
+    op = OPS[name]
+    for sample in samples(op, n=2):
+        work = work_of(op, op.call, sample.args, sample.kwargs, True, {})
+        assert work.problem == "", sample.name
+        assert work.flops > 0 and work.bytes_moved > 0, sample.name
+        assert work_of(op, op.call, sample.args, sample.kwargs, False, {}).bytes_kept == 0
+
+
+def test_layers_of_different_ranks_are_added_up() -> None:
+    x, weights = torch.empty(3, 8, 16), [torch.empty(n, 16) for n in (4, 8, 12)]
+    a = [[torch.empty(2, 16)], [], [torch.empty(1, 16), torch.empty(1, 16)]]
+    work = work_of(JOINT, JOINT.call, (x, weights, [], a), {"dtype": torch.bfloat16}, True, {})
+    assert JOINT.cost is not None and LORA_LINEAR.cost is not None
+    two, none = JOINT.cost(24, (4, 12), 16, 2), LORA_LINEAR.cost(24, 8, 16)
+    assert work.flops == two.flops + none.flops
+    assert work.bytes_kept == two.bytes_kept
+    assert work.bytes_moved == two.bytes_moved + none.bytes_moved
+
+
+def test_layers_that_are_alike_are_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, stock = [], OPS["rms_norm"].cost
+    assert stock is not None
+
+    def counted(*args: Any, **kwargs: Any) -> Cost:
+        asked.append(args)
+        return stock(*args, **kwargs)
+
+    monkeypatch.setitem(OPS, "rms_norm", dataclasses.replace(OPS["rms_norm"], cost=counted))
+    report = fastft.explain(torch.nn.Sequential(*(torch.nn.RMSNorm(64, eps=1e-6) for _ in range(5))), torch.ones(2, 64))
+    assert report.counts == {"rms_norm": 5}
+    assert len(asked) == 1
+    assert len({w.bytes_moved for w in works(report)}) == 1
+
+
+def test_what_a_later_pattern_took_up_is_counted_there() -> None:
+    report = fastft.explain(Net(), torch.randn(4, 64, requires_grad=True))
+    assert report.counts == {"rms_norm": 1, "mlp": 1, "residual": 1, "residual_norm": 1}
+    by_pattern = {s.pattern: s for s in report.sites}
+    assert by_pattern["rms_norm"].work is None
+    assert by_pattern["rms_norm"].into == "residual_norm at norm"
+    # The norm once, in all.
+    assert [w.op for w in works(report)] == ["glu", "lora_linear", "rms_norm"]
+    assert sum(w.bytes_moved for w in works(report) if w.op == "rms_norm") == 4 * 64 * 8 + 4 * 4
+    modules = {m.path: m for m in report.parts[0].modules}
+    assert list(modules) == ["", "norm", "gate", "up", "down"]
+    assert (modules["down"].left, modules["down"].into) == ({}, "residual")
+    assert (modules["gate"].left, modules[""].left) == ({"linear": 1}, {"mul": 1})
+    assert modules["gate"].work == Work("linear", 2 * 4 * 64 * 96, 4 * (4 * 64 + 64 * 96 + 4 * 96))
+
+
+def test_nothing_is_kept_without_a_gradient() -> None:
+    with torch.no_grad():
+        report = fastft.explain(Net(), torch.randn(4, 64))
+    assert works(report) and all(w.bytes_kept == 0 and w.bytes_moved > 0 for w in works(report))
+
+
+def test_a_graph_for_any_length_counts_the_length_it_was_traced_with() -> None:
+    x = torch.randn(6, 64, requires_grad=True)
+    fixed = fastft.explain(Net(), x)
+    torch._dynamo.mark_dynamic(x, 0, min=2, max=100)
+    found = fastft.explain(Net(), x)
+    assert works(found) == works(fixed) and works(found)
+    assert found.parts[0].inputs == ["x [6, 64]"]
+
+
+def test_numbers_leave_no_guard() -> None:
+    reporting.reset()
+    torch._dynamo.reset()
+    call = torch.compile(Net(), backend="fastft", dynamic=True, options={"residual": "eager", "strict": True})
+    for rows in (6, 7, 50):
+        call(torch.randn(rows, 64))
+    assert fastft.report().graphs == 1
+    assert not any(w.problem for w in works(fastft.report()))
+
+
+@pytest.mark.parametrize(
+    ("cost", "problem"),
+    [
+        (None, "the op has no cost formula"),
+        (lambda *args, **kwargs: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda *args, **kwargs: Cost(*[sympy.Symbol("n")] * 3), "the cost formula has no value for n"),
+    ],
+)
+def test_a_formula_that_fails_costs_no_site(monkeypatch: pytest.MonkeyPatch, cost: Any, problem: str) -> None:
+    monkeypatch.setitem(OPS, "rms_norm", dataclasses.replace(OPS["rms_norm"], cost=cost))
+    report = fastft.explain(torch.nn.RMSNorm(64, eps=1e-6), torch.randn(4, 64), options={"strict": True})
+    assert report.counts == {"rms_norm": 1} and report.errors == []
+    assert works(report) == [Work("rms_norm", problem=problem)]
+
+
+def test_a_graph_that_could_not_be_compiled_has_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    reporting.reset()
+    torch._dynamo.reset()
+    monkeypatch.setattr(caches, "unusable", lambda folder: "it is full")
+    monkeypatch.setattr(caches, "_EXCHANGED", {})
+    torch.compile(Net(), backend="fastft")(torch.randn(4, 64, requires_grad=True))
+    report = fastft.report()
+    assert report.counts == {} and len(report.missed) == 4
+    assert not any(s.work or s.into for s in report.sites)
+    assert {m.path: m.left for m in report.parts[0].modules}["down"] == {"linear": 1}
+
+
+def test_rates() -> None:
+    assert rates_of("NVIDIA H100 80GB HBM3") is H100
+    assert rates_of("NVIDIA H100 PCIe") not in (H100, None)
+    assert rates_of("cpu") is None
+    work = Work("op", flops=75 * 10**9, bytes_moved=3 * 10**6)
+    assert H100.seconds(work) == pytest.approx(1e-4) and H100.bound(work) == "compute"
+    work = Work("op", flops=10**6, bytes_moved=3 * 10**9)
+    assert H100.seconds(work) == pytest.approx(1e-3) and H100.bound(work) == "memory"
+
+
+def test_caveats_are_of_ops() -> None:
+    assert costs.CAVEATS.keys() - {"linear"} <= load().keys()
+    assert costs.ADAPTERS.keys() <= load().keys()
