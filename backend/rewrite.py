@@ -77,7 +77,8 @@ def rewrite(
     for table in tables():
         with Attempt(f"table {table.name}", "the rest of its sites stay as they were", done.errors, options.strict):
             _apply(gm, table, options, fuel, fake_mode, done)
-    _add_work(done)
+    with Attempt("adding up work", "the report has no costs", done.errors, options.strict):
+        _add_work(done)
     gm.graph.lint()
     gm.recompile()
     return done

@@ -194,6 +194,7 @@ DRILLS: dict[str, Drill] = {
     "rule …: matching": Drill(edited_tables(bad_patterns)),
     "rule …: its answer to a match": Drill(edited_tables(bad_answers, "rms_norm"), norms=0),
     "rule …: making its rewrite": Drill(second_only("_relax_views")),
+    "adding up work": Drill(replaced("fastft.rewrite._add_work")),
     "making lazy logits": Drill(replaced("fastft.outputs.lazy_logits")),
     "verifying": Drill(replaced("fastft.compiler.FirstStep"), options={"residual": "eager", "verify": "first_step"}),
     "finding a folder for compiled code": Drill(no_folder, norms=0, options=INDUCTOR),
