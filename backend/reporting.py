@@ -28,8 +28,19 @@ class Work:
     problem: str = ""
 
 
+class _Record:
+    """What has a ``work`` and says itself in JSON."""
+
+    work: Work | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; ``work`` and ``into`` are there where there is something to say."""
+        fields = {k: v for k, v in vars(self).items() if v or k not in ("work", "into")}
+        return fields | ({"work": vars(self.work)} if self.work is not None else {})
+
+
 @dataclass(frozen=True)
-class Module:
+class Module(_Record):
     """A module of a graph, and what stays with Inductor there: ``left``, ops by name; ``work``: that of its linear
     layers. ``into``: which site took the rest, where that is not the module's own.
     """
@@ -41,7 +52,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Site:
+class Site(_Record):
     """One place in a graph that is, or looks like, one that fastft knows.
 
     ``status``: ``"replaced"``; ``"missed"`` (recognised, but left as it was: ``reason``); ``"skipped"`` (switched off
@@ -107,7 +118,7 @@ class Report:
         """Everything, ready for JSON."""
         return {
             "counts": self.counts,
-            "sites": [_as_dict(s) for s in self.sites],
+            "sites": [s.to_dict() for s in self.sites],
             "graphs": self.graphs,
             "breaks": self.breaks,
             "break_reasons": dict(self.break_reasons),
@@ -117,7 +128,7 @@ class Report:
             "timings": dict(self.timings),
             "errors": list(self.errors),
             "parts": [
-                {"inputs": list(p.inputs), "device": p.device, "left": [_as_dict(m) for m in p.modules if m.left]}
+                {"inputs": list(p.inputs), "device": p.device, "left": [m.to_dict() for m in p.modules if m.left]}
                 for p in self.each_graph()
             ],
         }
@@ -174,12 +185,6 @@ class Report:
         for error in self.errors:
             console.print(f"error: {error}", markup=False)
         return out.getvalue()
-
-
-def _as_dict(record: Site | Module) -> dict[str, Any]:
-    """Ready for JSON; ``work`` and ``into`` are there where there is something to say."""
-    fields = {k: v for k, v in vars(record).items() if v or k not in ("work", "into")}
-    return fields | ({"work": vars(record.work)} if record.work is not None else {})
 
 
 def _where(sites: list[Site]) -> str:

@@ -89,7 +89,7 @@ class Verification:
             "replaced": self.replaced,
             "rows": rows,
             "notes": self.notes,
-            "blame": None if self.blame is None else vars(self.blame),
+            "blame": None if self.blame is None else self.blame.to_dict(),
             "cause": self.cause,
         }
 
