@@ -129,3 +129,10 @@ def test_a_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
         if file.suffix == ".py" or file.name == "py.typed" or file.suffix == ".json"
     }
     assert names == expected
+
+
+def test_the_readme_lists_every_pattern() -> None:
+    from fastft.patterns import table_names
+
+    listed = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is replaced")[1].split("##")[0]
+    assert not [name for name in table_names() if f"`{name}`" not in listed]
