@@ -42,9 +42,14 @@ def test_lora_in_bf16(name: str, checkpointing: bool, dropout: float) -> None:
     check_rule(ours, eager, exact, tokens=int((batches[0]["labels"] != -100).sum()))
 
 
-@pytest.mark.parametrize(("name", "kind", "dropout"), [("llama3", "padding", 0.1), ("mistral", "packing", 0.0)])
-def test_through_inductor(name: str, kind: str, dropout: float) -> None:
-    """Checkpointing, dropout, padding and packing with everything compiled: what training really runs."""
+@pytest.mark.parametrize(
+    ("name", "kind", "dropout"),
+    [("llama3", "padding", 0.1), ("mistral", "packing", 0.0), ("qwen3", "plain", None)],
+)
+def test_through_inductor(name: str, kind: str, dropout: float | None) -> None:
+    """Checkpointing, dropout, padding and packing with everything compiled: what training really runs. ``dropout``
+    None: full fine-tuning.
+    """
     batches = [batch(kind, seed=seed) for seed in range(3)]
     reference = build(name, lora=dropout, dtype=torch.bfloat16).float()
     exact = [step(reference, data, seed) for seed, data in enumerate(batches)]
