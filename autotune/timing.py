@@ -73,10 +73,12 @@ def said(error: BaseException) -> str:
 
 
 class Samples:
-    """One run, sampled on a GPU: ``run(i)`` computes on the ``i``-th of ``copies`` copies of the inputs."""
+    """One run, sampled on a GPU: ``run(i)`` computes on the ``i``-th of ``copies`` copies of the inputs. ``pool``: the
+    memory of its graph, which runs that are never looked at and never run at once can share.
+    """
 
-    def __init__(self, run: Callable[[int], Any], copies: int) -> None:
-        self.run = run
+    def __init__(self, run: Callable[[int], Any], copies: int, pool: Any = None) -> None:
+        self.run, self.pool = run, pool
         self.flush = torch.ones(3 * _l2_bytes() // 4, device="cuda")
         self.sink = torch.empty((), device="cuda")
         for _ in range(2):
@@ -104,7 +106,7 @@ class Samples:
         """None where a run cannot be captured: it waits for the GPU, or does not fit twice."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
                 self._all()
             graph.replay()
             torch.cuda.synchronize()
