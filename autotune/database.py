@@ -256,8 +256,7 @@ def forget() -> None:
 
 def share() -> None:
     """Called when a graph is compiled: rank 0 hands its records out, so that nobody waits for it later."""
-    device = device_kind()
-    if device and _group() is not None:
+    if _group() is not None and (device := device_kind()):
         current(device)
 
 

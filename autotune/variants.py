@@ -272,11 +272,17 @@ def choose(op: Op, explicit: str | None, args: Sequence[Any], kwargs: Mapping[st
     return variant_
 
 
+#: Arguments that cost nothing, whatever they are.
+_NOT_KEYED = {"eps", "scale"}
+
+
 def site_key(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, str]:
     """The device's kind and the key of a site's record; empty where nothing can be found (another device than a GPU,
     sizes that are not known yet).
     """
-    leaves = _leaves([*args, *(kwargs[name] for name in sorted(kwargs))])
+    bound = inspect.signature(op.call).bind(*args, **kwargs)
+    bound.apply_defaults()  # a site may spell out what another leaves to the default
+    leaves = _leaves([value for name, value in bound.arguments.items() if name not in _NOT_KEYED])
     tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
     device = database.device_kind(tensors[0].device) if tensors else ""
     if not device or any(not isinstance(n, int) for t in tensors for n in t.shape):
@@ -293,7 +299,7 @@ def site_key(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[st
                 sizes[f"n{i}"] = leaf.shape[-1] if leaf.dim() else 1
         elif isinstance(leaf, float):
             sizes[f"s{i}"] = int(leaf != 0.0)
-        elif leaf is not None:
+        elif leaf is not None and leaf is not tensors[0].dtype:
             sizes[f"s{i}"] = str(leaf)
     named = {**tokens, **sizes}
     return device, database.key_of(
@@ -308,6 +314,8 @@ def site_key(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[st
 
 
 def _leaves(found: Any) -> list[Any]:
+    if isinstance(found, dict):
+        found = [found[name] for name in sorted(found)]
     return [leaf for one in found for leaf in _leaves(one)] if isinstance(found, (list, tuple)) else [found]
 
 

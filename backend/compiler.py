@@ -49,8 +49,9 @@ def fastft(
     # 1. Keep the graph as it came.
     asked = Options.of(options, mode)
     rescue(not asked.strict)
-    database.share()
     done = Report(graphs=1, recompiles=int(compat.is_recompile()))
+    with Attempt("sharing what is tuned", "ranks may launch kernels differently", done.errors, asked.strict):
+        database.share()
     untouched = compat.copy_graph(gm.graph)
     plain = fx.GraphModule(gm, compat.copy_graph(gm.graph)) if asked.verify == "first_step" else None
     lazy = transform(gm, asked, done)

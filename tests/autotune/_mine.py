@@ -40,3 +40,14 @@ def rms_norm(
     h = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     y = (h if weight is None else h * (weight.float() + offset)).to(out_dtype or x.dtype)
     return (y, x.view_as(x)) if pass_through else y
+
+
+def other_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    pass_through: bool = False,
+) -> Any:
+    return rms_norm(x, weight, eps, offset, out_dtype, pass_through)

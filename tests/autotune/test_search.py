@@ -302,10 +302,10 @@ def verify(asked: str, *more: str) -> Any:
 
 def test_a_right_variant_passes_and_is_offered() -> None:
     fastft.variants.register("rms_norm", "mine")(_mine.rms_norm)
-    assert "mine" not in {v.name for v in tuning.offered("rms_norm", "")}
+    assert "mine" not in {v.name for v in tuning.offered("rms_norm", database.device_kind())}
     found = verify("rms_norm=mine")
     assert found.exit_code == 0 and "It passed." in found.output and "bfloat16" in found.output
-    assert "mine" in {v.name for v in tuning.offered("rms_norm", "")}
+    assert "mine" in {v.name for v in tuning.offered("rms_norm", database.device_kind())}
 
 
 def test_a_wrong_variant_does_not() -> None:
@@ -314,7 +314,24 @@ def test_a_wrong_variant_does_not() -> None:
     assert found.exit_code == 1
     body = json.loads(found.stdout)
     assert not body["ok"] and {row["status"] for row in body["cases"]} == {"wrong", "refused"}
-    assert "mine" not in {v.name for v in tuning.offered("glu", "")}
+    assert "mine" not in {v.name for v in tuning.offered("glu", database.device_kind())}
+
+
+def test_variants_are_raced_too(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fastft.variants.register("rms_norm", "mine")(_mine.rms_norm)
+    fastft.variants.register("rms_norm", "unverified")(_mine.other_rms_norm)
+    variants.note_verified(variants.get("rms_norm", "mine"), "h100", True)
+    x, w = torch.randn(2, 8, 64), torch.randn(64)
+    _, name = variants.site_key(OPS["rms_norm"], (x, w, 1e-6), {})
+    monkeypatch.setattr(Machine, "jobs", lambda self, case: [tuning.Job(case, name)])
+    raced = Made({"": 10.0, "mine": 5.0})
+    monkeypatch.setattr(Machine, "bench", lambda self, job: contextlib.nullcontext(raced))
+    found = tune("--model", "llama-3.1-8b", "--ops", "rms_norm")
+    assert found.exit_code == 0 and "variants of rms_norm" in found.output and set(raced.sampled) == {"", "mine"}
+    # As the rule of norms spells it: another eps, and the dtype of the result, which is x's.
+    chosen = variants.choose(OPS["rms_norm"], None, (x, w, 1e-5, 0.0, x.dtype), {})
+    assert chosen.name == "mine"  # type: ignore[union-attr]
+    assert variants.choose(OPS["rms_norm"], None, (x, w, 1e-5, 1.0), {}).name == "triton"  # type: ignore[union-attr]
 
 
 def test_a_variant_that_refuses_everything_did_not_pass() -> None:
