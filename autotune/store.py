@@ -59,6 +59,13 @@ def problems() -> list[str]:
     return [f"{path}: {why}" for path, why in _PROBLEMS.items()]
 
 
+def refuse(what: Path | str, why: str) -> None:
+    """Say once that a file (or something else that was read) is not used, and keep it for the report."""
+    if str(what) not in _PROBLEMS:
+        log.warning("fastft's file %s is not used: %s", what, why)
+    _PROBLEMS[str(what)] = why
+
+
 def user_folder() -> Path:
     """Where this user's files are. It may not exist yet."""
     named = os.environ.get("FASTFT_CACHE_DIR")
@@ -252,9 +259,7 @@ class Store:
             why = str(error) if isinstance(error, (StoreError, ValueError)) else f"{type(error).__name__}: {error}"
             if self.strict:
                 raise StoreError(f"{path}: {why}") from error
-            if str(path) not in _PROBLEMS:
-                log.warning("fastft's file %s is not used: %s", path, why)
-            _PROBLEMS[str(path)] = why
+            refuse(path, why)
 
     @contextlib.contextmanager
     def _opened(self, make: bool = False) -> Iterator[int | None]:

@@ -19,12 +19,14 @@ _LAZY = {
     "reports": "fastft.reporting",
     "explain": "fastft.explaining",
     "Verification": "fastft.verifying",
+    "variants": "fastft.variants",
     "verify": "fastft.verifying",
 }
 
 __all__ = [*_LAZY, "__version__"]
 
 if TYPE_CHECKING:
+    from fastft import variants as variants
     from fastft.explaining import explain as explain
     from fastft.options import Options as Options
     from fastft.reporting import Report as Report
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'fastft' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    module = importlib.import_module(_LAZY[name])
+    value = module if _LAZY[name] == f"fastft.{name}" and not hasattr(module, name) else getattr(module, name)
     globals()[name] = value
     return value
 

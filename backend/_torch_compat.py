@@ -24,8 +24,9 @@ __all__ = [
     "PREFER_RECOMPUTE", "autocast_nodes", "backend_in_trace", "cache_stamp", "compile_with_aot_eager",
     "compile_with_inductor", "control_flow", "copy_graph", "dynamo_counters", "fake_mode_of", "forget_loaded_code",
     "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
-    "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "qualified_name",
-    "registered_backend", "size_hint", "storage_of", "tree_map", "version", "whole_cache_entries", "wrapper_context",
+    "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "process_group_store",
+    "qualified_name", "registered_backend", "size_hint", "storage_of", "tree_map", "version", "whole_cache_entries",
+    "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
@@ -230,6 +231,18 @@ def cache_stamp(functions: Mapping[str, str]) -> Iterator[None]:
     merged = {**inductor_config.unsafe_marked_cacheable_functions, **functions}
     with inductor_config.patch(unsafe_marked_cacheable_functions=merged):
         yield
+
+
+def process_group_store() -> tuple[Any, int] | None:
+    """The default process group's key-value store, which every rank reaches, and this process's rank; None where there
+    is no group, or nobody else in it.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return None
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store(), distributed.get_rank()
 
 
 def dynamo_counters() -> dict[str, dict[str, int]]:

@@ -87,6 +87,14 @@ def bench(context: typer.Context) -> None:
     _need(
         *{"kernels": ("pytest_benchmark",), "report": ("matplotlib",)}.get("".join(context.args[:1]), ()), extra="bench"
     )
+    _import_bench(folder)
+    from bench.cli import main as run  # type: ignore[import-not-found]
+
+    if code := run(context.args):
+        raise typer.Exit(code)
+
+
+def _import_bench(folder: Path) -> None:
     # By its path: with the repository on Python's, its folder kernels/ would pass for the Hub's package of that name.
     if "bench" not in sys.modules:
         import importlib.util
@@ -96,10 +104,6 @@ def bench(context: typer.Context) -> None:
         assert spec is not None and spec.loader is not None
         sys.modules["bench"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["bench"])
-    from bench.cli import main as run  # type: ignore[import-not-found]
-
-    if code := run(context.args):
-        raise typer.Exit(code)
 
 
 Model = Annotated[Path, typer.Argument(help="A transformers config.json, or a folder that holds one.")]
@@ -174,7 +178,9 @@ def _title(config: Any, whole: int, lora: int, checkpointing: bool, dtype: str) 
 
 @app.command()
 def verify(
-    model: Model,
+    model: Annotated[
+        Path | None, typer.Argument(help="A transformers config.json, or a folder that holds one.")
+    ] = None,
     lora: Lora = 16,
     checkpointing: Checkpointing = False,
     layers: Layers = 2,
@@ -183,9 +189,12 @@ def verify(
     dtype: Dtype = "bfloat16",
     residual: Annotated[str, typer.Option(help="Who compiles what is not replaced: inductor, or eager.")] = "inductor",
     bisect: Annotated[bool, typer.Option(help="When something is wrong, find the first wrong rewrite.")] = True,
+    variant: Annotated[str, typer.Option(help="op=name: verify this variant of an op, and no model.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Compare a training step compiled by fastft with eager: the loss and every gradient. Exit code 1 if one is wrong.
+
+    With --variant, compare a variant of an op with its reference instead. Only a variant that passed is tuned.
 
     The model is built with random weights (norms, biases and adapters too, which start as ones and zeros in training).
     """
@@ -193,6 +202,11 @@ def verify(
 
     import fastft
 
+    if variant:
+        _verify_variant(variant, as_json)
+        return
+    if model is None:
+        raise _fail("verify needs a model's config.json, or --variant op=name")
     if residual not in ("inductor", "eager"):
         raise _fail(f"--residual is {residual!r}; it is inductor or eager")
     network, data = _network(model, lora, checkpointing, layers, batch, length, dtype)
@@ -206,6 +220,200 @@ def verify(
     typer.echo(json.dumps(result.to_dict(), indent=1) if as_json else str(result))
     if not result.ok:
         raise typer.Exit(1)
+
+
+def _verify_variant(asked: str, as_json: bool) -> None:
+    """Judge a variant at small sizes in every dtype, print what was found, and keep the verdict."""
+    import torch
+
+    from fastft.autotune import database, variants
+    from fastft.autotune.cases import New, judge, small_cases
+    from fastft.fallback import said
+
+    op, _, name = asked.partition("=")
+    try:
+        found = variants.get(op, name)
+    except KeyError as error:
+        raise _fail(f"--variant {asked}: {error.args[0]}") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows: list[dict[str, Any]] = []
+    for case in small_cases(op):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            inputs = case.make(New(dtype, device))
+            row: dict[str, Any] = {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}
+            try:
+                if reason := found.refuses(*inputs.args, **inputs.kwargs):
+                    rows.append({**row, "status": "refused", "what": str(reason)})
+                    continue
+                judged = judge(found.call, case, dtype, device)
+            except Exception as error:
+                rows.append({**row, "status": "failed", "what": said(error)})
+                continue
+            wrong = [str(c) for c in judged if not c.ok]
+            worst = max((c.ratio for c in judged), default=0.0)
+            what = "; ".join(wrong) or f"{len(judged)} values, at most {worst:.2f} times PyTorch's error"
+            rows.append({**row, "status": "wrong" if wrong else "ok", "what": what})
+    passed = all(row["status"] in ("ok", "refused") for row in rows) and any(row["status"] == "ok" for row in rows)
+    variants.note_verified(found, database.device_kind(), passed)
+    if as_json:
+        typer.echo(json.dumps({"variant": asked, "device": device, "ok": passed, "cases": rows}, indent=1))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=f"variant {name} of {op} on {device}", title_justify="left")
+        for column in ("case", "dtype", "status", "what"):
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(str(row[column])) for column in ("case", "dtype", "status", "what")))
+        Console().print(table)
+        typer.echo("It passed." if passed else "It did not pass: fastft tune will not offer it.")
+    if not passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Option(help="A config.json, a folder with one, or a name of bench/shapes.py.")] = "",
+    ops: Annotated[str, typer.Option(help="Only these ops: rms_norm,glu.")] = "",
+    batch: Sequences = 4,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 2048,
+    dtype: Dtype = "bfloat16",
+    budget: Annotated[float, typer.Option(min=0, help="Begin nothing after so many seconds; 0: no limit.")] = 0.0,
+    again: Annotated[bool, typer.Option(help="Also what was tuned before.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Show what is tuned, and stop.")] = False,
+    export: Annotated[Path | None, typer.Option(help="Write what is tuned for --device to a file, and stop.")] = None,
+    device: Annotated[str, typer.Option(help="Kind of device for --list and --export; this one's by default.")] = "",
+) -> None:
+    """Find the fastest launch configurations for a model's sizes on this GPU. Training takes them from then on.
+
+    What is found is kept at once: stop with Ctrl-C whenever you like, and start again to go on.
+    """
+    from fastft.autotune import database
+
+    if listing or export is not None:
+        _show_tuned(device or database.device_kind(), export)
+        return
+    if not model:
+        raise _fail("tune needs --model: a config.json, a folder with one, or a name of bench/shapes.py")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise _fail(f"--dtype is {dtype!r}; it is bfloat16, float16 or float32")
+    from fastft.autotune.cases import cases as cases_of
+    from fastft.autotune.variants import nearest
+
+    cases = cases_of(_fields(model), batch, seq)
+    known = dict.fromkeys(case.op for case in cases)
+    wanted = [name.strip() for name in ops.split(",") if name.strip()]
+    for name in wanted:
+        if name not in known:
+            raise _fail(f"--ops names {name!r}{nearest(name, known)}; this model has {', '.join(known)}")
+    machine = _tuned_device(dtype)
+    _tune([case for case in cases if not wanted or case.op in wanted], machine, budget or float("inf"), again)
+
+
+def _tuned_device(dtype: str) -> Any:
+    """The GPU of this machine."""
+    import torch
+
+    from fastft.autotune.tuning import GPU
+
+    try:
+        return GPU(getattr(torch, dtype))
+    except RuntimeError as error:
+        raise _fail(str(error)) from None
+
+
+def _tune(cases: list[Any], machine: Any, budget: float, again: bool) -> None:
+    """Tune with a progress bar. SIGTERM ends it as Ctrl-C does: what is done is kept."""
+    import signal
+
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    from fastft.autotune.tuning import tune as run
+    from fastft.kernels._config import shown
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    counts = {"tuned": 0, "known": 0, "failed": 0}
+    try:
+        with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+            task = bar.add_task("looking at what is launched", total=None)
+            for done in run(
+                cases, machine, budget=budget, again=again, started=lambda n: bar.update(task, total=n, description="")
+            ):
+                kernel = done.job.space.kernel if done.job.space else f"variants of {done.job.case.op}"
+                bar.update(task, advance=1, description=kernel)
+                if done.error:
+                    counts["failed"] += 1
+                    bar.console.print(f"{kernel}: {done.error}", markup=False)
+                elif done.record is None:
+                    counts["known"] += 1
+                else:
+                    counts["tuned"] += 1
+                    found = done.record
+                    best = shown(found["config"]) or found["variant"] or "the heuristic"
+                    line = f"{kernel} ({done.job.case.name}): {best}, {found['us']:.1f} µs"
+                    typer.echo(f"{line}; heuristic {found['heuristic_us']:.1f} µs, noise {100 * found['noise']:.1f} %")
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped. {counts['tuned']} tuned and kept; the same command goes on from here.", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    typer.echo(f"{counts['tuned']} tuned, {counts['known']} known before, {counts['failed']} failed.")
+    if counts["failed"]:
+        raise typer.Exit(1)
+
+
+def _show_tuned(kind: str, export: Path | None) -> None:
+    """This user's records, on paper or in a file that can be shipped."""
+    from fastft.autotune import database
+    from fastft.kernels._config import shown
+
+    if export is not None and not kind:
+        raise _fail("--export needs --device (h100, say): there is no GPU here to ask")
+    records = {key: r for key, r in database.user_store().items().items() if not kind or key.startswith(f"{kind}/")}
+    if export is not None:
+        if not records:
+            raise _fail(f"nothing is tuned for {kind}: run `fastft tune --model ...` on one first")
+        database.write_file(export, kind, records)
+        typer.echo(f"{len(records)} records of {kind} are in {export}")
+        return
+    for key, found in sorted(records.items()):
+        best = shown(found["config"]) or found["variant"] or "the heuristic"
+        typer.echo(f"{key}: {best}, {found['us']:.1f} µs (heuristic {found['heuristic_us']:.1f})")
+    typer.echo(f"{len(records)} tuned in {database.user_store().folder}")
+
+
+def _fields(model: str) -> dict[str, Any]:
+    """A model's sizes: of a config.json, or of a name in the repository's list."""
+    from fastft.autotune.variants import nearest
+
+    path = Path(model)
+    if path.suffix == ".json" or path.is_dir():
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise _fail(f"{file}: {error.strerror}") from None
+        except ValueError as error:
+            raise _fail(f"{file} is not JSON: {error}") from None
+        fields = fields.get("text_config") or fields
+        if missing := [n for n in ("hidden_size", "num_attention_heads", "vocab_size") if n not in fields]:
+            raise _fail(f"{file} has no {', '.join(missing)}, so it is no transformers config of a language model")
+        return dict(fields)
+    folder = Path(__file__).resolve().parent.parent / "bench"
+    if not (folder / "shapes.py").is_file():
+        raise _fail(f"--model {model}: names are known in a checkout of the repository only; give a config.json")
+    _import_bench(folder)
+    from bench.shapes import MODELS  # type: ignore[import-not-found]
+
+    if model not in MODELS:
+        raise _fail(f"bench/shapes.py has no model {model!r}{nearest(model, MODELS)}; it has {', '.join(MODELS)}")
+    return dict(MODELS[model])
 
 
 def _network(

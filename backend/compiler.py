@@ -15,6 +15,7 @@ from torch import fx
 
 from fastft import _torch_compat as compat
 from fastft import bridges, caches, describing, reporting
+from fastft.autotune import database, variants
 from fastft.fallback import Attempt
 from fastft.first_step import FirstStep
 from fastft.kernels._op import rescue
@@ -49,6 +50,8 @@ def fastft(
     asked = Options.of(options, mode)
     rescue(not asked.strict)
     done = Report(graphs=1, recompiles=int(compat.is_recompile()))
+    with Attempt("sharing what is tuned", "ranks may launch kernels differently", done.errors, asked.strict):
+        database.share()
     untouched = compat.copy_graph(gm.graph)
     plain = fx.GraphModule(gm, compat.copy_graph(gm.graph)) if asked.verify == "first_step" else None
     lazy = transform(gm, asked, done)
@@ -184,12 +187,14 @@ def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report, options: Opt
 def _inductor(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, backward_attempt: Callable[[], Attempt]
 ) -> Callable[..., Any]:
+    of_users = variants.targets()
     ours = [
         n.target
         for n in gm.graph.nodes
-        if n.op == "call_function" and str(getattr(n.target, "__module__", "")).startswith("fastft.")
+        if n.op == "call_function"
+        and (str(getattr(n.target, "__module__", "")).startswith("fastft.") or n.target in of_users)
     ]
-    stamp = source_hash()
+    stamp = source_hash() + variants.stamp()
     with compat.cache_stamp({"fastft": stamp, **{compat.qualified_name(target): stamp for target in ours}}):
         return compat.compile_with_inductor(gm, example_inputs, _patches(options), backward_attempt)
 

@@ -37,6 +37,8 @@ class Options:
     the report. Dropout then draws as eager does. ``"never"`` (default).
     ``strict``: what fails inside of fastft raises :class:`fastft.fallback.InternalError`, instead of being undone and
     reported.
+    ``variants``: op → the variant of it that is taken wherever it is legal (``{"glu": "mine"}``); the sites where it is
+    not stay as they were (:mod:`fastft.variants`).
     ``inductor``: config patches for Inductor (``{"max_autotune": True}``), as ``torch.compile(options=...)`` takes
     them without us.
     """
@@ -49,6 +51,7 @@ class Options:
     verify: str = "never"
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    variants: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
@@ -95,6 +98,7 @@ class Options:
                 )
         if self.inductor.get("triton.cudagraphs"):
             raise OptionError(f"option inductor sets triton.cudagraphs: it {_NO_CUDA_GRAPHS}; leave it out")
+        self._check_variants()
         from fastft.patterns import table_names
 
         names = table_names() if self.disable else []
@@ -103,6 +107,19 @@ class Options:
                 raise OptionError(
                     f"option disable names {name!r}{_nearest(name, names)}; the patterns are {', '.join(names)}"
                 )
+
+    def _check_variants(self) -> None:
+        if not isinstance(self.variants, Mapping):
+            raise OptionError(f"option variants is {self.variants!r}; it is a dict of ops and names of their variants")
+        if not self.variants:
+            return
+        from fastft.autotune import variants
+
+        for op, name in self.variants.items():
+            try:
+                variants.get(op, name)
+            except KeyError as error:
+                raise OptionError(f"option variants is {dict(self.variants)!r}: {error.args[0]}") from None
 
     def _with_mode(self, mode: str | None) -> Options:
         if mode in (None, "default"):

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
+from fastft.autotune import variants
 from fastft.costs import Memo, work_of
 from fastft.fallback import Attempt, said
 from fastft.kernels._op import OPS, Op, Reason, Recompute
@@ -122,13 +123,18 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
             if isinstance(answer, Rewrite):
                 answer.outputs = answer.outputs or (match.anchor,)
                 answer.inside = answer.inside or match.inside
+                other: Reason | None = None
+                with _trying(rule, "its variant", errors=done.errors, strict=options.strict) as attempt:
+                    other = _take_variant(answer, options)
+                if attempt.failed is not None:
+                    other = _failed(attempt.failed)
                 if table.name in options.disable:
                     refused[node] = _but(site, SKIPPED, "switched off by options={'disable': ...}")
                     consumed |= answer.inside
                     break
                 made: Reason | dict[fx.Node, fx.Node] | None = None
                 with _trying(rule, "making its rewrite", done.errors, options.strict) as attempt:
-                    made = _unsafe(answer, order, memory)
+                    made = other or _unsafe(answer, order, memory)
                     if made is None and not fuel.out:
                         made = _replace(gm, answer, fake_mode, order, memory)
                 if attempt.failed is not None:
@@ -202,6 +208,28 @@ def _answers(
                 answer = _failed(attempt.failed)
             if answer is not None:
                 yield rule, match, answer
+
+
+def _take_variant(answer: Rewrite, options: Options) -> Reason | None:
+    """Let ``answer`` call the variant of its op that is chosen for it; why it cannot, if so."""
+    op = answer.kernel
+    if op is None:
+        return None
+    args, kwargs = fx.map_arg((answer.args, answer.kwargs), _see.value)
+    asked = options.variants.get(op.name)
+    if answer.target is op.call:
+        chosen = variants.choose(op, asked, args, kwargs)
+        if isinstance(chosen, Reason):
+            return chosen
+        answer.target, name = chosen.call, chosen.name
+    else:
+        # A function of ours that prepares the operands; whether the variant is legal shows when it runs on fake ones.
+        name = asked or op.default
+        if name != op.default:
+            answer.kwargs = {**answer.kwargs, "variant": name}
+    if name != op.default:
+        answer.notes = "; ".join(filter(None, (answer.notes, f"variant {name}")))
+    return None
 
 
 def _trying(rule: Rule, what: str, errors: list[str], strict: bool) -> Attempt:
@@ -440,6 +468,8 @@ def _run_fake(answer: Rewrite, fake_mode: Any) -> Any:
     try:
         with guard, torch.set_grad_enabled(grad):
             return answer.target(*args, **kwargs)
+    except variants.NotSupported as error:
+        return Reason("variant", str(error))
     except Exception as error:  # any failure on fake tensors would be one at run time: the site stays as it was
         return Reason(
             "op_failed",

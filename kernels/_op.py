@@ -145,6 +145,8 @@ class Op:
     ``supported`` takes the same arguments (fake tensors will do) and returns None, or the :class:`Reason` the op
     cannot run.
     ``cost`` takes the same arguments too, or sympy symbols where its docstring says so.
+    ``variants``: more ways to compute it, beside ``call`` and ``reference``: name → what is called, and its legality.
+    ``default``: the name of ``call`` among the variants.
     """
 
     name: str
@@ -154,7 +156,8 @@ class Op:
     raw: tuple[str, ...]
     recompute: Recompute
     cost: Callable[..., Cost] | None = None
-    variants: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    variants: dict[str, tuple[Callable[..., Any], Callable[..., Reason | None]]] = field(default_factory=dict)
+    default: str = "triton"
 
 
 OPS: dict[str, Op] = {}

@@ -49,6 +49,7 @@ from typing import Any
 import sympy
 import torch
 
+from fastft.kernels._config import SHARED_BYTES, Config, Space, crowded
 from fastft.kernels._op import INTERPRET, Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import SAME_SUMS, size
 from fastft.kernels._triton import HAS_TRITON, jit, tl, triton
@@ -193,6 +194,43 @@ def _tiles(kernel: str, d: int, dtype: torch.dtype, roomy: bool) -> dict[str, in
 
 def _roomy(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in ROOMY
+
+
+#: What a kernel's speed depends on besides device and dtype: batch × heads, and lengths; sizes of a head, rounded up to
+#: powers of two; what of the mask it looks at.
+_TOKENS = ("programs", "q_length", "k_length")
+_SIZES = ("d", "d_v", "group", "causal", "window", "chunk", "start", "end", "holes", "dense", "softcap")
+
+
+def _space(kernel: str) -> Space:
+    def heuristic(device: torch.device, dtype: torch.dtype, *sizes: Any) -> Config:
+        return _tiles(kernel, max(sizes[3], sizes[4]), dtype, _roomy(device))
+
+    def legal(config: Config, device: torch.device, dtype: torch.dtype, *sizes: Any) -> str | None:
+        m, n, warps, stages = (config[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
+        both = sizes[3] + sizes[4]
+        # Less than a fourth of a 16 x 32 tile for a warp.
+        if m * n < 128 * warps:
+            return f"{m} x {n} scores for {warps} warps"
+        # What stays in shared memory, and what streams through it in `stages` steps.
+        own, streamed = (n, m) if kernel == "dkdv" else (m, n)
+        shared = (own + stages * streamed) * both * dtype.itemsize
+        if shared > SHARED_BYTES:
+            return f"{shared} bytes of shared memory; {SHARED_BYTES} there are"
+        # Sums in fp32, and a tile of scores with its exponentials.
+        sums = {"forward": own * sizes[4], "dq": own * sizes[3], "dkdv": own * both}[kernel]
+        return crowded(sums + 2 * m * n, warps)
+
+    values = {
+        "BLOCK_M": (16, 32, 64, 128),
+        "BLOCK_N": (16, 32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3, 4),
+    }
+    return Space(f"attention.{kernel}", values, heuristic, tokens=_TOKENS, sizes=_SIZES, legal=legal)
+
+
+CONFIGS = {kernel: _space(kernel) for kernel in ("forward", "dq", "dkdv")}
 
 
 # ---------------------------------------------------------------- device functions
@@ -670,6 +708,7 @@ class _Call:
         chunk: int,
         scale: float,
         softcap: float,
+        route: str = "auto",
     ) -> None:
         self.batch, self.heads, self.q_length, self.d = q.shape
         self.k_length, self.d_v = k.shape[2], v.shape[3]
@@ -690,7 +729,7 @@ class _Call:
         bare = start is None and keep is None and dense is None and not (self.window or self.chunk)
         if not use_triton(q) or q.dtype == torch.float64:
             self.backend = "math" if softcap or self.d != self.d_v else "cpu"
-        elif bare and not softcap and q.is_cuda and _cudnn_takes(q, k, v, causal):
+        elif route != "triton" and bare and not softcap and q.is_cuda and _cudnn_takes(q, k, v, causal):
             self.backend = "cudnn"
         else:
             self.backend = "triton"
@@ -721,14 +760,18 @@ class _Call:
         """What a kernel is specialised on."""
         d = triton.next_power_of_2(max(self.d, 16))
         d_v = triton.next_power_of_2(max(self.d_v, 16))
+        dense = 0 if self.dense is None else 1 if self.dense.dtype == torch.bool else 2
+        start, end = self.start is not None, self.keep is not None and not self.holes
+        tiles = CONFIGS[kernel](
+            q.device, q.dtype, self.batch * self.heads, self.q_length, self.k_length, d, d_v, self.group,
+            self.causal, self.window, self.chunk, start, end, self.holes, dense, bool(self.softcap),
+        )  # fmt: skip
         return {
             "D": self.d, "DV": self.d_v, "GROUP": self.group,
             "CAUSAL": self.causal, "WINDOW": self.window, "CHUNK": self.chunk,
-            "HAS_START": self.start is not None,
-            "HAS_END": self.keep is not None and not self.holes, "HAS_PADDING": self.holes,
-            "DENSE": 0 if self.dense is None else 1 if self.dense.dtype == torch.bool else 2, "SOFTCAP": self.softcap,
+            "HAS_START": start, "HAS_END": end, "HAS_PADDING": self.holes, "DENSE": dense, "SOFTCAP": self.softcap,
             "BLOCK_D": d, "BLOCK_DV": d_v, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-            **_tiles(kernel, max(d, d_v), q.dtype, _roomy(q.device)),
+            **tiles,
         }  # fmt: skip
 
     def dense_operand(self, q: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -996,7 +1039,7 @@ def _mask_fake(
 
 _MASK = (
     "Tensor? start, Tensor? stop, Tensor? end, Tensor? keep, Tensor? dense, Tensor? kind, "
-    "bool causal, SymInt window, SymInt chunk, float scale, float softcap"
+    'bool causal, SymInt window, SymInt chunk, float scale, float softcap, str route="auto"'
 )
 _raw_mask = raw_op(
     "attention_mask(Tensor? padding, Tensor? positions, SymInt chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -1025,7 +1068,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, *mask = ctx.saved_tensors
         want_q, want_k, want_v = ctx.needs_input_grad[:3]
         dq, dk, dv = _raw_backward(do, q, k, v, out, lse, want_q, want_k or want_v, *mask, *ctx.constants)
-        return (dq if want_q else None, dk if want_k else None, dv if want_v else None, *(None,) * 11)
+        return (dq if want_q else None, dk if want_k else None, dv if want_v else None, *(None,) * 12)
 
 
 def attention_mask(padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int = 0) -> Found:
@@ -1065,13 +1108,110 @@ def attention(
     which lies in memory as ``[B, Sq, Hq, Dv]``. mask: what
     :func:`attention_mask` returned for padding, positions and chunk, in place of the first two.
     """
+    return _attend("auto", q, k, v, causal, window, chunk, padding, positions, dense, scale, softcap, mask)
+
+
+def _attend(
+    route: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    window: int,
+    chunk: int,
+    padding: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    dense: torch.Tensor | None,
+    scale: float | None,
+    softcap: float,
+    mask: Found | None,
+) -> torch.Tensor:
+    """:func:`attention`, by cuDNN where it takes the call (``route`` "auto"), or by the kernels here ("triton")."""
     if mask is None and (padding is not None or positions is not None):
         mask = attention_mask(padding, positions, chunk)
     start, stop, end, keep, kind = mask or (None,) * 5
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _Attention.apply(
-        q, k, v, start, stop, end, keep, dense, kind, causal, window, chunk, float(scale), float(softcap)
+        q, k, v, start, stop, end, keep, dense, kind, causal, window, chunk, float(scale), float(softcap), route
     )
+
+
+# ---------------------------------------------------------------- variants
+
+
+def attention_kernels(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: int = 0,
+    chunk: int = 0,
+    padding: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    dense: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float = 0.0,
+    mask: Found | None = None,
+) -> torch.Tensor:
+    """:func:`attention` by the kernels of this file, also where cuDNN would take the call."""
+    return _attend("triton", q, k, v, causal, window, chunk, padding, positions, dense, scale, softcap, mask)
+
+
+def attention_sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: int = 0,
+    chunk: int = 0,
+    padding: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    dense: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float = 0.0,
+    mask: Found | None = None,
+) -> torch.Tensor:
+    """:func:`attention` by PyTorch's own ``scaled_dot_product_attention``, where :func:`sdpa_supported`."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=dense, dropout_p=0.0, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def sdpa_supported(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: int = 0,
+    chunk: int = 0,
+    padding: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    dense: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float = 0.0,
+    mask: Found | None = None,
+) -> Reason | None:
+    """None, or why PyTorch's own attention cannot compute this call."""
+    options: dict[str, Any] = dict(padding=padding, positions=positions, dense=dense, scale=scale)
+    options |= dict(causal=causal, window=window, chunk=chunk, dropout_p=dropout_p, softcap=softcap, mask=mask)
+    if reason := supported(q, k, v, **options):
+        return reason
+    # Its mask is dense or causal.
+    if window or chunk or padding is not None or positions is not None or mask is not None:
+        return Reason("mask", "scaled_dot_product_attention knows a causal mask and a dense one, and this is another")
+    if causal and dense is not None:
+        return Reason("mask", "scaled_dot_product_attention takes a causal mask or a dense one, not both")
+    if dense is not None and dense.dtype not in (torch.bool, q.dtype):
+        return Reason("mask", f"the mask is {dense.dtype}: scaled_dot_product_attention takes bool or {q.dtype}")
+    if softcap:
+        return Reason("softcap", "scaled_dot_product_attention caps no scores")
+    return None
 
 
 def supported(
@@ -1174,5 +1314,7 @@ OP = register(
         raw=("attention_mask", "attention", "attention_backward"),
         recompute=Recompute.KEEP,
         cost=cost,
+        variants={"triton": (attention_kernels, supported), "sdpa": (attention_sdpa, sdpa_supported)},
+        default="auto",  # cuDNN where it takes the call
     )
 )

@@ -29,6 +29,7 @@ import math
 
 import torch
 
+from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import Rows, row_offset, rows_of, size
 from fastft.kernels._triton import jit, tl, triton
@@ -60,6 +61,21 @@ def packed_reference(gate_up: torch.Tensor, kind: str, gate_first: bool = True) 
 
 #: Elements of a row that one program takes: 8 for each of its 128 threads, one 16-byte load in bf16.
 BLOCK = 1024
+
+
+def _block(device: torch.device, dtype: torch.dtype, rows: int, n: int, kind: str) -> Config:
+    return {"BLOCK": BLOCK, "num_warps": 4}
+
+
+def _legal(config: Config, device: torch.device, dtype: torch.dtype, rows: int, n: int, kind: str) -> str | None:
+    if config["BLOCK"] < 32 * config["num_warps"]:
+        return f"{config['BLOCK']} elements for {32 * config['num_warps']} threads"
+    return crowded(6 * config["BLOCK"], config["num_warps"])
+
+
+_VALUES = {"BLOCK": (256, 512, 1024, 2048, 4096, 8192), "num_warps": (1, 2, 4, 8, 16)}
+FORWARD = Space("glu.forward", _VALUES, _block, tokens=("rows",), sizes=("n", "kind"), legal=_legal)
+BACKWARD = Space("glu.backward", _VALUES, _block, tokens=("rows",), sizes=("n", "kind"), legal=_legal)
 
 # ---------------------------------------------------------------- kernels
 
@@ -136,11 +152,12 @@ def _forward_into(y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: s
         y.copy_(_forward(gate.contiguous(), up.contiguous(), kind))
         return
     rows, n = _extent(walk, gate.shape[-1])
-    blocks = triton.cdiv(n, BLOCK)
+    tile = FORWARD(gate.device, gate.dtype, walk.count, gate.shape[-1], kind)
+    blocks = triton.cdiv(n, tile["BLOCK"])
     (g_outer, g_inner), (u_outer, u_inner), (y_outer, y_inner) = walk.strides
     _forward_kernel[(rows * blocks,)](
         gate, up, y, n, blocks, walk.inner, g_outer, g_inner, u_outer, u_inner, y_outer, y_inner,
-        KIND=kind, BLOCK=BLOCK, num_warps=4,
+        KIND=kind, **tile,
     )  # fmt: skip
 
 
@@ -172,7 +189,8 @@ def _backward_into(
                 target.copy_(grad)
         return
     rows, n = _extent(walk, gate.shape[-1])
-    blocks = triton.cdiv(n, BLOCK)
+    tile = BACKWARD(gate.device, gate.dtype, walk.count, gate.shape[-1], kind)
+    blocks = triton.cdiv(n, tile["BLOCK"])
     (g_outer, g_inner), (u_outer, u_inner), (dy_outer, dy_inner), (dg_outer, dg_inner), (du_outer, du_inner) = (
         walk.strides
     )
@@ -180,7 +198,7 @@ def _backward_into(
         dy, gate, up, into[0], into[1],
         n, blocks, walk.inner, dy_outer, dy_inner, g_outer, g_inner, u_outer, u_inner,
         dg_outer, dg_inner, du_outer, du_inner,
-        KIND=kind, WANT_DGATE=dgate is not None, WANT_DUP=dup is not None, BLOCK=BLOCK, num_warps=4,
+        KIND=kind, WANT_DGATE=dgate is not None, WANT_DUP=dup is not None, **tile,
     )  # fmt: skip
 
 

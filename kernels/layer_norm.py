@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import torch
 
+from fastft.kernels._config import Config, row_space
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import SAME_SUMS, processors, row_offset, row_tile, row_values, rows_of, size, tile_at
 from fastft.kernels._triton import jit, tl, triton
@@ -45,6 +46,18 @@ def reference(
 
 #: Widest row that one program keeps in registers.
 MAX_N = 32768
+
+
+def _tile(device: torch.device, dtype: torch.dtype, rows: int, n: int) -> Config:
+    """A program's tile, and its warps. ``PROGRAMS``: programs for each processor, where they write partial rows: few
+    enough that summing those is cheap, enough to fill the GPU.
+    """
+    block_m, block_n, warps = row_tile(n)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "PROGRAMS": 4}
+
+
+FORWARD = row_space("layer_norm.forward", _tile, values_per_element=2)
+BACKWARD = row_space("layer_norm.backward", _tile, values_per_element=3, programs=True)
 
 
 # ---------------------------------------------------------------- forward kernel
@@ -159,13 +172,13 @@ def _forward(
         dense = _forward(x.contiguous(), weight, bias, eps, out_dtype)
         return y.copy_(dense[0]), m.copy_(dense[1]), r.copy_(dense[2])
     n = x.shape[-1]
-    block_m, block_n, warps = row_tile(n)
+    tile = FORWARD(x.device, x.dtype, walk.count, n)
     (x_outer, x_inner), (y_outer, y_inner), (r_outer, r_inner) = walk.strides
-    _forward_kernel[(triton.cdiv(walk.count, block_m),)](
+    _forward_kernel[(triton.cdiv(walk.count, tile["BLOCK_M"]),)](
         x, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(), y, m, r,
         walk.count, walk.inner, x_outer, x_inner, y_outer, y_inner, r_outer, r_inner,
         N=n, EPS=eps, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, **SAME_SUMS,
+        BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=tile["num_warps"], **SAME_SUMS,
     )  # fmt: skip
     return y, m, r
 
@@ -213,10 +226,10 @@ def _backward(
         dense = (dy.contiguous(), x.contiguous(), weight, m.contiguous(), r.contiguous(), z)
         dense_dx, dweight, dbias = _backward(*dense, want_dx, want_dweight, want_dbias)
         return (dx.copy_(dense_dx) if want_dx else dx), dweight, dbias
-    block_m, block_n, warps = row_tile(n)
-    programs = triton.cdiv(walk.count, block_m)
-    if want_dweight or want_dbias:  # few enough partial rows that summing them is cheap, enough to fill the GPU
-        programs = min(programs, 4 * processors(x.device))
+    tile = BACKWARD(x.device, x.dtype, walk.count, n)
+    programs = triton.cdiv(walk.count, tile["BLOCK_M"])
+    if want_dweight or want_dbias:
+        programs = min(programs, tile["PROGRAMS"] * processors(x.device))
     dw, db = (x.new_empty((programs, n) if want else (0,), dtype=torch.float32) for want in (want_dweight, want_dbias))
     x_strides, dy_strides, r_strides, z_strides, dx_strides = walk.strides
     _backward_kernel[(programs,)](
@@ -224,7 +237,7 @@ def _backward(
         walk.count, walk.inner, *dy_strides, *x_strides, *r_strides, *z_strides, *dx_strides,
         N=n, HAS_WEIGHT=weight is not None, HAS_Z=z is not None,
         WANT_DX=want_dx, WANT_DWEIGHT=want_dweight, WANT_DBIAS=want_dbias,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=tile["num_warps"],
         # And w · g contracted into its difference from its mean is not rounded as the mean is: no zero where N is 1.
         **SAME_SUMS,
     )  # fmt: skip

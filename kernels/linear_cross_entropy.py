@@ -42,6 +42,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 
+from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._triton import jit, tl, triton
 
@@ -163,6 +164,21 @@ def _row_config(vocab: int) -> dict[str, int]:
     """Columns that a program takes at a time, and its warps: 16 fp32 values a thread at real vocabularies."""
     block = min(1 << max(vocab - 1, 1).bit_length(), 8192)
     return {"BLOCK": block, "num_warps": max(min(block // 512, 16), 1)}
+
+
+def _legal(config: Config, device: torch.device, dtype: torch.dtype, rows: int, vocab: int) -> str | None:
+    return crowded(4 * config["BLOCK"], config["num_warps"])
+
+
+#: Of both kernels. How many tokens make a chunk is memory's to decide, and is not tuned.
+CONFIG = Space(
+    "linear_cross_entropy.rows",
+    {"BLOCK": (1024, 2048, 4096, 8192, 16384, 32768), "num_warps": (2, 4, 8, 16, 32)},
+    lambda device, dtype, rows, vocab: _row_config(vocab),
+    tokens=("rows",),
+    sizes=("vocab",),
+    legal=_legal,
+)
 
 
 # ------------------------------------------------------------------------------------------------------- Triton kernels
@@ -372,7 +388,7 @@ class _Head:
             "SOFTCAP": float(softcap or 1.0),
             "HAS_SOFTCAP": softcap is not None,
             "INV_TEMPERATURE": 1.0 / temperature,
-            **_row_config(vocab),
+            **CONFIG(hidden.device, dtype, self.rows, vocab),
         }
 
     def chunks(self) -> list[slice]:

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 import sympy
 import torch
 
+from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._op import Cost, Op, Reason, Recompute, raw_op, register, use_triton
 from fastft.kernels._triton import jit, tl, triton
 
@@ -85,6 +86,28 @@ def nf4_dequantize_reference(
 #: A program's tile is GROUPS × 4 bytes: 8 weights a thread and step, so that each thread stores 16 bytes of bf16 at
 #: once, neighbours side by side.
 GROUPS = 512
+
+
+def _groups(device: torch.device, dtype: torch.dtype, size: int, blocksize: int, double: bool) -> Config:
+    return {"GROUPS": GROUPS, "num_warps": 4}
+
+
+def _legal(
+    config: Config, device: torch.device, dtype: torch.dtype, size: int, blocksize: int, double: bool
+) -> str | None:
+    # The kernel counts on tiles that begin with a block.
+    if config["GROUPS"] * 8 % blocksize:
+        return f"a tile of {config['GROUPS'] * 8} weights is no number of blocks of {blocksize}"
+    return crowded(config["GROUPS"] * 16, config["num_warps"])
+
+
+CONFIG = Space(
+    "nf4.dequantize",
+    {"GROUPS": (64, 128, 256, 512, 1024, 2048), "num_warps": (1, 2, 4, 8)},
+    _groups,
+    sizes=("size", "blocksize", "double"),
+    legal=_legal,
+)
 
 
 @jit
@@ -151,7 +174,8 @@ def dequantize_into(
         return out.copy_(nf4_dequantize_reference(packed, *scales, out.shape, out.dtype))
     size = out.numel()
     if size:
-        _nf4_dequantize_kernel[(triton.cdiv(size, GROUPS * 8),)](
+        tile = CONFIG(packed.device, out.dtype, size, blocksize, absmax_code is not None)
+        _nf4_dequantize_kernel[(triton.cdiv(size, tile["GROUPS"] * 8),)](
             out,
             packed.view(torch.uint8),
             _levels(packed.device),
@@ -164,8 +188,7 @@ def dequantize_into(
             BLOCKSIZE2=blocksize2,
             DOUBLE=absmax_code is not None,
             WHOLE=size % 8 == 0,
-            GROUPS=GROUPS,
-            num_warps=4,
+            **tile,
             # A fused multiply-add would skip the rounding between product and offset, and with it bit equality.
             enable_fp_fusion=False,
         )

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import torch
 
+from fastft.kernels._config import Config, row_space
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import SAME_SUMS, processors, row_offset, row_tile, row_values, rows_of, size, tile_at
 from fastft.kernels._triton import jit, tl, triton
@@ -52,6 +53,18 @@ def reference(
 
 #: Widest row that one program keeps in registers. The widest hidden size of a published model is 18432.
 MAX_N = 32768
+
+
+def _tile(device: torch.device, dtype: torch.dtype, rows: int, n: int) -> Config:
+    """A program's tile, and its warps. ``PROGRAMS``: programs for each processor, where they write partial rows: few
+    enough that summing those is cheap, enough to fill the GPU.
+    """
+    block_m, block_n, warps = row_tile(n)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "PROGRAMS": 4}
+
+
+FORWARD = row_space("rms_norm.forward", _tile, values_per_element=2)
+BACKWARD = row_space("rms_norm.backward", _tile, values_per_element=3, programs=True)
 
 
 # ---------------------------------------------------------------- forward kernel
@@ -137,13 +150,13 @@ def _forward(
         dense_y, dense_r = _forward(x.contiguous(), weight, eps, offset, out_dtype)
         return y.copy_(dense_y), r.copy_(dense_r)
     n = x.shape[-1]
-    block_m, block_n, warps = row_tile(n)
+    tile = FORWARD(x.device, x.dtype, walk.count, n)
     (x_outer, x_inner), (y_outer, y_inner), (r_outer, r_inner) = walk.strides
-    _forward_kernel[(triton.cdiv(walk.count, block_m),)](
+    _forward_kernel[(triton.cdiv(walk.count, tile["BLOCK_M"]),)](
         x, x if weight is None else weight.contiguous(), y, r,
         walk.count, walk.inner, x_outer, x_inner, y_outer, y_inner, r_outer, r_inner,
         N=n, EPS=eps, OFFSET=offset, HAS_WEIGHT=weight is not None,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, **SAME_SUMS,
+        BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=tile["num_warps"], **SAME_SUMS,
     )  # fmt: skip
     return y, r
 
@@ -185,10 +198,10 @@ def _backward(
         )
         return (dx.copy_(dense) if want_dx else dx), dweight
     n = x.shape[-1]
-    block_m, block_n, warps = row_tile(n)
-    programs = triton.cdiv(walk.count, block_m)
-    if want_dweight:  # few enough partial rows that summing them is cheap, enough programs to fill the GPU
-        programs = min(programs, 4 * processors(x.device))
+    tile = BACKWARD(x.device, x.dtype, walk.count, n)
+    programs = triton.cdiv(walk.count, tile["BLOCK_M"])
+    if want_dweight:
+        programs = min(programs, tile["PROGRAMS"] * processors(x.device))
     partial = x.new_empty((programs, n) if want_dweight else (0,), dtype=torch.float32)
     x_strides, dy_strides, r_strides, z_strides, dx_strides = walk.strides
     _backward_kernel[(programs,)](
@@ -196,7 +209,7 @@ def _backward(
         walk.count, walk.inner, *dy_strides, *x_strides, *r_strides, *z_strides, *dx_strides,
         N=n, OFFSET=offset, HAS_WEIGHT=weight is not None, HAS_Z=z is not None,
         WANT_DX=want_dx, WANT_DWEIGHT=want_dweight,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, **SAME_SUMS,
+        BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=tile["num_warps"], **SAME_SUMS,
     )  # fmt: skip
     return dx, dweight.copy_(partial.sum(0)) if want_dweight else dweight
 

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import torch
 
+from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import size
 from fastft.kernels._triton import jit, tl, triton
@@ -215,6 +216,24 @@ def _kernel(
 TILE = 4096
 
 
+def _tile(device: torch.device, dtype: torch.dtype, *sizes: int) -> Config:
+    return {"TILE": TILE, "num_warps": 4}
+
+
+def _legal(config: Config, device: torch.device, dtype: torch.dtype, *sizes: int) -> str | None:
+    return crowded(3 * config["TILE"], config["num_warps"])
+
+
+CONFIG = Space(
+    "rotary.turn",
+    {"TILE": (512, 1024, 2048, 4096, 8192), "num_warps": (1, 2, 4, 8)},
+    _tile,
+    tokens=("tokens",),
+    sizes=("q_heads", "k_heads", "head_dim", "rotary_dim", "style", "transpose"),
+    legal=_legal,
+)
+
+
 def _launch(
     q: torch.Tensor | None,
     k: torch.Tensor | None,
@@ -242,7 +261,8 @@ def _launch(
     heads = [t.shape[3 - seq_dim] for t in (q_in, k_in)]
     half = rotary_dim // 2
     block = triton.next_power_of_2(half)
-    tiles = [min(triton.next_power_of_2(h), max(1, TILE // (2 * block))) for h in heads]
+    config = CONFIG(q_in.device, q_in.dtype, batch * seq, *heads, width, rotary_dim, style, transpose)
+    tiles = [min(triton.next_power_of_2(h), max(1, config["TILE"] // (2 * block))) for h in heads]
     x_pairs, y_pairs = STYLES[style]
     _kernel[(batch * seq,)](
         q_in, k_in, q_out, k_out, cos, sin,
@@ -252,7 +272,7 @@ def _launch(
         D=width, HALF=half, FULL_TABLES=cos.shape[-1] == rotary_dim, X_PAIRS=x_pairs, Y_PAIRS=y_pairs,
         TRANSPOSE=transpose, HAS_Q=q is not None, HAS_K=k is not None,
         BLOCK_Q=tiles[0], BLOCK_K=tiles[1], BLOCK=block, BLOCK_REST=triton.next_power_of_2(max(width - rotary_dim, 1)),
-        num_warps=4,
+        num_warps=config["num_warps"],
     )  # fmt: skip
 
 

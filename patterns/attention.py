@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastft.autotune.variants import run
 from fastft.kernels.attention import OP as ATTENTION
 from fastft.kernels.attention import attention, attention_mask
 from fastft.patterns._match import (
@@ -35,10 +36,10 @@ from fastft.patterns.masks import Structure, recover
 
 
 def rounded_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, to: torch.dtype, **options: Any
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, to: torch.dtype, variant: str = "", **options: Any
 ) -> torch.Tensor:
-    """:func:`attention` of q, k and v rounded to one dtype, as autocast rounds them."""
-    return attention(q.to(to), k.to(to), v.to(to), **options)
+    """:func:`attention` (or a variant of it) of q, k and v rounded to one dtype, as autocast rounds them."""
+    return run(ATTENTION.name, variant, q.to(to), k.to(to), v.to(to), **options)
 
 
 def _sdpa(m: Match) -> Rewrite | Reason | None:

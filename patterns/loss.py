@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastft.autotune.variants import run
 from fastft.kernels._op import OPS
-from fastft.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_prob
+from fastft.kernels.linear_cross_entropy import linear_log_prob
 from fastft.patterns._match import (
     Bindings,
     Match,
@@ -50,15 +51,16 @@ def rows_linear_cross_entropy(
     *,
     rows: tuple[Any, ...],
     out_dtype: torch.dtype,
+    variant: str = "",
     **options: Any,
 ) -> torch.Tensor:
-    """:func:`linear_cross_entropy` of the rows ``hidden[rows[0]][rows[1]]...``, rounded to ``out_dtype`` (what the
-    uncompiled loss has). :data:`FLAT` among ``rows``: all axes but the last become one there.
+    """``linear_cross_entropy`` (or a variant of it) of the rows ``hidden[rows[0]][rows[1]]...``, rounded to
+    ``out_dtype`` (what the uncompiled loss has). :data:`FLAT` among ``rows``: all axes but the last become one there.
     """
     for index in rows:
         hidden = hidden.reshape(-1, hidden.shape[-1]) if index == FLAT else hidden[index]
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    return linear_cross_entropy(hidden, weight, bias, labels, **options).to(out_dtype)
+    return run(NAME, variant, hidden, weight, bias, labels, **options).to(out_dtype)
 
 
 @dataclass(frozen=True)
@@ -287,14 +289,15 @@ def ignoring_log_prob(
     *,
     items: tuple[int, ...],
     ignore_index: int,
+    variant: str = "",
     **options: Any,
 ) -> Any:
-    """The fields ``items`` of :func:`linear_log_prob` for ``labels`` of any shape: those equal to ``ignore_index`` are
-    ignored, other negative ones count as 0. One field comes as itself, several as a tuple.
+    """The fields ``items`` of :func:`linear_log_prob` (or a variant of it) for ``labels`` of any shape: those equal to
+    ``ignore_index`` are ignored, other negative ones count as 0. One field comes as itself, several as a tuple.
     """
     flat = labels.reshape(-1)
     flat = torch.where(flat == ignore_index, ignore_index, flat.clamp(min=0))
-    found = linear_log_prob(hidden, weight, bias, flat, ignore_index=ignore_index, **options)
+    found = run("linear_log_prob", variant, hidden, weight, bias, flat, ignore_index=ignore_index, **options)
     return found[items[0]] if len(items) == 1 else tuple(found[i] for i in items)
 
 

@@ -34,7 +34,7 @@ def test_help_lists_the_commands() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "fastft", "--help"], check=True, capture_output=True, text=True
     ).stdout
-    assert all(command in found for command in ("bench", "demo", "doctor", "explain", "verify"))
+    assert all(command in found for command in ("bench", "demo", "doctor", "explain", "tune", "verify"))
 
 
 def test_an_unknown_command_is_refused() -> None:

@@ -184,6 +184,7 @@ class Drill:
 
 INDUCTOR = {"residual": "inductor"}
 DRILLS: dict[str, Drill] = {
+    "sharing what is tuned": Drill(replaced("fastft.compiler.database.share")),
     "normalising": Drill(after("fastft.compiler.normalise"), norms=1),  # two are in the checkpointed layer
     "rewriting": Drill(after("fastft.compiler.rewrite"), norms=0),
     "leaving the logits out": Drill(after("fastft.compiler.drop_lazy")),
@@ -193,6 +194,7 @@ DRILLS: dict[str, Drill] = {
     "seed of table …": Drill(edited_tables(bad_seed)),
     "rule …: matching": Drill(edited_tables(bad_patterns)),
     "rule …: its answer to a match": Drill(edited_tables(bad_answers, "rms_norm"), norms=0),
+    "rule …: its variant": Drill(replaced("fastft.rewrite._take_variant"), norms=0),
     "rule …: making its rewrite": Drill(second_only("_relax_views")),
     "adding up work": Drill(replaced("fastft.rewrite._add_work")),
     "making lazy logits": Drill(replaced("fastft.outputs.lazy_logits")),

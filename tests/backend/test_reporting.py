@@ -23,9 +23,7 @@ def example() -> Report:
             Site("rms_norm", "layers.0.norm", REPLACED, rule="norm.py:44"),
             Site("rms_norm", "model.layers.1.norm", REPLACED, rule="norm.py:44"),
             Site("rms_norm", "model.norm", REPLACED, rule="norm.py:45", notes="a note"),
-            Site(
-                "attention", "model.layers.0.attn", MISSED, "shape: [batch, seq] is not [/b]", rule="attention.py:9"
-            ),
+            Site("attention", "model.layers.0.attn", MISSED, "shape: [batch, seq] is not [/b]", rule="attention.py:9"),
             Site("rotary", "", SKIPPED, "out of fuel"),
         ],
         graphs=1,

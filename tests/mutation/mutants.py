@@ -1124,4 +1124,101 @@ MUTANTS: tuple[Mutant, ...] = (
         "    if False:",
         "tests/patterns/test_residual_norm.py -k regions",
     ),
+    Mutant(
+        "database: the shipped record goes before the user's",
+        "autotune/database.py",
+        """        if (value := self.store.get(key)) is not None:
+            return Found(value, "tuned")
+        value = self.shipped.get(key)
+        return None if value is None else Found(value, "shipped")""",
+        """        if (value := self.shipped.get(key)) is not None:
+            return Found(value, "shipped")
+        value = self.store.get(key)
+        return None if value is None else Found(value, "tuned")""",
+        "tests/autotune/test_database.py -k order_of_selection",
+    ),
+    Mutant(
+        "database: what is tuned goes before what was asked for",
+        "autotune/database.py",
+        '    if explicit is not None:\n        return explicit, "explicit"\n',
+        '    if explicit is not None and not (device and current(device).find(key)):\n        return explicit, "explicit"\n',
+        "tests/autotune/test_database.py -k order_of_selection",
+    ),
+    Mutant(
+        "database: the key without the dtype",
+        "autotune/database.py",
+        "{str(dtype).removeprefix('torch.')}/",
+        "any/",
+        "tests/autotune/test_database.py -k every_argument",
+    ),
+    Mutant(
+        "database: an argument may be left out of the key",
+        "autotune/database.py",
+        "    assert not left, ",
+        "    assert left is not None, ",
+        "tests/autotune/test_database.py -k cannot_be_forgotten",
+    ),
+    Mutant(
+        "database: a file about another device",
+        "autotune/database.py",
+        '    if body["device"] != device:',
+        '    if body["device"] == "":',
+        "tests/autotune/test_database.py -k files_that_are_refused",
+    ),
+    Mutant(
+        "database: an illegal configuration is launched",
+        "autotune/database.py",
+        "    if (why := space.legal(config, *key)) is not None:",
+        "    if (why := None) is not None:",
+        "tests/autotune/test_database.py -k illegal_record",
+    ),
+    Mutant(
+        "database: every rank takes its own",
+        "autotune/database.py",
+        "        return Table(device, records)\n    except",
+        "        return Table(device)\n    except",
+        "tests/autotune/test_database.py -k hands_both",
+    ),
+    Mutant(
+        "search: a win within the noise",
+        "autotune/search.py",
+        "us < default_us * (1.0 - noise)",
+        "us < default_us",
+        "tests/autotune/test_search.py -k noise",
+    ),
+    Mutant(
+        "search: a candidate with a wrong result is timed",
+        "autotune/search.py",
+        "    able = [label for label in labels if runs(label)]",
+        "    able = [label for label in labels if runs(label) or True]",
+        "tests/autotune/test_search.py -k written_down",
+    ),
+    Mutant(
+        "variants: a forced variant where it is not legal",
+        "autotune/variants.py",
+        '        return variant if reason is None else Reason("variant", f"variant {found}: {reason}")',
+        "        return variant",
+        "tests/autotune/test_variants.py -k legal_nowhere",
+    ),
+    Mutant(
+        "variants: of a source that was edited since",
+        "autotune/variants.py",
+        '    if variant_ is None or variant_.source[:12] != found["source"] or',
+        "    if variant_ is None or",
+        "tests/autotune/test_variants.py -k tuned_variant",
+    ),
+    Mutant(
+        "variants: not in the caches' stamp",
+        "backend/compiler.py",
+        "stamp = source_hash() + variants.stamp()",
+        "stamp = source_hash()",
+        "tests/autotune/test_variants.py -k cache_stamp",
+    ),
+    Mutant(
+        "config: the heuristic for what is tuned",
+        "kernels/_config.py",
+        "        return config if tuned is None else {**config, **tuned}",
+        "        return config if tuned is None else {**tuned, **config}",
+        "tests/kernels/test_config.py -k looks_up_once",
+    ),
 )

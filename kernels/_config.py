@@ -1,0 +1,196 @@
+"""Launch configurations: block sizes, warps and stages of a Triton kernel, as a declared search space with a heuristic.
+
+A kernel's file says, once, what may be chosen, what is legal, and what is taken where nobody has measured::
+
+    FORWARD = Space(
+        "rms_norm.forward", {"BLOCK_M": (1, 2, 4), "num_warps": (4, 8)}, _heuristic, tokens=("rows",), sizes=("n",)
+    )
+
+and its launcher asks ``FORWARD(x.device, x.dtype, rows, n)`` with the sizes that matter, in the order in which the
+space names them. What comes back is the heuristic's configuration, with what ``fastft tune`` found best for such sizes
+on such a device in its place. With nothing tuned it is the heuristic's, exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger("fastft")
+
+Config = dict[str, int]
+
+#: Registers that a thread may have, 4 bytes each.
+REGISTERS = 255
+#: Shared memory of a block on Hopper and data-centre Blackwell, bytes. Less elsewhere: a candidate that does not fit
+#: there fails to launch while tuning, which is noted.
+SHARED_BYTES = 227 * 1024
+#: More sizes than this are not kept for one kernel (a run where every batch has another length).
+MOST_KEPT = 4096
+
+_UNKNOWN: Any = object()
+
+
+class Space:
+    """The configurations of one kernel.
+
+    ``kernel``: its name, ``op.kernel``. ``values``: parameter → what it can be. ``heuristic(device, dtype, *sizes)``:
+    the configuration where nothing is tuned; it may hold more than ``values`` names (what follows from the sizes).
+    ``tokens``, ``sizes``: names of the sizes that a launch passes, in order, first those that differ from batch to
+    batch (tuned for each power of two), then those that the model fixes (tuned for each). ``legal(config, device,
+    dtype, *sizes)``: None, or why a configuration cannot run, said before anything is compiled.
+    """
+
+    def __init__(
+        self,
+        kernel: str,
+        values: Mapping[str, tuple[int, ...]],
+        heuristic: Callable[..., Config],
+        *,
+        tokens: tuple[str, ...] = (),
+        sizes: tuple[str, ...] = (),
+        legal: Callable[..., str | None] | None = None,
+    ) -> None:
+        if kernel in SPACES:
+            raise ValueError(f"a space for {kernel!r} is registered already, by {SPACES[kernel].file}")
+        self.kernel, self.values, self.heuristic, self.tokens, self.sizes = kernel, values, heuristic, tokens, sizes
+        self._legal = legal
+        self.file: Path = Path(sys._getframe(1).f_code.co_filename)
+        self.explicit: Config | None = None
+        #: What was asked for while :func:`listening`, in order.
+        self.asked: dict[tuple[Any, ...], None] | None = None
+        self._kept: dict[tuple[Any, ...], Config | None] = {}
+        SPACES[kernel] = self
+
+    def __call__(self, *key: Any) -> Config:
+        """The configuration for ``key``: device, dtype, and the sizes in the order of ``tokens`` and ``sizes``."""
+        tuned = self._kept.get(key, _UNKNOWN)
+        if tuned is _UNKNOWN:
+            tuned = self._look_up(key)
+        config = self.heuristic(*key)
+        return config if tuned is None else {**config, **tuned}
+
+    def _look_up(self, key: tuple[Any, ...]) -> Config | None:
+        """What is chosen in place of the heuristic's; None: nothing. It never raises: a kernel is about to run."""
+        if self.asked is not None:
+            self.asked[key] = None
+        tuned: Config | None = None
+        try:
+            from fastft.autotune import database
+
+            tuned, _ = database.select_config(self, key, self.explicit)
+        except Exception as error:
+            log.warning("the tuned configuration of %s could not be looked up: %s", self.kernel, error, exc_info=error)
+        if self.asked is None:
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            self._kept[key] = tuned
+        return tuned
+
+    def legal(self, config: Mapping[str, int], *key: Any) -> str | None:
+        """None, or why this configuration is not one for ``key``: a value that is not declared, or one that cannot
+        run."""
+        for name, value in config.items():
+            if value not in self.values.get(name, ()):
+                allowed = self.values.get(name)
+                return f"{name} is {value}, not one of {allowed}" if allowed else f"{name} is no parameter of it"
+        if self._legal is None or dict(config) == self.chosen(*key):  # the heuristic's runs, whatever an estimate says
+            return None
+        return self._legal({**self.heuristic(*key), **config}, *key)
+
+    def candidates(self, *key: Any) -> tuple[list[Config], dict[str, str]]:
+        """Every declared configuration that is legal for ``key``; and what is not, by :func:`shown`, with why."""
+        found, refused = [], {}
+        for values in itertools.product(*self.values.values()):
+            config = dict(zip(self.values, values, strict=True))
+            if (why := self.legal(config, *key)) is None:
+                found.append(config)
+            else:
+                refused[shown(config)] = why
+        return found, refused
+
+    def chosen(self, *key: Any) -> Config:
+        """The part of the heuristic's configuration that the space declares."""
+        config = self.heuristic(*key)
+        return {name: config[name] for name in self.values}
+
+    @contextlib.contextmanager
+    def using(self, config: Config | None) -> Iterator[None]:
+        """Within, launches take ``config`` (for any sizes; None: what they would)."""
+        before, self.explicit = self.explicit, config
+        self._kept.clear()
+        try:
+            yield
+        finally:
+            self.explicit = before
+            self._kept.clear()
+
+    @functools.cached_property
+    def source(self) -> str:
+        """sha256 of the kernel's file, hex: an edit makes what was measured before void."""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+
+SPACES: dict[str, Space] = {}
+
+
+def shown(config: Mapping[str, int]) -> str:
+    """A configuration in one line."""
+    return " ".join(f"{name}={value}" for name, value in config.items())
+
+
+def forget() -> None:
+    """Look everything up again: what is tuned has changed."""
+    for space in SPACES.values():
+        space._kept.clear()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[dict[Space, dict[tuple[Any, ...], None]]]:
+    """Within, what launches ask for is noted: space → keys. It fills while the block runs."""
+    found: dict[Space, dict[tuple[Any, ...], None]] = {space: {} for space in SPACES.values()}
+    for space in found:
+        space._kept.clear()
+        space.asked = found[space]
+    try:
+        yield found
+    finally:
+        for space in found:
+            space.asked = None
+
+
+def crowded(elements: float, warps: int, most: int = REGISTERS) -> str | None:
+    """Why a program cannot hold so many 4-byte values in the registers of its threads; None: it can."""
+    each = math.ceil(elements / (32 * warps))
+    return f"{each} values for each thread; {most} registers" if each > most else None
+
+
+def row_space(kernel: str, heuristic: Callable[..., Config], *, values_per_element: int, programs: bool = False) -> Any:
+    """The space of a kernel that keeps tiles of whole rows (``BLOCK_M`` of them) in registers, as norms do.
+
+    ``values_per_element``: how many fp32 values of the tile are alive at once. ``programs``: with how many programs for
+    each processor share the rows where partial sums are written. Sizes: rows, N.
+    """
+
+    def legal(config: Config, device: torch.device, dtype: torch.dtype, rows: int, n: int) -> str | None:
+        tile = config["BLOCK_M"] * config["BLOCK_N"]
+        if tile < 32 * config["num_warps"]:
+            return f"{tile} elements for {32 * config['num_warps']} threads"
+        return crowded(values_per_element * tile, config["num_warps"])
+
+    values: dict[str, tuple[int, ...]] = {"BLOCK_M": (1, 2, 4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8, 16)}
+    if programs:
+        values["PROGRAMS"] = (1, 2, 4, 8)
+    space = Space(kernel, values, heuristic, tokens=("rows",), sizes=("n",), legal=legal)
+    space.file = Path(sys._getframe(1).f_code.co_filename)
+    return space

@@ -1,0 +1,322 @@
+"""Variants: what there is, what can be registered, and that the one that was asked for is in the program."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastft
+import fastft.kernels
+from fastft import reporting
+from fastft.autotune import database
+from fastft.autotune import variants as module
+from fastft.kernels import attention as attention_file
+from fastft.kernels._op import OPS, Reason
+from fastft.options import OptionError, Options
+from tests.autotune import _mine
+from tests.kernels._samples import samples
+
+fastft.kernels.load()
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setattr(module, "_USERS", {})
+    monkeypatch.setattr(module, "_PROBLEMS", [])
+    monkeypatch.setattr(module, "_LOADED", True)
+    monkeypatch.setenv("FASTFT_CACHE_DIR", str(tmp_path))
+    database.forget()
+    torch._dynamo.reset()
+    reporting.reset()
+    _mine.CALLS.clear()
+    yield
+    database.forget()
+
+
+class MLP(torch.nn.Module):
+    """Two SwiGLUs and a GeGLU."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.silu(a) * b
+        return torch.nn.functional.silu(y) * b + torch.nn.functional.gelu(a) * y
+
+
+def trained(model: torch.nn.Module, *inputs: torch.Tensor, **options: Any) -> tuple[list[torch.Tensor], fastft.Report]:
+    """Loss and gradients of a step, and its report."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    loss = torch.compile(model, backend="fastft", options={"residual": "eager", **options})(*leaves).square().sum()
+    return [loss, *torch.autograd.grad(loss, leaves)], fastft.report()
+
+
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_ours(op: str) -> None:
+    found = {v.name: v for v in fastft.variants.list(op)}
+    ours = ["auto", "triton", "sdpa", "reference"] if op == "attention" else ["triton", "reference"]
+    assert [*found] == ours
+    assert next(iter(found.values())).call is OPS[op].call
+    assert found["reference"].call is OPS[op].reference
+    for v in found.values():
+        assert v.ours and v.op == op and len(v.source) == 64
+        assert fastft.variants.get(op, v.name) == v
+
+
+def test_the_reference_is_legal_everywhere() -> None:
+    for op in OPS.values():
+        for sample in samples(op):
+            assert fastft.variants.get(op.name, "reference").refuses(*sample.args, **sample.kwargs) is None
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(KeyError, match=r"no op 'gluu' \(did you mean 'glu'\?\)"):
+        fastft.variants.list("gluu")
+    with pytest.raises(
+        KeyError, match=r"no variant 'refrence' \(did you mean 'reference'\?\); it has triton, reference"
+    ):
+        fastft.variants.get("glu", "refrence")
+
+
+def test_a_users_variant() -> None:
+    assert fastft.variants.register("glu", "mine", supported=_mine.only_silu)(_mine.glu) is _mine.glu
+    mine = fastft.variants.get("glu", "mine")
+    assert not mine.ours and mine in fastft.variants.list("glu")
+    assert mine.refuses(*pair(), "silu") is None
+    assert mine.refuses(*pair(), "gelu") == Reason("variant", "gelu is another activation")
+    fastft.variants.register("glu", "mine")(_mine.glu)  # a notebook's cell run again
+    with pytest.raises(ValueError, match=r"a variant 'mine' already, tests\.autotune\._mine\.glu"):
+        fastft.variants.register("glu", "mine")(_mine.wrong_glu)
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "message"),
+    [
+        ("gluu", "mine", r"no op 'gluu' \(did you mean 'glu'\?\)"),
+        ("glu", "triton", "of fastft's own"),
+        ("glu", "a b", "no name of a variant"),
+        ("glu", "", "no name of a variant"),
+    ],
+)
+def test_names_that_cannot_be_taken(op: str, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastft.variants.register(op, name)
+
+
+def test_functions_that_a_graph_cannot_name() -> None:
+    def inner(gate: Any, up: Any, kind: str) -> Any:
+        return gate
+
+    made: dict[str, Any] = {}
+    exec("def sourceless(gate, up, kind):\n    return gate", {"__name__": "nowhere"}, made)
+    for function, message in (
+        (lambda gate, up, kind: gate, "lambda"),
+        (inner, "defined in another function"),
+        (made["sourceless"], "no source that can be read"),
+        (torch.nn.Identity(), "a function of a module"),
+        (_mine.never, r"parameters \(args\); glu has \(gate, up, kind\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastft.variants.register("glu", "mine")(function)
+    assert module._USERS == {}
+
+
+def test_the_variant_that_was_asked_for_is_in_the_program() -> None:
+    fastft.variants.register("glu", "mine", supported=_mine.only_silu)(_mine.glu)
+    inputs = pair()
+    plain, _ = trained(MLP(), *inputs)
+    torch._dynamo.reset()
+    reporting.reset()
+    assert not _mine.CALLS
+    found, report = trained(MLP(), *inputs, variants={"glu": "mine"})
+    assert set(_mine.CALLS) == {"silu"}
+    torch.testing.assert_close(found, plain)
+    replaced = [s for s in report.sites if s.status == "replaced"]
+    assert [s.notes for s in replaced] == ["variant mine"] * 2
+    (left,) = report.missed
+    assert left.reason == "variant: variant mine: gelu is another activation"
+
+
+def test_without_a_choice_nothing_is_noted() -> None:
+    _, report = trained(MLP(), *pair())
+    assert [s.notes for s in report.sites] == [""] * 3
+    assert not report.missed
+
+
+def test_a_variant_that_is_legal_nowhere_leaves_all_sites() -> None:
+    fastft.variants.register("glu", "mine", supported=_mine.never)(_mine.glu)
+    _, report = trained(MLP(), *pair(), variants={"glu": "mine"})
+    assert report.counts == {} and {s.reason for s in report.missed} == {"variant: variant mine: no time today"}
+
+
+def test_inductor_compiles_a_variant_too() -> None:
+    fastft.variants.register("glu", "mine", supported=_mine.only_silu)(_mine.glu)
+    inputs = pair()
+    plain, _ = trained(MLP(), *inputs)
+    torch._dynamo.reset()
+    found, _ = trained(MLP(), *inputs, variants={"glu": "mine"}, residual="inductor")
+    torch.testing.assert_close(found, plain)
+
+
+def test_its_source_is_in_the_cache_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastft import compiler
+
+    stamped: list[dict[str, str]] = []
+    stock = compiler.compat.cache_stamp
+    monkeypatch.setattr(compiler.compat, "cache_stamp", lambda f: stamped.append(dict(f)) or stock(f))
+    assert module.stamp() == ""
+    fastft.variants.register("glu", "mine", supported=_mine.only_silu)(_mine.glu)
+    trained(MLP(), *pair(), variants={"glu": "mine"}, residual="inductor")
+    (one,) = stamped
+    assert one["tests.autotune._mine.glu"].endswith(module.stamp()) and module.stamp()
+    before = module.stamp()
+    monkeypatch.setattr(module, "_source", lambda function: "0" * 64)
+    fastft.variants.register("glu", "mine", supported=_mine.only_silu)(_mine.glu)
+    assert module.stamp() != before
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, causal: bool = True, autocast: bool = False) -> None:
+        super().__init__()
+        self.causal, self.autocast = causal, autocast
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = None
+        if not self.causal:
+            i = torch.arange(q.shape[2], device=q.device)
+            mask = ((i[None, :] <= i[:, None]) & (i[None, :] > i[:, None] - 2))[None, None]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal).float()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["auto", "triton", "sdpa", "reference"])
+def test_attentions_routes(name: str, autocast: bool) -> None:
+    inputs = [torch.randn(1, 2, 5, 4) for _ in range(3)]
+    plain, _ = trained(Attention(autocast=autocast), *inputs)
+    torch._dynamo.reset()
+    reporting.reset()
+    found, report = trained(Attention(autocast=autocast), *inputs, variants={"attention": name})
+    (site,) = report.sites
+    assert site.status == "replaced" and ("variant" in site.notes) == (name != "auto")
+    torch.testing.assert_close(found, plain, **({"rtol": 0.05, "atol": 0.05} if autocast else {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_mask_that_sdpa_does_not_know(autocast: bool) -> None:
+    inputs = [torch.randn(1, 2, 5, 4) for _ in range(3)]
+    _, report = trained(Attention(causal=False, autocast=autocast), *inputs, variants={"attention": "sdpa"})
+    (site,) = report.missed
+    assert "variant sdpa: scaled_dot_product_attention knows a causal mask" in site.reason
+
+
+def test_triton_is_not_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CUDA:
+        is_cuda, shape, dtype = True, (1, 2, 5, 4), torch.bfloat16
+
+    monkeypatch.setattr(attention_file, "_cudnn_takes", lambda *a: True)
+    monkeypatch.setattr(attention_file, "use_triton", lambda q: True)
+    q: Any = CUDA()
+    arguments = (q, q, q, None, None, None, None, None, None, True, 0, 0, 1.0, 0.0)
+    assert attention_file._Call(*arguments).backend == "cudnn"
+    assert attention_file._Call(*arguments, "triton").backend == "triton"
+
+
+def test_every_sample_of_attention_by_the_other_routes() -> None:
+    for name in ("triton", "sdpa"):
+        variant, ran = fastft.variants.get("attention", name), 0
+        for sample in samples(OPS["attention"]):
+            if variant.refuses(*sample.args, **sample.kwargs) is None:
+                torch.testing.assert_close(sample.outputs(variant.call), sample.outputs(OPS["attention"].reference))
+                ran += 1
+        assert ran
+
+
+@pytest.mark.parametrize("op", sorted(set(OPS) - {"lora_linears", "nf4_dequantize"}))
+def test_references_have_the_ops_results_and_gradients(op: str) -> None:
+    reference = fastft.variants.get(op, "reference").call
+    for sample in samples(OPS[op]):
+        for call in (OPS[op].call, reference):
+            assert all(isinstance(t, torch.Tensor) or t is None for t in sample.outputs(call))
+
+
+def test_options() -> None:
+    assert Options.of({"variants": {"glu": "reference"}}).variants == {"glu": "reference"}
+    for wrong, message in (
+        ({"gluu": "mine"}, r"no op 'gluu' \(did you mean 'glu'\?\); it has attention, "),
+        ({"glu": "refrence"}, r"no variant 'refrence' \(did you mean 'reference'\?\); it has triton, reference"),
+        ("glu", "it is a dict of ops"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            Options.of({"variants": wrong})
+
+
+def entry_points(monkeypatch: pytest.MonkeyPatch, *values: str) -> None:
+    found = [importlib.metadata.EntryPoint(f"e{i}", v, module.GROUP) for i, v in enumerate(values)]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: found)
+    monkeypatch.setattr(module, "_LOADED", False)
+
+
+def plug_in() -> None:
+    fastft.variants.register("glu", "plugged")(_mine.glu)
+
+
+def broken() -> None:
+    raise RuntimeError("no such GPU")
+
+
+def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry_points(monkeypatch, f"{__name__}:broken", "no.such.module:x", f"{__name__}:plug_in")
+    assert "plugged" in {v.name for v in fastft.variants.list("glu")}
+    lines = [e for e in fastft.report().errors if "entry point" in e]
+    assert len(lines) == 2 and "RuntimeError: no such GPU" in lines[0] and "no.such.module" in lines[1]
+    with pytest.raises(OptionError, match="no such GPU"):
+        Options.of({"variants": {"glu": "mine"}})
+
+
+# ----------------------------------------------------------------------------------------------------- what was tuned
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "device_kind", lambda device=None: "h100")
+
+
+def tuned(variant: module.Variant, **more: Any) -> dict[str, Any]:
+    one = dict(
+        config={}, variant=variant.name, source=variant.source[:12], us=1.0, heuristic_us=2.0, noise=0.01, tried=2
+    )
+    return {**one, "failures": {}, **more}
+
+
+def test_a_tuned_variant_is_taken_where_it_was_measured(h100: None) -> None:
+    fastft.variants.register("glu", "mine")(_mine.glu)
+    op, args = OPS["glu"], (*pair(), "silu")
+    _, key = module.site_key(op, args, {})
+    assert module.choose(op, None, args, {}).name == "triton"  # type: ignore[union-attr]
+    database.user_store().put(key, tuned(fastft.variants.get("glu", "mine")))
+    database.forget()
+    assert module.choose(op, None, args, {}).name == "mine"  # type: ignore[union-attr]
+    assert module.choose(op, "reference", args, {}).name == "reference", "explicit goes first"  # type: ignore[union-attr]
+    assert module.choose(op, None, (*pair(), "gelu"), {}).name == "triton"  # type: ignore[union-attr]
+    database.user_store().put(key, tuned(fastft.variants.get("glu", "mine"), source="0" * 12))
+    database.forget()
+    assert module.choose(op, None, args, {}).name == "triton", "of another source"  # type: ignore[union-attr]
+
+
+def test_verified_is_of_this_source_and_device() -> None:
+    fastft.variants.register("glu", "mine")(_mine.glu)
+    mine = fastft.variants.get("glu", "mine")
+    assert module.verified(fastft.variants.get("glu", "reference"), "h100")
+    assert not module.verified(mine, "h100")
+    module.note_verified(mine, "h100", True)
+    assert module.verified(mine, "h100") and not module.verified(mine, "")
+    assert not module.verified(module.Variant("glu", "mine", mine.call, mine.supported, source="0" * 64), "h100")
+    module.note_verified(mine, "h100", False)
+    assert not module.verified(mine, "h100")

@@ -1,0 +1,120 @@
+"""What the kernels are launched with at the sizes of ``bench/shapes.py``: block sizes, warps, stages, grid.
+
+Nothing runs: tensors have no memory, and a launch is noted in place of being made. An H100 is assumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from bench.shapes import Shape
+from fastft.kernels import attention, glu, layer_norm, linear_cross_entropy, nf4, rms_norm, rotary
+
+MODULES = (attention, glu, layer_norm, linear_cross_entropy, nf4, rms_norm, rotary)
+#: What a configuration decides, by the names that kernels give it.
+CONFIGURED = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_Q", "BLOCK_K", "GROUPS", "num_warps", "num_stages")
+
+Launch = dict[str, Any]
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Launch]]:
+    """Within, launches are noted (``kernel``, ``grid`` and what is configured) and not made."""
+    found: list[Launch] = []
+
+    def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        given = {name: kwargs[name] for name in CONFIGURED if name in kwargs}
+        found.append({"kernel": self.__name__, "grid": list(grid), **given})
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", note))
+        for module in MODULES:
+            stack.enter_context(mock.patch.object(module, "use_triton", lambda x: True))
+        for norm in (rms_norm, layer_norm):
+            stack.enter_context(mock.patch.object(norm, "processors", lambda device: 132))
+        stack.enter_context(mock.patch.object(attention, "_roomy", lambda device: True))
+        stack.enter_context(mock.patch.object(nf4, "_levels", lambda device: torch.empty(16, device=device)))
+        yield found
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches(s: Shape, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """Forward's and backward's launches at one of ``bench/shapes.py``'s sizes; none for ops without Triton kernels."""
+    with noting() as found:
+        _RUN[s.op](s, dtype) if s.op in _RUN else None
+    return found
+
+
+def _rms_norm(s: Shape, dtype: torch.dtype) -> None:
+    x, w = _empty(s["batch"], s["seq"], s["hidden"], dtype=dtype), _empty(s["hidden"], dtype=dtype)
+    y, r = rms_norm._forward(x, w, s["eps"], s["offset"], None)
+    for want_dweight in (True, False):
+        rms_norm._backward(y, x, w, r, None, s["offset"], True, want_dweight)
+
+
+def _layer_norm(s: Shape, dtype: torch.dtype) -> None:
+    x, w = _empty(s["batch"], s["seq"], s["hidden"], dtype=dtype), _empty(s["hidden"], dtype=dtype)
+    y, m, r = layer_norm._forward(x, w, w, s["eps"], None)
+    for want in (True, False):
+        layer_norm._backward(y, x, w, m, r, None, True, want, want)
+
+
+def _glu(s: Shape, dtype: torch.dtype) -> None:
+    both = _empty(s["batch"], s["seq"], 2 * s["intermediate"], dtype=dtype)
+    y = glu._packed_forward(both, s["activation"], True)
+    glu._packed_backward(y, both, s["activation"], True)
+    glu._backward(y, glu._forward(y, y, s["activation"]), y, s["activation"], True, True)
+
+
+def _rotary(s: Shape, dtype: torch.dtype) -> None:
+    q, k = (
+        _empty(s["batch"], s["seq"], s[n], s["head_dim"], dtype=dtype).transpose(1, 2) for n in ("heads", "kv_heads")
+    )
+    table = _empty(1, s["seq"], s["rotary_dim"], dtype=dtype)
+    rotary._forward(q, k, table, table, "half", None, s["rotary_dim"], 2)
+    rotary._backward(q, None, table, table, "half", dtype, s["rotary_dim"], 2)
+
+
+def _attention(s: Shape, dtype: torch.dtype) -> None:
+    q, k, v = (
+        _empty(s["batch"], s["seq"], s[n], s["head_dim"], dtype=dtype).transpose(1, 2)
+        for n in ("heads", "kv_heads", "kv_heads")
+    )
+    mask = (None,) * 6, True, s["window"] or 0, 0, 0.1, s["softcap"] or 0.0
+    out, lse = attention._forward(q, k, v, *mask[0], *mask[1:])
+    attention._backward(out, q, k, v, out, lse, True, True, *mask[0], *mask[1:])
+
+
+def _linear_cross_entropy(s: Shape, dtype: torch.dtype) -> None:
+    tokens = s["batch"] * s["seq"]
+    hidden, weight = _empty(tokens, s["hidden"], dtype=dtype), _empty(s["vocab"], s["hidden"], dtype=dtype)
+    labels = _empty(tokens, dtype=torch.int64)
+    maths = (-100, s["softcap"], 1.0, 1.0, dtype)
+    linear_cross_entropy._forward_all(hidden, weight, None, labels, *maths, True, False, False, False, True)
+
+
+def _nf4(s: Shape, dtype: torch.dtype) -> None:
+    n, k = s["out_features"], s["in_features"]
+    scales = _empty(-(-n * k // 64), dtype=torch.float32)
+    packed = _empty((n * k + 1) // 2, 1, dtype=torch.uint8)
+    nf4.dequantize_into(_empty(n, k, dtype=dtype), packed, scales, None, None, None, 64, 256)
+
+
+_RUN = {
+    "attention": _attention,
+    "glu": _glu,
+    "layer_norm": _layer_norm,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "nf4": _nf4,
+    "rms_norm": _rms_norm,
+    "rotary": _rotary,
+}

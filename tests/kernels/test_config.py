@@ -1,0 +1,148 @@
+"""Launch configurations: with nothing tuned they are the heuristics', what is tuned is taken; asking costs little."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import timeit
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastft.kernels
+from bench.shapes import SHAPES
+from fastft.autotune import database
+from fastft.kernels import _config, rms_norm
+from fastft.kernels._config import SPACES, Space, listening
+from fastft.kernels._op import INTERPRET
+from fastft.kernels._triton import HAS_TRITON
+
+fastft.kernels.load()
+needs_triton = pytest.mark.skipif(not HAS_TRITON or INTERPRET, reason="launches are noted in place of Triton's")
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def nothing_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.setenv("FASTFT_CACHE_DIR", str(tmp_path))
+    database.forget()
+    yield
+    database.forget()
+
+
+#: sha256 of all launches of an op at the shapes of bench/shapes.py, bf16 and fp32, as they were at commit 40be08e, when
+#: every kernel's file computed them in its launcher.
+BEFORE = {
+    "attention": "6b29e66219ebd45271483a86418958472bb2b62ae7db63a092a26ad831b6e8fe",
+    "glu": "5d06949ce135e6fde9488e6e06fde140bdfc2eb6869e2fa69fbebf09ba6f2589",
+    "layer_norm": "c7e1fa0451c41b5d3af3b3a436eae10c359c1980175c54633179d929d96657fd",
+    "linear_cross_entropy": "8224a2bf1aa41bb6cd21ab572426fd992262253c1d9afa759e09f392f86cf2b7",
+    "nf4": "99fb6a5be05ea4e987e30fae6c7ef502d07c5a8047e463f2571cde8ea07f81bb",
+    "rms_norm": "ce44545c3e4a0c013aed74ba4a153f74ac542e5254f39921daad9ffa7720df3f",
+    "rotary": "25350c69b7087b6bb0a3e18d953ca36010b2fadb4170336bcb0f4c0fd7aa40b6",
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("op", BEFORE)
+def test_with_nothing_tuned_launches_are_what_they_were(op: str) -> None:
+    from tests.kernels._launches import launches
+
+    found = [launches(s, dtype) for s in SHAPES if s.op == op for dtype in (BF16, torch.float32)]
+    assert hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest() == BEFORE[op], (
+        "tests/kernels/_launches.py shows what is launched; if a heuristic was changed on purpose, put its hash here"
+    )
+
+
+@needs_triton
+def test_the_heuristics_are_in_their_spaces_and_legal() -> None:
+    from tests.kernels._launches import launches
+
+    with listening() as asked:
+        for s in SHAPES:
+            if "test" not in s.tags:
+                launches(s)
+    assert all(asked.values()), "a space that no launch asks"
+    for space, keys in asked.items():
+        for key in keys:
+            assert space.legal(space.chosen(*key), *key) is None, (space.kernel, key)
+            found, refused = space.candidates(*key)
+            assert space.chosen(*key) in found
+            assert len(found) + len(refused) == len(list(itertools.product(*space.values.values())))
+
+
+def test_every_file_with_kernels_has_spaces() -> None:
+    # How lora_linear multiplies is cuBLAS's to choose; its own kernels are nf4's.
+    for op in fastft.kernels.load().values():
+        file = Path(fastft.kernels.__path__[0], op.call.__module__.rpartition(".")[2] + ".py")
+        launched = re.findall(r"_kernel\[", file.read_text(encoding="utf-8"))
+        assert bool(launched) == any(space.file == file for space in SPACES.values()), file
+
+
+@needs_triton
+def test_an_explicit_configuration_is_launched() -> None:
+    from tests.kernels._launches import launches
+
+    (shape,) = [s for s in SHAPES if s.op == "rms_norm" and s.model == "llama-3.1-8b" and s["seq"] == 2048]
+    with rms_norm.FORWARD.using({"BLOCK_M": 4, "num_warps": 16}):
+        forward, backward, _ = launches(shape)
+    assert (forward["BLOCK_M"], forward["BLOCK_N"], forward["num_warps"], forward["grid"]) == (4, 4096, 16, [2048])
+    assert backward["BLOCK_M"] == 1
+    assert launches(shape)[0]["BLOCK_M"] == 1
+
+
+def test_undeclared_and_illegal_configurations_are_refused() -> None:
+    key = (CPU, BF16, 8192, 4096)
+    assert "not one of" in str(rms_norm.FORWARD.legal({"BLOCK_M": 3}, *key))
+    assert "no parameter" in str(rms_norm.FORWARD.legal({"num_stages": 3}, *key))
+    assert "registers" in str(rms_norm.FORWARD.legal({"BLOCK_M": 64, "num_warps": 1}, *key))
+
+
+def test_asking_twice_looks_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(database, "select_config", lambda *a: asked.append(a) or ({"BLOCK_M": 2}, "tuned"))
+    first = rms_norm.FORWARD(CPU, BF16, 64, 128)
+    assert rms_norm.FORWARD(CPU, BF16, 64, 128) == first and first["BLOCK_M"] == 2
+    rms_norm.FORWARD(CPU, BF16, 65, 128)
+    assert len(asked) == 2
+    _config.forget()
+    rms_norm.FORWARD(CPU, BF16, 64, 128)
+    assert len(asked) == 3
+
+
+def test_a_lookup_that_fails_is_the_heuristic(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(database, "select_config", fails)
+    assert rms_norm.FORWARD(CPU, BF16, 64, 128) == rms_norm.FORWARD.heuristic(CPU, BF16, 64, 128)
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_config, "MOST_KEPT", 3)
+    for rows in range(10):
+        rms_norm.FORWARD(CPU, BF16, rows, 128)
+    assert len(rms_norm.FORWARD._kept) <= 3
+
+
+def test_a_name_is_taken_once() -> None:
+    with pytest.raises(ValueError, match="registered already"):
+        Space("rms_norm.forward", {}, lambda *_: {})
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_asking_costs_less_than_two_microseconds(tuned: bool) -> None:
+    key = (CPU, BF16, 8192, 4096)
+    space = rms_norm.FORWARD
+    plain = min(timeit.repeat(lambda: space.heuristic(*key), number=2000, repeat=15)) / 2000
+    space(*key)
+    if tuned:
+        space._kept[key] = {"BLOCK_M": 2, "num_warps": 8}
+    asked = min(timeit.repeat(lambda: space(*key), number=2000, repeat=15)) / 2000
+    print(f"heuristic {1e6 * plain:.2f} µs, asked {1e6 * asked:.2f} µs")
+    assert asked - plain < 2e-6
