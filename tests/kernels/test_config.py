@@ -37,7 +37,7 @@ def nothing_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 #: Models whose sizes have every op and mask that there is.
 MODELS = ("llama-3.1-8b", "gemma-2-9b", "starcoder2-7b")
-#: sha256 of an op's launches at these models' shapes, bf16 and fp32, as they were when every kernel's file computed them
+#: sha256 of an op's launches at these models' shapes, bf16 and fp32, as they were when each kernel's file computed them
 #: in its launcher.
 BEFORE = {
     "attention": "7790f25d79824502c1bdd943c917c3376bee309439cb267cab5106c48914dec9",
