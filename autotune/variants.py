@@ -13,7 +13,6 @@ looked at, and registers what it has.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
 import inspect
@@ -31,6 +30,7 @@ from fastft.autotune import database
 from fastft.autotune.store import Store, one_of, record, text
 from fastft.kernels._config import SPACES, Space
 from fastft.kernels._op import OPS, Cost, Op, Reason
+from fastft.options import nearest
 
 log = logging.getLogger("fastft")
 
@@ -142,12 +142,6 @@ def _check_parameters(op: Op, function: Callable[..., Any]) -> None:
             f"{function.__qualname__} has the parameters ({', '.join(names(function))}); {op.name} has "
             f"({', '.join(names(op.call))}), and a variant has the same"
         )
-
-
-def nearest(word: str, known: Any) -> str:
-    """A hint for an unknown name; empty when none is close."""
-    close = difflib.get_close_matches(str(word), [*known], n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 # ------------------------------------------------------------------------------------------------------ what there is

@@ -108,8 +108,8 @@ def compile_with_inductor(
 def _operators_by_name() -> Iterator[None]:
     """In here Inductor says which operator it has no lowering for by its name alone.
 
-    Before torch 2.13 it prints the operands too, for a log that nobody may read, each with all that it is computed
-    from; a value that is read twice is printed twice, so a residual stream doubles the text at every layer.
+    torch 2.11 prints the operands too, for a log that nobody may read, each with all that it is computed from; a value
+    that is read twice is printed twice, so a residual stream doubles the text at every layer. 2.13 waits for a reader.
     """
     from torch._inductor import exc
 

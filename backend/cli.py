@@ -300,7 +300,7 @@ def tune(
     if dtype not in ("bfloat16", "float16", "float32"):
         raise _fail(f"--dtype is {dtype!r}; it is bfloat16, float16 or float32")
     from fastft.autotune.cases import cases as cases_of
-    from fastft.autotune.variants import nearest
+    from fastft.options import nearest
 
     cases = cases_of(_fields(model), batch, seq)
     known = dict.fromkeys(case.op for case in cases)
@@ -390,7 +390,7 @@ def _show_tuned(kind: str, export: Path | None) -> None:
 
 def _fields(model: str) -> dict[str, Any]:
     """A model's sizes: of a config.json, or of a name in the repository's list."""
-    from fastft.autotune.variants import nearest
+    from fastft.options import nearest
 
     path = Path(model)
     if path.suffix == ".json" or path.is_dir():

@@ -65,7 +65,7 @@ class Options:
         for key in given:
             if key not in known:
                 raise OptionError(
-                    f"fastft has no option {key!r}{_nearest(key, known)}; it has {', '.join(sorted(known))}"
+                    f"fastft has no option {key!r}{nearest(key, known)}; it has {', '.join(sorted(known))}"
                 )
         if isinstance(given.get("disable"), str):
             given["disable"] = tuple(n.strip() for n in given["disable"].split(",") if n.strip())
@@ -94,7 +94,7 @@ class Options:
         for name in self.inductor:
             if name not in settings:
                 raise OptionError(
-                    f"option inductor names {name!r}{_nearest(name, settings)}; Inductor has no such setting"
+                    f"option inductor names {name!r}{nearest(name, settings)}; Inductor has no such setting"
                 )
         if self.inductor.get("triton.cudagraphs"):
             raise OptionError(f"option inductor sets triton.cudagraphs: it {_NO_CUDA_GRAPHS}; leave it out")
@@ -105,7 +105,7 @@ class Options:
         for name in self.disable:
             if name not in names:
                 raise OptionError(
-                    f"option disable names {name!r}{_nearest(name, names)}; the patterns are {', '.join(names)}"
+                    f"option disable names {name!r}{nearest(name, names)}; the patterns are {', '.join(names)}"
                 )
 
     def _check_variants(self) -> None:
@@ -130,16 +130,17 @@ class Options:
             raise OptionError(
                 f'mode={mode!r} {_NO_CUDA_GRAPHS}; use mode="max-autotune-no-cudagraphs" or leave mode out'
             )
-        raise OptionError(f"fastft has no mode {mode!r}{_nearest(str(mode), MODES)}; it has {', '.join(MODES)}")
+        raise OptionError(f"fastft has no mode {mode!r}{nearest(str(mode), MODES)}; it has {', '.join(MODES)}")
 
 
 def _one_of(name: str, got: Any, allowed: tuple[str, ...]) -> None:
     if got not in allowed:
         raise OptionError(
-            f"option {name} is {got!r}{_nearest(str(got), allowed)}; it is one of {', '.join(map(repr, allowed))}"
+            f"option {name} is {got!r}{nearest(str(got), allowed)}; it is one of {', '.join(map(repr, allowed))}"
         )
 
 
-def _nearest(word: str, known: Any) -> str:
+def nearest(word: str, known: Any) -> str:
+    """A hint for an unknown name; empty when none is close."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

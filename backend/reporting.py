@@ -211,6 +211,7 @@ def report() -> Report:
     """All graphs' reports merged into one, with Dynamo's count of graph breaks and recompilations, and the bridges."""
     from fastft import bridges
     from fastft.autotune import store, variants
+    from fastft.kernels import _config
     from fastft.kernels._op import FAILED
 
     breaks = dict(graph_breaks() - _OTHER_BREAKS)
@@ -225,6 +226,7 @@ def report() -> Report:
         merged.merge_plan(one.plan)
         merged.parts.append(one)
     merged.errors += [f"kernel {name} failed, PyTorch runs in its place: {why}" for name, why in FAILED.items()]
+    merged.errors += [f"no tuned configuration of {name}: {why}" for name, why in _config.FAILED.items()]
     merged.errors += [f"file not used: {line}" for line in store.problems()]
     merged.errors += variants.problems()
     return merged

@@ -38,6 +38,9 @@ SHARED_BYTES = 227 * 1024
 #: More sizes than this are not kept for one kernel (a run where every batch has another length).
 MOST_KEPT = 4096
 
+#: Kernel → why its tuned configuration could not be looked up; the heuristic's is taken.
+FAILED: dict[str, str] = {}
+
 _UNKNOWN: Any = object()
 
 
@@ -90,6 +93,7 @@ class Space:
 
             tuned, _ = database.select_config(self, key, self.explicit)
         except Exception as error:
+            FAILED[self.kernel] = f"{type(error).__name__}: {error}"
             log.warning("the tuned configuration of %s could not be looked up: %s", self.kernel, error, exc_info=error)
         if self.asked is None:
             if len(self._kept) >= MOST_KEPT:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastft
 import fastft.kernels
 from bench.shapes import SHAPES
 from fastft.autotune import database
@@ -30,6 +31,7 @@ BF16 = torch.bfloat16
 @pytest.fixture(autouse=True)
 def nothing_tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("FASTFT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(_config, "FAILED", {})
     database.forget()
     yield
     database.forget()
@@ -125,6 +127,7 @@ def test_a_lookup_that_fails_is_the_heuristic(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(database, "select_config", fails)
     assert rms_norm.FORWARD(CPU, BF16, 64, 128) == rms_norm.FORWARD.heuristic(CPU, BF16, 64, 128)
+    assert "no tuned configuration of rms_norm.forward: RuntimeError: no" in fastft.report().errors
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
