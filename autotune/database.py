@@ -115,7 +115,7 @@ def bucket(tokens: int) -> int:
     return 1 << max(tokens - 1, 0).bit_length()
 
 
-def key_of(kernel: str, tokens: Iterable[str], sizes: Iterable[str], **arguments: Any) -> str:
+def key_of(kernel: str, tokens: Iterable[str], sizes: Iterable[str], /, **arguments: Any) -> str:
     """The key of a record: ``device``, ``dtype``, ``source`` (a hash), and one argument for each name in ``tokens`` (it
     is rounded up to a power of two) and ``sizes`` (exact). Every argument is in it.
     """

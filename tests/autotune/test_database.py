@@ -102,6 +102,17 @@ def test_an_argument_cannot_be_forgotten() -> None:
         database.config_key(rms_norm.FORWARD, (*KEY, 3), "h100")
 
 
+@pytest.mark.parametrize("kernel", _config.SPACES)
+def test_every_space_has_keys(kernel: str) -> None:
+    """Whatever its sizes are called: rotary's is ``tokens``."""
+    space = _config.SPACES[kernel]
+    sizes = [2] * len((*space.tokens, *space.sizes))
+    key = database.config_key(space, (torch.device("cuda"), BF16, *sizes), "h100")
+    for i in range(len(sizes)):
+        other = [*sizes[:i], 5, *sizes[i + 1 :]]
+        assert database.config_key(space, (torch.device("cuda"), BF16, *other), "h100") != key
+
+
 def test_versions_and_source_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     before = name()
     monkeypatch.setattr(database, "versions", lambda: "torch 9.9, triton 3.6")
