@@ -13,13 +13,14 @@ python=${PYTHON:-python3}
 make_site=${SITE:-$root/../shared/device/make_site.sh}
 mkdir -p "$device"
 # Pure Python that may be missing there: parallel tests, tables, the command line.
-extra=(pytest-xdist execnet hypothesis sortedcontainers rich markdown-it-py mdurl pygments typer shellingham click annotated-doc)
+extra=(pytest-xdist execnet hypothesis sortedcontainers rich markdown-it-py mdurl pygments typer shellingham click annotated-doc
+  pydantic pydantic-core annotated-types typing-inspection typing-extensions)
 if [[ ! -f $device/site.tar.xz ]]; then
   bash "$make_site" "$device/base.tar.xz"
   more=$(mktemp -d)
   tar -C "$more" -xJf "$device/base.tar.xz"
   "$python" -m pip install -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux2014_x86_64 \
-    --target "$more" "${extra[@]}"
+    --target "$more" -c "$root/constraints.txt" "${extra[@]}"
   tar -C "$more" -cJf "$device/site.tar.xz" . && rm -rf "$more" "$device/base.tar.xz"
 fi
 [[ -f $device/peers.tar.xz ]] || bash "$make_site" "$device/peers.tar.xz" --peers
