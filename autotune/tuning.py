@@ -128,6 +128,7 @@ class GPU:
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         if not torch.cuda.is_available():
             raise RuntimeError("tuning needs a CUDA GPU, and torch sees none here")
+        fastft.kernels.load()
         self.dtype, self.kind = dtype, database.device_kind()
 
     def _inputs(self, case: Case) -> Inputs:

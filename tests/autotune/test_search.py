@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -251,6 +253,25 @@ def test_a_kernel_of_which_nothing_runs_is_an_error_of_its_own(
     found = tune("--model", "llama-3.1-8b")
     assert found.exit_code == 1 and "0 tuned, 0 known before, 2 failed." in found.output
     assert database.user_store().items() == {}
+
+
+def test_in_a_process_that_has_loaded_no_kernel() -> None:
+    """The GPU's first question, what a call launches, needs the op."""
+    code = """
+import torch
+from fastft.autotune import database, tuning
+from fastft.autotune.cases import cases
+
+torch.cuda.is_available = lambda: True
+torch.cuda.synchronize = lambda: None
+database.device_kind = lambda device=None: "h100"
+tuning.GPU._inputs = lambda self, case: case.make(tuning.New(self.dtype, "cpu"))
+fields = dict(hidden_size=8, intermediate_size=8, num_attention_heads=1, vocab_size=9, hidden_act="silu")
+machine = tuning.GPU()
+print([machine.jobs(case) for case in cases(fields, 1, 4) if case.op == "glu"])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0 and found.stdout.strip() == "[[]]", found.stderr
 
 
 def test_without_a_gpu() -> None:

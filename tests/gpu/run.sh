@@ -11,6 +11,7 @@
 #   run [train.py arguments]           bench/train.py run
 #   checkpoint MODEL                   write a random-weight checkpoint
 #   errors model|ops [arguments]       bench/errors.py: gradient errors of models, of every op
+#   tune MODEL [tune arguments]        fastft tune for a model of bench/shapes.py; what is tuned is in tuned.json
 #   sanitize [memcheck] [racecheck]    tests/gpu/sanitize.sh: compute-sanitizer over every kernel (default both)
 #   large                              tests/gpu/test_large.py: tensors of more than 2³¹ elements
 #   pytest [arguments]                 any other tests
@@ -95,14 +96,22 @@ step() { # STEP[:SECONDS] ARGUMENTS...
     checkpoint) command=("$python" bench/train.py checkpoint --model) ;;
     errors) command=("$python" bench/errors.py) && set -- "$@" --out "$result.json" ;;
     sanitize) command=(env SANITIZE_S=$((seconds - 8)) PYTHON="$python" tests/gpu/sanitize.sh) ;;
+    tune)
+      # A wheel does not know the names of bench/shapes.py.
+      local config=/tmp/tune/$1/config.json
+      mkdir -p "${config%/*}"
+      "$python" -c "import json, sys; sys.path.insert(0, '.'); from bench.shapes import MODELS; print(json.dumps(MODELS[sys.argv[1]]))" "$1" >"$config"
+      shift
+      command=("$python" -m fastft tune --model "$config") ;;
     large) command=("$python" -m pytest -o addopts=--import-mode=importlib tests/gpu/test_large.py -v --durations 12 -p no:cacheprovider --no-header --tb=short -rfEs --junitxml "$result.xml") ;;
     pytest) command=("$python" -m pytest -p no:cacheprovider --no-header --tb=short -rfE --junitxml "$result.xml") ;;
     python) command=("$python") ;;
-    *) note "== $name: no such step (kernels, bench, compare, run, checkpoint, errors, sanitize, large, pytest, python)"; touch "$summary.failed"; return ;;
+    *) note "== $name: no such step (kernels, bench, compare, run, checkpoint, errors, tune, sanitize, large, pytest, python)"; touch "$summary.failed"; return ;;
   esac
   echo "== $name $*" | tee -a "$log"
   OUT=$out timeout -k 5 "$seconds" "${command[@]}" "$@" >"$output" 2>&1
   code=$?
+  [[ $name != tune ]] || "$python" -m fastft tune --export "$out/tuned.json" >>"$output" 2>&1
   cat "$output" >>"$log"
   note "== $name $*: $([[ $code == 124 || $code == 137 ]] && echo "stopped after $seconds s" || echo "exit $code"), $((SECONDS - at)) s"
   # What a reader wants of each: a compare's table, the short summary of tests, the end of anything else.
