@@ -18,10 +18,11 @@ import torch
 
 import fastft.kernels
 from fastft.autotune import database, variants
-from fastft.autotune.cases import Case, Inputs, New, Truth, gradients_for, outputs, results
+from fastft.autotune.cases import Case, Truth, gradients_for, outputs, results
 from fastft.autotune.search import Bench, TuningError, race, search, to_record
 from fastft.autotune.timing import Samples, copies_of, said
 from fastft.kernels._config import Config, Space, listening
+from fastft.kernels._inputs import Inputs, New
 from fastft.kernels._op import OPS
 
 FORWARD, BACKWARD = "forward", "backward"

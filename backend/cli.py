@@ -227,8 +227,9 @@ def _verify_variant(asked: str, as_json: bool) -> None:
     import torch
 
     from fastft.autotune import database, variants
-    from fastft.autotune.cases import New, judge, small_cases
+    from fastft.autotune.cases import judge, small_cases
     from fastft.fallback import said
+    from fastft.kernels._inputs import New
 
     op, _, name = asked.partition("=")
     try:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -309,57 +310,6 @@ def model_tables(result: dict[str, Any]) -> list[Any]:
 # -- ops ---------------------------------------------------------------------------------------------------------------
 
 
-def stock() -> dict[str, Callable[..., Any]]:
-    """op → the same in eager PyTorch as stock libraries spell it, rounded to the inputs' dtype where they round. An op
-    that is not here is spelled as its reference is.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    def rms_norm(x: Any, weight: Any, eps: float, offset: float = 0.0, out_dtype: Any = None) -> Any:
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-        # transformers' LlamaRMSNorm, and its GemmaRMSNorm
-        return weight * h.to(x.dtype) if not offset else (h * (offset + weight.float())).to(x.dtype)
-
-    def glu(gate: Any, up: Any, kind: str) -> Any:
-        act = F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
-        return act * up
-
-    def rotary(q: Any, k: Any, cos: Any, sin: Any, rotary_dim: int | None = None) -> Any:
-        assert rotary_dim in (None, q.shape[-1]), "another spelling is needed for a part of a head"
-
-        def turned(x: Any) -> Any:  # transformers' apply_rotary_pos_emb
-            first, second = x.chunk(2, -1)
-            return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
-
-        return turned(q), turned(k)
-
-    def attention(q: Any, k: Any, v: Any, causal: bool, window: int, softcap: float) -> Any:
-        assert causal and not window and not softcap, "another spelling is needed for this mask"
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    def lora_linear(x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: Any, **dtypes: Any) -> Any:
-        y = F.linear(x, weight, bias)  # PEFT's, under autocast
-        for down, up, scale in zip(a, b, scaling, strict=True):
-            y = y + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * scale
-        return y
-
-    def lora_linears(x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: Any, **dtypes: Any) -> Any:
-        return tuple(lora_linear(x, w, None, *thin) for w, *thin in zip(weight, a, b, scaling, strict=True))
-
-    return {
-        "rms_norm": rms_norm,
-        "layer_norm": lambda x, weight, bias, eps: F.layer_norm(x, x.shape[-1:], weight, bias, eps),
-        "glu": glu,
-        "glu_packed": lambda gate_up, kind: glu(*gate_up.chunk(2, dim=-1), kind),
-        "rotary": rotary,
-        "attention": attention,
-        "lora_linear": lora_linear,
-        "lora_linears": lora_linears,
-    }
-
-
 #: Arguments that are no one's to train, in any setting.
 CONSTANT = {"cos", "sin", "dense", "packed", "absmax", "absmax_code", "absmax_offset", "absmax2"}
 
@@ -392,21 +342,21 @@ def op_cases(a: argparse.Namespace) -> Iterator[tuple[str, Any, Any]]:
     import torch
 
     from bench import kernels
-    from bench.shapes import shapes
 
-    for name, makers in kernels.MAKERS.items():
-        for family, maker in makers:
+    for name, op in kernels.OPS.items():
+        for maker in kernels.makers(op).values():
             if maker is kernels.lora_linear_nf4:  # lora_linear on what nf4_dequantize gives: both are here
                 continue
+            shapes = functools.partial(kernels.shapes_of, op)
             if torch.cuda.is_available():
-                found = shapes(family, model="llama-3.1-8b", tag="primary") or shapes(family, tag="primary")[:1]
+                found = shapes(model="llama-3.1-8b", tag="primary") or shapes(tag="primary")[:1]
                 sizes = {"batch": 1, "seq": a.seq}
                 found = [
                     dataclasses.replace(s, dims={k: sizes.get(k, v) for k, v in s.dims.items()})
                     for s in found[: a.shapes]
                 ]
             else:
-                found = [s for s in shapes(family, tag="test") if s.get("activation", "silu") == "silu"][: a.shapes]
+                found = [s for s in shapes(tag="test") if s.get("activation", "silu") == "silu"][: a.shapes]
             yield from ((name, maker, shape) for shape in found)
 
 
@@ -439,7 +389,7 @@ def op_rows(name: str, case: Any, dtype: Any) -> Iterator[tuple[str, list[dict[s
     settings = {"weights frozen" if frozen != everything else "": frozen, "weights trained": everything}
     for what, trained in list(settings.items())[: 1 if frozen == everything else 2]:
         ours = op_values(op.call, cast(dtype), trained)
-        theirs = op_values(stock().get(name, op.reference), cast(dtype), trained)
+        theirs = op_values(op.stock or op.reference, cast(dtype), trained)
         exact = op_values(op.reference, cast(dtype, torch.float32 if quantised else torch.float64), trained)
         labels = [f"output {i}" for i in range(len(ours) - sum(trained))]
         labels += [f"d {key}" for (key, _), t in zip(leaves, trained, strict=True) if t]

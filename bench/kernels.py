@@ -10,13 +10,13 @@ what it keeps for the backward), of the backward and of both, and how far they a
 uncompiled; ``inductor``, the same under ``torch.compile``; those of ``bench/specialists.py``. A name in parentheses is
 no competitor: it does less, or is ours in pieces. Gradients are those of LoRA training: weights are frozen.
 
-What does not give the reference's result gets no time. Ops are found through ``fastft.kernels.load()``. One that has
-no row in :data:`MAKERS` fails here; a new one needs one maker, and is compared with its reference until the maker
-names what others run.
+What does not give the reference's result gets no time. Ops are found through ``fastft.kernels.load()``, and called as
+their files say (``Op.inputs``, ``Op.stock``). An op whose cost or competitors need more than that has a maker here.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +24,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastft.kernels
 from bench import measure
-from bench.errors import stock
-from bench.shapes import Shape, shapes
+from bench.shapes import SHAPES, Shape, shapes
 from bench.specialists import plainly_causal, specialists
+from fastft.kernels._inputs import New
 from fastft.kernels._op import Op
 
 CUDA = torch.cuda.is_available()
@@ -47,8 +48,8 @@ class Case:
     """One call: arguments, the tensors whose gradients are wanted, what forward and backward must move and compute at
     the least (every input read and every output written once).
 
-    ``eager``: what stock libraries run, as a function of the op's arguments (default: the spelling that
-    ``bench/errors.py`` knows, else the op's reference). ``traced``: what they run while they are compiled, where that
+    ``eager``: what stock libraries run, as a function of the op's arguments (default: the op's ``stock``, else its
+    reference). ``traced``: what they run while they are compiled, where that
     is another program. ``others``: more implementations beside these and the specialists'.
     """
 
@@ -78,46 +79,25 @@ def _bytes(*tensors: torch.Tensor) -> float:
     return float(sum(t.numel() * t.element_size() for t in tensors))
 
 
-def rms_norm(s: Shape) -> Case:
-    x, weight = _random(s["batch"], s["seq"], s["hidden"], grad=True), _random(s["hidden"])
-    n = _bytes(x)
-    return Case((x, weight, s["eps"], s["offset"]), [x], bytes_moved=2 * n, backward_bytes=3 * n)
-
-
-def layer_norm(s: Shape) -> Case:
-    x, weight, bias = _random(s["batch"], s["seq"], s["hidden"], grad=True), _random(s["hidden"]), _random(s["hidden"])
-    n = _bytes(x)
-    return Case((x, weight, bias, s["eps"]), [x], bytes_moved=2 * n, backward_bytes=3 * n)
-
-
-def glu(s: Shape) -> Case:
-    gate, up = (_random(s["batch"], s["seq"], s["intermediate"], grad=True) for _ in range(2))
-    n = _bytes(gate)
-    return Case((gate, up, s["activation"]), [gate, up], bytes_moved=3 * n, backward_bytes=5 * n)
-
-
-def glu_packed(s: Shape) -> Case:
-    gate_up = _random(s["batch"], s["seq"], 2 * s["intermediate"], grad=True)
-    n = _bytes(gate_up) / 2
-    return Case((gate_up, s["activation"]), [gate_up], bytes_moved=3 * n, backward_bytes=5 * n)
+def plain(op: Op, s: Shape) -> Case:
+    """As the op's file makes its arguments. Forward: every tensor in, every result out; backward: the results'
+    gradients and every tensor in, the wanted gradients out.
+    """
+    inputs = op.inputs(New(DTYPE, DEVICE, int(torch.randint(2**62, ()))), **s.dims)
+    mode = FakeTensorMode()
+    fake = inputs.mapped(mode.from_tensor)
+    with mode:
+        results = op.call(*fake.args, **fake.kwargs)
+    results = (results,) if isinstance(results, torch.Tensor) else tuple(results)
+    read, written = _bytes(*inputs.tensors()), _bytes(*results)
+    back = written + read + _bytes(*inputs.wanted) if inputs.wanted else 0.0
+    return Case(inputs.args, inputs.wanted, dict(inputs.kwargs), bytes_moved=read + written, backward_bytes=back)
 
 
 def rotary(s: Shape) -> Case:
-    # As transformers has them: views of the projections' [batch, seq, heads, head_dim].
-    q, k = (
-        _random(s["batch"], s["seq"], s[n], s["head_dim"], grad=True).transpose(1, 2) for n in ("heads", "kv_heads")
-    )
-    angle = torch.rand(1, s["seq"], s["rotary_dim"] // 2, device=DEVICE, generator=_generator()).repeat(1, 1, 2)
-    cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
-    moved = 2 * _bytes(q, k)
-
-    def partly(q: Any, k: Any, cos: Any, sin: Any, rotary_dim: int) -> Any:  # transformers' Phi
-        turned = stock()["rotary"](q[..., :rotary_dim], k[..., :rotary_dim], cos, sin)
-        return tuple(torch.cat((t, x[..., rotary_dim:]), -1) for t, x in zip(turned, (q, k), strict=True))
-
-    eager = partly if s["rotary_dim"] < s["head_dim"] else None
-    kwargs = dict(rotary_dim=s["rotary_dim"])
-    return Case((q, k, cos, sin), [q, k], kwargs, bytes_moved=moved, backward_bytes=moved, eager=eager)
+    case = plain(OPS["rotary"], s)
+    case.bytes_moved = case.backward_bytes = 2 * _bytes(*case.wanted)  # all layers share the tables
+    return case
 
 
 def _adapters(s: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -183,7 +163,7 @@ def lora_linear_nf4(s: Shape) -> Case:
     kwargs = dict(quant=quant, shape=tuple(state.shape), dtype=DTYPE, lora_dtype=DTYPE)
 
     def eager(x: Any, packed: Any, bias: Any, a: Any, b: Any, scaling: Any, **_: Any) -> Any:
-        y = bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)  # as Linear4bit does; then PEFT's, as in stock()
+        y = bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)  # as Linear4bit does; then PEFT's
         for down, up, scale in zip(a, b, scaling, strict=True):
             y = y + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * scale
         return y
@@ -210,41 +190,30 @@ def nf4_dequantize(s: Shape) -> Case:
 
 
 def linear_cross_entropy(s: Shape) -> Case:
-    tokens = s["batch"] * s["seq"]
-    hidden = _random(tokens, s["hidden"], grad=True)
-    weight = _random(s["vocab"], s["hidden"], scale=s["hidden"] ** -0.5)
-    labels = torch.randint(0, s["vocab"], (tokens,), device=DEVICE, generator=_generator())
-    flops = 2.0 * tokens * s["hidden"] * s["vocab"]  # the logits; and through them back to the hidden states
-    cost = dict(bytes_moved=_bytes(hidden, weight), backward_bytes=2 * _bytes(hidden) + _bytes(weight))
-    return Case(
-        (hidden, weight, None, labels),
-        [hidden],
-        dict(softcap=s["softcap"]),
-        **cost,
-        flops=flops,
-        backward_flops=flops,
-    )
+    case = plain(OPS["linear_cross_entropy"], s)
+    hidden, weight = case.args[:2]
+    case.bytes_moved, case.backward_bytes = _bytes(hidden, weight), 2 * _bytes(hidden) + _bytes(weight)
+    # The logits; and through them back to the hidden states.
+    case.flops = case.backward_flops = 2.0 * s["batch"] * s["seq"] * s["hidden"] * s["vocab"]
+    return case
 
 
 def linear_log_prob(s: Shape) -> Case:
-    case = linear_cross_entropy(s)
-
-    def eager(hidden: Any, weight: Any, bias: Any, labels: Any, softcap: float | None) -> Any:
+    def eager(hidden: Any, weight: Any, bias: Any, labels: Any, softcap: float | None) -> Any:  # the first result alone
         logits = F.linear(hidden, weight, bias).float()
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         return -F.cross_entropy(logits, labels, reduction="none")
 
+    case = linear_cross_entropy(s)
     case.eager = eager
     return case
 
 
 def attention(s: Shape) -> Case:
-    q, k, v = (
-        _random(s["batch"], s["seq"], s[n], s["head_dim"], grad=True).transpose(1, 2)
-        for n in ("heads", "kv_heads", "kv_heads")
-    )
-    window, softcap = s["window"] or 0, s["softcap"] or 0.0
+    case = plain(OPS["attention"], s)
+    q, k, v = case.args
+    window, softcap = case.kwargs["window"], case.kwargs["softcap"]
     seen = min(window, s["seq"] / 2) if window else s["seq"] / 2
     flops = 4.0 * s["batch"] * s["heads"] * s["seq"] * seen * s["head_dim"]
     mask = torch.ones(s["seq"], s["seq"], dtype=torch.bool, device=DEVICE).tril()
@@ -255,10 +224,6 @@ def attention(s: Shape) -> Case:
         for x in heads:
             yield x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1, -1).flatten(1, 2)
 
-    # transformers leaves the mask out where causality is all, but not while it is traced.
-    def causal(q: Any, k: Any, v: Any, **_: Any) -> Any:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
     def dense(q: Any, k: Any, v: Any, **_: Any) -> Any:
         return F.scaled_dot_product_attention(q, *repeated(q, k, v), attn_mask=mask)
 
@@ -268,40 +233,41 @@ def attention(s: Shape) -> Case:
         scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
         return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
 
-    traced = capped if softcap else dense
-    return Case(
-        (q, k, v),
-        [q, k, v],
-        dict(causal=True, window=window, softcap=softcap),
-        bytes_moved=2 * _bytes(q) + _bytes(k, v),
-        flops=flops,
-        backward_bytes=4 * _bytes(q) + 2 * _bytes(k, v),
-        backward_flops=2.5 * flops,  # the scores again, and dv, dp, dq, dk
-        eager=causal if plainly_causal(s) else traced,
-        traced=traced,
-    )
+    case.bytes_moved, case.backward_bytes = 2 * _bytes(q) + _bytes(k, v), 4 * _bytes(q) + 2 * _bytes(k, v)
+    case.flops, case.backward_flops = flops, 2.5 * flops  # the scores again, and dv, dp, dq, dk
+    # transformers leaves the mask out where causality is all, but not while it is traced.
+    case.traced = capped if softcap else dense
+    case.eager = None if plainly_causal(s) else case.traced
+    return case
 
 
-#: op → (the op whose shapes it takes, what makes its arguments), one for each way it is called.
-MAKERS: dict[str, list[tuple[str, Callable[[Shape], Case]]]] = {
-    "rms_norm": [("rms_norm", rms_norm)],
-    "layer_norm": [("layer_norm", layer_norm)],
-    "glu": [("glu", glu)],
-    "glu_packed": [("glu", glu_packed)],
-    "rotary": [("rotary", rotary)],
-    "lora_linear": [("lora_linear", lora_linear), ("lora_linear", lora_linear_nf4)],
-    "lora_linears": [("lora_linears", lora_linears)],
-    "nf4_dequantize": [("nf4", nf4_dequantize)],
-    "linear_cross_entropy": [("linear_cross_entropy", linear_cross_entropy)],
-    "linear_log_prob": [("linear_cross_entropy", linear_log_prob)],
-    "attention": [("attention", attention)],
+#: op → what makes its cases, one for each way it is called, where :func:`plain` does not say all.
+MAKERS: dict[str, tuple[Callable[[Shape], Case], ...]] = {
+    "rotary": (rotary,),
+    "lora_linear": (lora_linear, lora_linear_nf4),
+    "lora_linears": (lora_linears,),
+    "nf4_dequantize": (nf4_dequantize,),
+    "linear_cross_entropy": (linear_cross_entropy,),
+    "linear_log_prob": (linear_log_prob,),
+    "attention": (attention,),
 }
+
+
+def makers(op: Op) -> dict[str, Callable[[Shape], Case]]:
+    """What makes an op's cases, by label."""
+    return {m.__name__: m for m in MAKERS.get(op.name, ())} or {op.name: functools.partial(plain, op)}
+
+
+def shapes_of(op: Op, **which: Any) -> list[Shape]:
+    """The op's rows in the shapes list; those of its file, where it has none of its own (packed operands)."""
+    name = op.name if any(s.op == op.name for s in SHAPES) else op.call.__module__.rpartition(".")[2]
+    return shapes(name, **which)
 
 
 def implementations(label: str, name: str, shape: Shape, case: Case) -> dict[str, Callable[..., Any]]:
     """Every implementation of this case, as functions of the op's arguments; ours first."""
     op = OPS[name]
-    eager = case.eager or stock().get(name, op.reference)
+    eager = case.eager or op.stock or op.reference
     compiled = {"inductor": torch.compile(case.traced or eager, dynamic=False)} if CUDA else {}
     others = {**case.others, **specialists(label, shape, CUDA)}
     return {"fastft": op.call, "eager": eager, **compiled, **others}
@@ -385,16 +351,14 @@ def measure_case(name: str, label: str, shape: Shape, case: Case, ceilings: Mapp
 Row = dict[str, Any]
 
 
-def _cases(tag: str) -> Iterator[tuple[str, Callable[[Shape], Case] | None, Shape | None, str]]:
+def _cases(tag: str) -> Iterator[tuple[str, Callable[[Shape], Case], Shape, str]]:
     """(op, maker, shape, label): the first shape of every op, then the second of every one, and so on, so that a run
     that is stopped has something of each.
     """
     columns = []
-    for name in sorted(OPS):
-        for family, maker in MAKERS.get(name, [(name, None)]):
-            label = maker.__name__ if maker else name
-            found: list[Shape | None] = [*shapes(family, tag=tag)] if maker else [None]
-            columns.append([(name, maker, s, label) for s in found])
+    for name, op in sorted(OPS.items()):
+        found = shapes_of(op, tag=tag)
+        columns += [[(name, maker, s, label) for s in found] for label, maker in makers(op).items()]
     for i in range(max(map(len, columns))):
         yield from (column[i] for column in columns if i < len(column))
 
@@ -410,15 +374,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_kernel(
     name: str,
-    maker: Callable[[Shape], Case] | None,
-    shape: Shape | None,
+    maker: Callable[[Shape], Case],
+    shape: Shape,
     label: str,
     benchmark: Any,
     recorder: Any,
 ) -> None:
-    assert maker is not None and shape is not None, (
-        f"op {name!r} has no row in MAKERS of bench/kernels.py: say how its arguments are made"
-    )
     recorder.in_time()
     torch.default_generator.manual_seed(0)
     torch.compiler.reset()  # Dynamo runs a function uncompiled, silently, once it met it in eight sizes

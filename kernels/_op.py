@@ -19,12 +19,14 @@ import enum
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
+
+from fastft.kernels._inputs import Inputs, Model
 
 log = logging.getLogger("fastft")
 
@@ -145,6 +147,10 @@ class Op:
     ``supported`` takes the same arguments (fake tensors will do) and returns None, or the :class:`Reason` the op
     cannot run.
     ``cost`` takes the same arguments too, or sympy symbols where its docstring says so.
+    ``sizes(model)``: the sizes with which training such a model calls it; none if it does not.
+    ``inputs(new, **sizes)``: the arguments of such a call. Benchmarks and tuning make their calls by these two.
+    ``stock``: what stock libraries run in its place, where that is not spelled as the reference is; it takes the
+    arguments that ``inputs`` makes, and rounds where they round.
     ``variants``: more ways to compute it, beside ``call`` and ``reference``: name → what is called, and its legality.
     ``default``: the name of ``call`` among the variants.
     """
@@ -155,7 +161,10 @@ class Op:
     supported: Callable[..., Reason | None]
     raw: tuple[str, ...]
     recompute: Recompute
+    sizes: Callable[[Model], Iterable[dict[str, Any]]]
+    inputs: Callable[..., Inputs]
     cost: Callable[..., Cost] | None = None
+    stock: Callable[..., Any] | None = None
     variants: dict[str, tuple[Callable[..., Any], Callable[..., Reason | None]]] = field(default_factory=dict)
     default: str = "triton"
 

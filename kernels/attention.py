@@ -44,12 +44,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import sympy
 import torch
+import torch.nn.functional as F
 
 from fastft.kernels._config import SHARED_BYTES, Config, Space, crowded
+from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import INTERPRET, Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import SAME_SUMS, size
 from fastft.kernels._triton import HAS_TRITON, jit, tl, triton
@@ -1305,6 +1308,38 @@ def cost(
     return Cost(2 * b * h * s * seen * (d + d_v), moved, out + b * h * s * 4)
 
 
+# ---------------------------------------------------------------- calls
+
+
+def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window: int, softcap: float) -> torch.Tensor:
+    """What transformers calls where causality is the whole mask."""
+    assert causal and not window and not softcap, "stock libraries spell this mask otherwise"
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def sizes(model: Model) -> Iterator[dict[str, Any]]:
+    """q, k and v of a layer, causal."""
+    heads = {"heads": model.heads, "kv_heads": model.kv_heads, "head_dim": model.head_dim}
+    mask = {"window": model.window or None, "softcap": model.attention_softcap or None}
+    yield {**model.tokens, **heads, **mask}
+
+
+def inputs(
+    new: New,
+    *,
+    batch: int,
+    seq: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    softcap: float | None,
+) -> Inputs:
+    """q [batch, heads, seq, head_dim], k and v [batch, kv_heads, seq, head_dim]."""
+    q, k, v = new.heads(batch, seq, head_dim, heads, kv_heads, kv_heads)
+    return Inputs((q, k, v), {"causal": True, "window": window or 0, "softcap": softcap or 0.0}, [q, k, v])
+
+
 OP = register(
     Op(
         name="attention",
@@ -1314,6 +1349,9 @@ OP = register(
         raw=("attention_mask", "attention", "attention_backward"),
         recompute=Recompute.KEEP,
         cost=cost,
+        sizes=sizes,
+        inputs=inputs,
+        stock=stock,
         variants={"triton": (attention_kernels, supported), "sdpa": (attention_sdpa, sdpa_supported)},
         default="auto",  # cuDNN where it takes the call
     )

@@ -26,10 +26,14 @@ they are. ``glu_packed`` is that case as one op: its backward writes both gradie
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastft.kernels._config import Config, Space, crowded
+from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import Rows, row_offset, rows_of, size
 from fastft.kernels._triton import jit, tl, triton
@@ -362,15 +366,70 @@ def packed_cost(gate_up: torch.Tensor, kind: str, gate_first: bool = True) -> Co
     return cost(half, half, kind)
 
 
-register(Op("glu", glu, reference, supported, ("glu", "glu_backward"), Recompute.CHEAP, cost))
+# ---------------------------------------------------------------- calls
+
+
+def stock(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+    """transformers' MLPs: the activation is rounded before the product."""
+    if kind == "silu":
+        return F.silu(gate) * up
+    return F.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none") * up
+
+
+def packed_stock(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+    """As Phi-3's MLP."""
+    return stock(*gate_up.chunk(2, dim=-1), kind)
+
+
+def sizes(model: Model) -> Iterator[dict[str, Any]]:
+    """Gate and up from projections of their own."""
+    if model.gated and not model.fused and model.activation in KINDS:
+        yield {**model.tokens, "intermediate": model.intermediate, "activation": model.activation}
+
+
+def packed_sizes(model: Model) -> Iterator[dict[str, Any]]:
+    """Gate and up from one projection."""
+    if model.gated and model.fused and model.activation in KINDS:
+        yield {**model.tokens, "intermediate": model.intermediate, "activation": model.activation}
+
+
+def inputs(new: New, *, batch: int, seq: int, intermediate: int, activation: str) -> Inputs:
+    """gate and up [batch, seq, intermediate]."""
+    gate, up = (new(batch, seq, intermediate, grad=True) for _ in range(2))
+    return Inputs((gate, up, activation), wanted=[gate, up])
+
+
+def packed_inputs(new: New, *, batch: int, seq: int, intermediate: int, activation: str) -> Inputs:
+    """gate_up [batch, seq, 2·intermediate]."""
+    gate_up = new(batch, seq, 2 * intermediate, grad=True)
+    return Inputs((gate_up, activation), wanted=[gate_up])
+
+
 register(
     Op(
-        "glu_packed",
-        glu_packed,
-        packed_reference,
-        packed_supported,
-        ("glu_packed", "glu_packed_backward"),
-        Recompute.CHEAP,
-        packed_cost,
+        name="glu",
+        call=glu,
+        reference=reference,
+        supported=supported,
+        raw=("glu", "glu_backward"),
+        recompute=Recompute.CHEAP,
+        cost=cost,
+        sizes=sizes,
+        inputs=inputs,
+        stock=stock,
+    )
+)
+register(
+    Op(
+        name="glu_packed",
+        call=glu_packed,
+        reference=packed_reference,
+        supported=packed_supported,
+        raw=("glu_packed", "glu_packed_backward"),
+        recompute=Recompute.CHEAP,
+        cost=packed_cost,
+        sizes=packed_sizes,
+        inputs=packed_inputs,
+        stock=packed_stock,
     )
 )

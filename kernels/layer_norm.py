@@ -17,9 +17,14 @@ fp32, one number each a row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 
 from fastft.kernels._config import Config, row_space
+from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import SAME_SUMS, processors, row_offset, row_tile, row_values, rows_of, size, tile_at
 from fastft.kernels._triton import jit, tl, triton
@@ -365,6 +370,37 @@ def cost(
     return Cost(8 * elements, elements * (x.element_size() + out) + 8 * rows, elements * x.element_size() + 8 * rows)
 
 
+# ---------------------------------------------------------------- calls
+
+
+def stock(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """PyTorch's, which stock models call."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def sizes(model: Model) -> Iterator[dict[str, Any]]:
+    """Hidden states."""
+    if not model.rms_norm:
+        yield {**model.tokens, "hidden": model.hidden, "eps": model.eps}
+
+
+def inputs(new: New, *, batch: int, seq: int, hidden: int, eps: float) -> Inputs:
+    """x [batch, seq, hidden], its weight and bias."""
+    x, weight, bias = new(batch, seq, hidden, grad=True), new(hidden), new(hidden)
+    return Inputs((x, weight, bias, eps), wanted=[x])
+
+
 register(
-    Op("layer_norm", layer_norm, reference, supported, ("layer_norm", "layer_norm_backward"), Recompute.CHEAP, cost)
+    Op(
+        name="layer_norm",
+        call=layer_norm,
+        reference=reference,
+        supported=supported,
+        raw=("layer_norm", "layer_norm_backward"),
+        recompute=Recompute.CHEAP,
+        cost=cost,
+        sizes=sizes,
+        inputs=inputs,
+        stock=stock,
+    )
 )

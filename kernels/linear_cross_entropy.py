@@ -36,6 +36,7 @@ Same maths as ``torch.nn.functional.cross_entropy`` and as TRL's ``ChunkedLogPro
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import sympy
@@ -43,6 +44,7 @@ import torch
 import torch.nn.functional as F
 
 from fastft.kernels._config import Config, Space, crowded
+from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._triton import jit, tl, triton
 
@@ -990,6 +992,20 @@ def cost(hidden: Any, weight: Any, bias: Any, labels: Any, **options: Any) -> Co
     return Cost(flops=4 * N * H * V, bytes_moved=2 * (2 * H * V + 4 * N * V + 4 * N * H), bytes_kept=2 * N * H + 8 * N)
 
 
+# --------------------------------------------------------------------------------------------------------------- calls
+
+
+def sizes(model: Model) -> Iterator[dict[str, Any]]:
+    """The head."""
+    yield {**model.tokens, "hidden": model.hidden, "vocab": model.vocab, "softcap": model.logit_softcap}
+
+
+def inputs(new: New, *, batch: int, seq: int, hidden: int, vocab: int, softcap: float | None) -> Inputs:
+    """Hidden states [tokens, hidden], a frozen head [vocab, hidden], and labels, none of them ignored."""
+    h, weight = new(batch * seq, hidden, grad=True), new(vocab, hidden, scale=hidden**-0.5)
+    return Inputs((h, weight, None, new.integers(vocab, batch * seq)), {"softcap": softcap}, [h])
+
+
 register(
     Op(
         name="linear_log_prob",
@@ -999,6 +1015,8 @@ register(
         raw=("linear_log_prob", "linear_log_prob_backward"),
         recompute=Recompute.KEEP,
         cost=cost,
+        sizes=sizes,
+        inputs=inputs,
     )
 )
 register(
@@ -1010,5 +1028,7 @@ register(
         raw=("linear_log_prob", "linear_log_prob_backward"),
         recompute=Recompute.KEEP,
         cost=cost,
+        sizes=sizes,
+        inputs=inputs,
     )
 )

@@ -50,6 +50,7 @@ import torch
 import torch.nn.functional as F
 
 from fastft.kernels import nf4
+from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register
 
 Tensors = Sequence[torch.Tensor]
@@ -910,19 +911,6 @@ def cost(T: Any, N: Any, K: Any, r: Any = 0, itemsize: int = 2, nf4_weight: bool
     return Cost(flops=flops, bytes_moved=moved, bytes_kept=itemsize * T * r)
 
 
-OP = register(
-    Op(
-        name="lora_linear",
-        call=lora_linear,
-        reference=lora_linear_reference,
-        supported=supported,
-        raw=("lora_linear_down", "lora_linear", "lora_linear_backward"),
-        recompute=Recompute.KEEP,
-        cost=cost,
-    )
-)
-
-
 def cost_linears(T: Any, N: Sequence[Any], K: Any, r: Any = 0, itemsize: int = 2, nf4_weight: bool = False) -> Cost:
     """As :func:`cost`, for layers [N, K] with the sizes ``N`` and adapters of rank r each; x is read once for all h."""
     each = [cost(T, n, K, r, itemsize, nf4_weight) for n in N]
@@ -934,6 +922,84 @@ def cost_linears(T: Any, N: Sequence[Any], K: Any, r: Any = 0, itemsize: int = 2
     )
 
 
+# --------------------------------------------------------------------------------------------------------------- calls
+
+
+def stock(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    scaling: Sequence[float],
+    **dtypes: Any,
+) -> torch.Tensor:
+    """PEFT's ``lora.Linear``, as it runs under autocast."""
+    y = F.linear(x, weight, bias)
+    for down, up, scale in zip(a, b, scaling, strict=True):
+        y = y + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * scale
+    return y
+
+
+def linears_stock(x: torch.Tensor, weight: Any, bias: Any, a: Any, b: Any, scaling: Any, **dtypes: Any) -> Any:
+    """One by one."""
+    return tuple(stock(x, w, None, *thin) for w, *thin in zip(weight, a, b, scaling, strict=True))
+
+
+def sizes(model: Model) -> Iterator[dict[str, Any]]:
+    """The output projection."""
+    width = model.heads * model.head_dim
+    yield {**model.tokens, "in_features": width, "out_features": model.hidden, "rank": 16}
+
+
+def linears_sizes(model: Model) -> Iterator[dict[str, Any]]:
+    """q, k and v; gate and up."""
+    if not model.fused:
+        q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+        for widths in ((q, kv, kv), *([(model.intermediate,) * 2] if model.gated else [])):
+            yield {**model.tokens, "in_features": model.hidden, "out_features": widths, "rank": 16}
+
+
+def _layer(new: New, out_features: int, in_features: int, rank: int) -> tuple[Any, ...]:
+    """Weight, A, B."""
+    weight = new(out_features, in_features, scale=in_features**-0.5)
+    down = new(rank, in_features, grad=True, scale=in_features**-0.5)
+    return weight, [down], [new(out_features, rank, grad=True, scale=rank**-0.5)]
+
+
+def inputs(new: New, *, batch: int, seq: int, in_features: int, out_features: int, rank: int) -> Inputs:
+    """x [batch, seq, in_features], the weight, and an adapter."""
+    x = new(batch, seq, in_features, grad=True)
+    weight, a, b = _layer(new, out_features, in_features, rank)
+    return Inputs((x, weight, None, a, b, [2.0]), wanted=[x, *a, *b])
+
+
+def linears_inputs(
+    new: New, *, batch: int, seq: int, in_features: int, out_features: Sequence[int], rank: int
+) -> Inputs:
+    """x [batch, seq, in_features], a weight and an adapter for each of ``out_features``."""
+    x = new(batch, seq, in_features, grad=True)
+    weight, a, b = map(list, zip(*(_layer(new, n, in_features, rank) for n in out_features), strict=True))
+    scaling = [[2.0]] * len(weight)
+    return Inputs((x, weight, (), a, b, scaling), wanted=[x, *(t for thin in (*a, *b) for t in thin)])
+
+
+OP = register(
+    Op(
+        name="lora_linear",
+        call=lora_linear,
+        reference=lora_linear_reference,
+        supported=supported,
+        raw=("lora_linear_down", "lora_linear", "lora_linear_backward"),
+        recompute=Recompute.KEEP,
+        cost=cost,
+        sizes=sizes,
+        inputs=inputs,
+        stock=stock,
+    )
+)
+
+
 JOINT = register(
     Op(
         name="lora_linears",
@@ -943,5 +1009,8 @@ JOINT = register(
         raw=OP.raw,
         recompute=Recompute.KEEP,
         cost=cost_linears,
+        sizes=linears_sizes,
+        inputs=linears_inputs,
+        stock=linears_stock,
     )
 )

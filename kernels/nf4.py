@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import sympy
 import torch
 
 from fastft.kernels._config import Config, Space, crowded
+from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, raw_op, register, use_triton
 from fastft.kernels._triton import jit, tl, triton
 
@@ -294,6 +296,25 @@ def cost(N: sympy.Expr, K: sympy.Expr, blocksize: int = 64, itemsize: int = 2) -
     return Cost(flops=size, bytes_moved=moved, bytes_kept=sympy.Integer(0))
 
 
+# --------------------------------------------------------------------------------------------------------------- calls
+
+
+def sizes(model: Model) -> Iterator[dict[str, Any]]:
+    """The weights of a layer."""
+    for out_features, in_features in model.linears:
+        yield {"out_features": out_features, "in_features": in_features}
+
+
+def inputs(new: New, *, out_features: int, in_features: int) -> Inputs:
+    """A packed weight [out_features, in_features] with double quantised scales."""
+    n = out_features * in_features
+    blocks = -(-n // 64)
+    code, offset = torch.linspace(-1, 1, 256, device=new.device), torch.tensor(0.03, device=new.device)
+    scales = new.integers(256, blocks).to(torch.uint8), code, offset, new.uniform(-(-blocks // 256)) * 0.02
+    packed = new.integers(256, (n + 1) // 2, 1).to(torch.uint8)
+    return Inputs((packed, *scales, 64, 256, (out_features, in_features), new.dtype))
+
+
 OP = register(
     Op(
         name="nf4_dequantize",
@@ -303,5 +324,7 @@ OP = register(
         raw=("nf4_dequantize",),
         recompute=Recompute.CHEAP,
         cost=cost,
+        sizes=sizes,
+        inputs=inputs,
     )
 )

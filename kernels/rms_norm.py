@@ -21,9 +21,13 @@ w`` in fp32, cast then swapped operands); rounding once is at least as exact as 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from fastft.kernels._config import Config, row_space
+from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import SAME_SUMS, processors, row_offset, row_tile, row_values, rows_of, size, tile_at
 from fastft.kernels._triton import jit, tl, triton
@@ -323,4 +327,43 @@ def cost(
     return Cost(4 * elements, elements * (x.element_size() + out) + 4 * rows, elements * x.element_size() + 4 * rows)
 
 
-register(Op("rms_norm", rms_norm, reference, supported, ("rms_norm", "rms_norm_backward"), Recompute.CHEAP, cost))
+# ---------------------------------------------------------------- calls
+
+
+def stock(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """transformers' ``LlamaRMSNorm``, which rounds before the weight, and with ``offset`` its ``GemmaRMSNorm``."""
+    h = x.float()
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return (h * (offset + weight.float())).to(x.dtype) if offset else weight * h.to(x.dtype)
+
+
+def sizes(model: Model) -> Iterator[dict[str, Any]]:
+    """Hidden states; in Qwen3 the heads of q too, each a row."""
+    if model.rms_norm:
+        offset = 1.0 if model.family.startswith("gemma") else 0.0
+        yield {**model.tokens, "hidden": model.hidden, "eps": model.eps, "offset": offset}
+        if model.family.startswith("qwen3"):
+            heads = {"batch": model.batch, "seq": model.seq * model.heads, "hidden": model.head_dim}
+            yield {**heads, "eps": model.eps, "offset": 0.0}
+
+
+def inputs(new: New, *, batch: int, seq: int, hidden: int, eps: float, offset: float) -> Inputs:
+    """x [batch, seq, hidden] and its weight."""
+    x, weight = new(batch, seq, hidden, grad=True), new(hidden)
+    return Inputs((x, weight, eps, offset), wanted=[x])
+
+
+register(
+    Op(
+        name="rms_norm",
+        call=rms_norm,
+        reference=reference,
+        supported=supported,
+        raw=("rms_norm", "rms_norm_backward"),
+        recompute=Recompute.CHEAP,
+        cost=cost,
+        sizes=sizes,
+        inputs=inputs,
+        stock=stock,
+    )
+)

@@ -36,9 +36,13 @@ spelling keeps that order too, SDPA reads it as it is, and the gradient goes bac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from fastft.kernels._config import Config, Space, crowded
+from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import size
 from fastft.kernels._triton import jit, tl, triton
@@ -480,4 +484,48 @@ def cost(
     return Cost(3 * elements, moved, tables)
 
 
-register(Op("rotary", rotary, reference, supported, ("rotary", "rotary_backward"), Recompute.CHEAP, cost))
+# ---------------------------------------------------------------- calls
+
+
+def stock(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int | None = None
+) -> tuple[torch.Tensor, ...]:
+    """transformers' ``apply_rotary_pos_emb``, on a part of the heads as its Phi has it."""
+    r = rotary_dim or q.shape[-1]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        part, rest = x[..., :r], x[..., r:]
+        first, second = part.chunk(2, -1)
+        y = part * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+        return torch.cat((y, rest), -1) if r < x.shape[-1] else y
+
+    return turned(q), turned(k)
+
+
+def sizes(model: Model) -> Iterator[dict[str, Any]]:
+    """q and k of a layer."""
+    heads = {"heads": model.heads, "kv_heads": model.kv_heads, "head_dim": model.head_dim}
+    yield {**model.tokens, **heads, "rotary_dim": model.rotary_dim}
+
+
+def inputs(new: New, *, batch: int, seq: int, heads: int, kv_heads: int, head_dim: int, rotary_dim: int) -> Inputs:
+    """q and k [batch, heads, seq, head_dim], and the tables [1, seq, rotary_dim]."""
+    q, k = new.heads(batch, seq, head_dim, heads, kv_heads)
+    angle = new.uniform(1, seq, rotary_dim // 2).repeat(1, 1, 2)
+    return Inputs((q, k, angle.cos().to(new.dtype), angle.sin().to(new.dtype)), {"rotary_dim": rotary_dim}, [q, k])
+
+
+register(
+    Op(
+        name="rotary",
+        call=rotary,
+        reference=reference,
+        supported=supported,
+        raw=("rotary", "rotary_backward"),
+        recompute=Recompute.CHEAP,
+        cost=cost,
+        sizes=sizes,
+        inputs=inputs,
+        stock=stock,
+    )
+)

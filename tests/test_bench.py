@@ -83,10 +83,27 @@ def test_linears_are_those_of_the_model(model):
 
 
 def test_every_op_is_benchmarked():
-    from bench.kernels import MAKERS
+    from bench.kernels import MAKERS, _cases
 
-    assert set(fastft.kernels.load()) <= set(MAKERS)
+    for tag in ("test", "primary", "real"):
+        assert {name for name, *_ in _cases(tag)} == set(fastft.kernels.load())
+    assert set(MAKERS) <= set(fastft.kernels.load())
     assert set(PRIMARY) <= set(MODELS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sizes_of_ops_are_in_the_list(model):
+    """What is tuned for a model is what is measured at its name."""
+    from bench.kernels import shapes_of
+    from fastft.kernels._inputs import Model
+
+    if model not in {s.model for s in SHAPES}:
+        pytest.skip("no rows: a model for tests")
+    of = Model.of(MODELS[model], 4, 2048)
+    for op in fastft.kernels.load().values():
+        listed = [s.dims for s in shapes_of(op, model=model)]
+        for sizes in op.sizes(of):
+            assert sizes in listed, f"{op.name} is called with {sizes}, which no row of bench/shapes.py says"
 
 
 # -- one run

@@ -266,7 +266,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def row_of(**shape: Any) -> dict[str, Any]:
     s = Shape("rms_norm", "odd", {"batch": 2, "seq": 3, "hidden": 16, "eps": 1e-6, "offset": 0.0, **shape})
-    return kernels.measure_case("rms_norm", "rms_norm", s, kernels.rms_norm(s), None)
+    return kernels.measure_case("rms_norm", "rms_norm", s, kernels.plain(kernels.OPS["rms_norm"], s), None)
 
 
 def with_specialists(monkeypatch: pytest.MonkeyPatch, *rows: tuple[str, str, Callable[..., Any]]) -> None:
@@ -316,10 +316,29 @@ def test_a_competitor_with_another_result_gets_no_time(monkeypatch, clean, wrong
 
 
 def test_competitors_are_those_of_the_list(clean):
-    ops = {label for name, makers in kernels.MAKERS.items() for _, maker in makers for label in (name, maker.__name__)}
+    ops = {label for op in kernels.OPS.values() for label in (op.name, *kernels.makers(op))}
     assert {row.op for row in specialists.SPECIALISTS} <= ops
     names = [(row.op, row.name) for row in specialists.SPECIALISTS]
     assert len(set(names)) == len(names)
+
+
+# -- calls
+
+
+@pytest.mark.parametrize(("op", "forward", "backward"), [("rms_norm", 2, 3), ("glu", 3, 5), ("glu_packed", 3, 5)])
+def test_what_a_call_moves(op, forward, backward):
+    """In multiples of one tensor of the op's results: every tensor in and every result out."""
+    (s, *_) = [s for s in kernels.shapes_of(kernels.OPS[op], tag="test") if s["batch"] == 2]
+    case = kernels.plain(kernels.OPS[op], s)
+    one = kernels._bytes(case.wanted[0]) / (2 if op == "glu_packed" else 1)
+    weight = kernels._bytes(case.args[1]) if op == "rms_norm" else 0
+    assert (case.bytes_moved, case.backward_bytes) == (forward * one + weight, backward * one + weight)
+
+
+def test_an_op_without_rows_of_its_own_has_those_of_its_file():
+    assert {s.op for s in kernels.shapes_of(kernels.OPS["glu_packed"])} == {"glu"}
+    assert {s.op for s in kernels.shapes_of(kernels.OPS["nf4_dequantize"])} == {"nf4"}
+    assert {s.op for s in kernels.shapes_of(kernels.OPS["lora_linears"])} == {"lora_linears"}
 
 
 # -- shapes

@@ -21,11 +21,12 @@ import fastft
 import fastft.kernels
 from fastft import cli
 from fastft.autotune import database, search, store, timing, tuning, variants
-from fastft.autotune.cases import SMALL, Case, New, cases, judge, small_cases
+from fastft.autotune.cases import SMALL, Case, cases, judge, small_cases
 from fastft.autotune.search import Race, TuningError, race
 from fastft.autotune.timing import in_turns, median_and_spread
 from fastft.kernels import rms_norm
 from fastft.kernels._config import Space, shown
+from fastft.kernels._inputs import New
 from fastft.kernels._op import OPS
 from tests.autotune import _mine
 

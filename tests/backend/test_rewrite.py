@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
+from fastft.kernels._inputs import Inputs
 from fastft.kernels._op import Op, Reason, Recompute
 from fastft.options import Options
 from fastft.patterns._match import Match, Rewrite, Table, Var, down, number, op, row, see, through
@@ -115,7 +116,7 @@ def test_the_new_node_knows_where_it_comes_from(g: Build, use: Any) -> None:
 
 @pytest.mark.parametrize("kind", list(Recompute))
 def test_cheap_ops_are_recomputed(g: Build, use: Any, kind: Recompute) -> None:
-    kernel = Op("scaled_tanh", scaled_tanh, scaled_tanh, lambda *a: None, (), kind)
+    kernel = Op("scaled_tanh", scaled_tanh, scaled_tanh, lambda *a: None, (), kind, lambda model: (), Inputs)
     gm = g.module(tanh2(g, g.input(3)))
     use(gm, table(lambda m: Rewrite(scaled_tanh, (m["x"], m["c"]), kernel=kernel)))
     (new,) = [n for n in gm.graph.nodes if n.target is scaled_tanh]
