@@ -14,6 +14,7 @@ from fastft.kernels import attention as module
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
 from fastft.kernels.attention import attention, reference, supported, visible
+from tests.kernels._samples import Named, New
 
 CUDA = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if CUDA else "cpu"
@@ -402,3 +403,30 @@ def test_compiles_within_shared_memory(d: int, roomy: bool, monkeypatch: pytest.
         # A tile of 64 queries or more is a warp group's, which is what Hopper's tensor cores take.
         if roomy and "delta" not in kernel.metadata.name:
             assert "wgmma" in kernel.asm["ptx"]
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _attention_samples(new: New, n: int) -> Named:
+    s = 5 * n
+
+    def qkv(d_v: int = 4) -> tuple[torch.Tensor, ...]:
+        return tuple(new(2, s, heads, d).transpose(1, 2) for heads, d in ((2, 4), (1, 4), (1, d_v)))
+
+    left = torch.ones(2, s, dtype=torch.int64)
+    left[1, : s // 2] = 0
+    holes = left.clone()
+    holes[0, 1::3] = 0
+    packed = torch.cat([torch.arange(s // 2), torch.arange(s - s // 2)]).expand(2, s)
+    left, holes, packed = (t.to(new.device) for t in (left, holes, packed))
+    yield "causal", qkv(), {"causal": True}
+    yield "window, left padding", qkv(), {"causal": True, "window": 3, "padding": left}
+    yield "holes, wide values", qkv(6), {"causal": True, "padding": holes}
+    yield "packed, softcap", qkv(), {"causal": True, "positions": packed, "softcap": 2.0}
+    yield "chunk", qkv(), {"causal": True, "chunk": 3, "scale": 0.3}
+    yield "boolean mask", qkv(), {"dense": new(2, 1, s, s, grad=False) > -1}
+    yield "additive mask, softcap", qkv(), {"dense": new(1, 2, s, s, grad=False), "softcap": 3.0}
+
+
+SAMPLES = {"attention": _attention_samples}

@@ -8,6 +8,7 @@ import torch
 from fastft.kernels._op import OPS
 from fastft.kernels.glu import BLOCK, KINDS, glu, glu_packed, packed_reference, packed_supported, reference, supported
 from tests.kernels._check import check_op
+from tests.kernels._samples import Named, New
 
 #: The interpreter's exp(−g) is inf far out, as a GPU's is, and then σ(g) = 0; numpy warns.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -140,3 +141,20 @@ def test_packed_supported():
     assert packed_supported(torch.empty(2, 8), "silu") is None
     assert packed_supported(torch.empty(2, 7), "silu").code == "shape"
     assert packed_supported(torch.empty(2, 8), "relu").code == "activation"
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _glu_samples(new: New, n: int) -> Named:
+    for kind in KINDS:
+        yield kind, (new(2, n, 5, scale=2.0), new(2, n, 5), kind), {}
+
+
+def _glu_packed_samples(new: New, n: int) -> Named:
+    for kind in KINDS:
+        yield kind, (new(2, n, 10, scale=2.0), kind), {}
+    yield "up first", (new(2, n, 10), "silu", False), {}
+
+
+SAMPLES = {"glu": _glu_samples, "glu_packed": _glu_packed_samples}

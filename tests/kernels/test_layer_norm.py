@@ -8,6 +8,7 @@ import torch
 from fastft.kernels._op import OPS
 from fastft.kernels.layer_norm import MAX_N, layer_norm, reference, supported
 from tests.kernels._check import check_op
+from tests.kernels._samples import Named, New
 
 OP = OPS["layer_norm"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -130,3 +131,16 @@ def test_gradcheck(fn, device):
 def test_supported(x, weight, bias, out_dtype, code):
     reason = supported(x, weight, bias, 1e-6, out_dtype)
     assert (reason and reason.code) == code
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _layer_norm_samples(new: New, n: int) -> Named:
+    yield "affine", (new(3, n, 5 * n), new(5 * n), new(5 * n), 1e-5), {}
+    yield "biasless", (new(2, 3, n, 4).transpose(1, 2), new(4), None, 1e-5), {}
+    yield "plain", (new(2, 7 * n), None, None, 1e-5), {}
+    yield "residual stream", (new(2, n, 5), new(5), new(5), 1e-5), {"pass_through": True}
+
+
+SAMPLES = {"layer_norm": _layer_norm_samples}

@@ -4,6 +4,8 @@ TRL's own function.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from fastft.kernels.linear_cross_entropy import (
     supported,
 )
 from tests.kernels._check import strided
+from tests.kernels._samples import Named, New
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALL = dict(entropy=True, is_top1=True, mean_logits=True, log_sum_sq_probs=True)
@@ -363,8 +366,8 @@ def test_raw_ops(bias, device):
     small = inputs(torch.float32, device, tokens=3, vocab=33, bias=bias)
     h, w, b, y = (t.detach() if t is not None else None for t in small)
     maths = (-100, 3.0, 0.7, 1.3, torch.float16)
-    for flags in [(True, True, True, True, True), (False,) * 5]:
-        torch.library.opcheck(torch.ops.fastft.linear_log_prob.default, (h, w, b, y, *maths, *flags))
+    for wanted in [(True, True, True, True, True), (False,) * 5]:
+        torch.library.opcheck(torch.ops.fastft.linear_log_prob.default, (h, w, b, y, *maths, *wanted))
     _, *saved = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, True, False, False, False, False)[:4]
     g = torch.randn(len(y), device=device)
     all_, one = (True, True, bias), (True, False, False)
@@ -423,3 +426,30 @@ def test_like_trl(maths, device):
     ]
     for a, e in zip(*grads, strict=True):
         assert torch.allclose(a, e, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _head_sample(new: New, n: int, frozen: bool = False, bias: bool = True) -> tuple[Any, ...]:
+    labels = new.integers(7 * n, 4 * n)
+    labels[::3] = -100
+    weight = new(7 * n, 6, grad=not frozen, scale=0.5)
+    return new(4 * n, 6), weight, new(7 * n, grad=not frozen) if bias else None, labels
+
+
+def _log_prob_samples(new: New, n: int) -> Named:
+    everything = {"entropy": True, "is_top1": True, "mean_logits": True, "log_sum_sq_probs": True}
+    maths = {"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.3}
+    yield "trainable head", _head_sample(new, n), {**maths, **everything}
+    yield "frozen head", _head_sample(new, n, frozen=True), {**maths, **everything}
+    yield "frozen head, plain", _head_sample(new, n, frozen=True, bias=False), {}
+
+
+def _cross_entropy_samples(new: New, n: int) -> Named:
+    yield "trainable head", _head_sample(new, n, bias=False), {"softcap": 5.0}
+    yield "frozen head", _head_sample(new, n, frozen=True), {"reduction": "sum"}
+    yield "each token", _head_sample(new, n), {"reduction": "none", "logit_scale": 0.5}
+
+
+SAMPLES = {"linear_cross_entropy": _cross_entropy_samples, "linear_log_prob": _log_prob_samples}

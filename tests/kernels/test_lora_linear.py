@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from bench.shapes import shapes
 from fastft.compare import assert_within
 from fastft.kernels import lora_linear as module
 from fastft.kernels.lora_linear import JOINT, OP, lora_linear, lora_linears, release_scratch
+from tests.kernels._samples import Named, New, nf4_states
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -541,3 +544,44 @@ def test_joint_cost():
     assert int(joint.bytes_kept) == 3 * int(one.bytes_kept)
     alone = int(one.bytes_moved) + 2 * int(OP.cost(8192, 1024, 4096, 16).bytes_moved)
     assert alone - int(joint.bytes_moved) == 2 * 2 * 8192 * 4096
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _adapters(new: New, n_out: int, k: int, *ranks: int) -> tuple[Any, ...]:
+    a = [new(r, k, scale=k**-0.5) for r in ranks]
+    return a, [new(n_out, r, scale=r**-0.5) for r in ranks], [2.0, 0.7][: len(ranks)]
+
+
+def _lora_linear_samples(new: New, n: int) -> Named:
+    x = new(2, 2 * n, 6)
+    yield "plain", (x, new(5, 6), new(5)), {}
+    yield "lora", (x, new(5, 6, grad=False), None, *_adapters(new, 5, 6, 2)), {}
+    yield "two adapters", (x, new(5, 6), new(5), *_adapters(new, 5, 6, 2, 3)), {"b_bias": [new(5), None]}
+    own = [new(2, 2 * n, 6), None]
+    yield "own inputs", (x, new(5, 6, grad=False), new(5, grad=False), *_adapters(new, 5, 6, 1, 2)), {"x_lora": own}
+    yield "residual", (x, new(5, 6)), {"residual": new(2, 2 * n, 5)}
+    if new.dtype != torch.float64:  # NF4 weights have no fp64 form
+        for name, state in nf4_states(new, n):
+            quant = {"quant": state["quant"], "shape": (2 * n, 64), "blocksize2": 2}
+            yield f"NF4, {name}", (new(2, 3, 64), state["packed"], None, *_adapters(new, 2 * n, 64, 2)), quant
+
+
+def _lora_linears_samples(new: New, n: int) -> Named:
+    def layers(*n_out: int, k: int = 6) -> tuple[list[Any], ...]:
+        a, b, scaling = zip(*(_adapters(new, m, k, 2) for m in n_out), strict=True)
+        return list(a), list(b), list(scaling)
+
+    x = new(2, 2 * n, 6)
+    yield "dense", (x, [new(5, 6), new(4, 6, grad=False)], [new(5), None], *layers(5, 4)), {}
+    yield "no adapters", (x, [new(5, 6), new(4, 6), new(3, 6)]), {}
+    if new.dtype != torch.float64:
+        states = [state for _, state in nf4_states(new, n)]
+        for name, state in zip(("single", "double"), states, strict=True):
+            quant = {"quant": [state["quant"]] * 2, "shape": [(2 * n, 64)] * 2}
+            quant |= {"blocksize": [64, 64], "blocksize2": [2, 2]}
+            yield f"NF4, {name}", (new(2, 3, 64), [state["packed"]] * 2, [], *layers(2 * n, 2 * n, k=64)), quant
+
+
+SAMPLES = {"lora_linear": _lora_linear_samples, "lora_linears": _lora_linears_samples}

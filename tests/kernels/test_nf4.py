@@ -7,8 +7,14 @@ import torch
 
 from bench.shapes import shapes
 from fastft.kernels.nf4 import NF4, OP, nf4_dequantize
+from tests.kernels._samples import Named, New, nf4_states
 
-functional = pytest.importorskip("bitsandbytes.functional")
+try:
+    functional = pytest.importorskip("bitsandbytes.functional")
+except pytest.skip.Exception:  # the tables at the end are needed without it, too
+    functional = None
+
+pytestmark = pytest.mark.skipif(functional is None, reason="bitsandbytes is not installed")
 
 # Bitsandbytes' CPU library rounds fp16 as the processor at hand does: where there is a GPU, that is compared with.
 DEVICES = ["cuda" if torch.cuda.is_available() else "cpu"]
@@ -112,3 +118,15 @@ def test_refusals(change, code):
     assert reason is not None and reason.code == code
     with pytest.raises(ValueError, match="nf4_dequantize"):
         nf4_dequantize(*args)
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _nf4_samples(new: New, n: int) -> Named:
+    for name, state in nf4_states(new, n):
+        quant = (*state["quant"], None, None, None)[:4]
+        yield name, (state["packed"], *quant, 64, 2, (2 * n, 64), new.dtype), {}
+
+
+SAMPLES = {"nf4_dequantize": _nf4_samples}

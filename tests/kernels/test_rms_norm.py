@@ -8,6 +8,7 @@ import torch
 from fastft.kernels._op import OPS
 from fastft.kernels.rms_norm import MAX_N, reference, rms_norm, supported
 from tests.kernels._check import check_op
+from tests.kernels._samples import Named, New
 
 OP = OPS["rms_norm"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -154,3 +155,16 @@ def test_autocast_does_not_reach_the_maths(device):
 def test_supported(x, weight, out_dtype, code):
     reason = supported(x, weight, 1e-6, 0.0, out_dtype)
     assert (reason and reason.code) == code
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _rms_norm_samples(new: New, n: int) -> Named:
+    yield "llama", (new(3, n, 5 * n), new(5 * n), 1e-6), {}
+    yield "gemma", (new(2, 3, n, 4).transpose(1, 2), new(4), 1e-5, 1.0), {}
+    yield "weightless", (new(2, 7 * n), None, 1e-6), {}
+    yield "residual stream", (new(2, n, 5), new(5), 1e-6), {"pass_through": True}
+
+
+SAMPLES = {"rms_norm": _rms_norm_samples}

@@ -8,6 +8,7 @@ import torch
 from fastft.kernels._op import OPS
 from fastft.kernels.rotary import STYLES, reference, rotary, supported
 from tests.kernels._check import check_op
+from tests.kernels._samples import Named, New
 
 OP = OPS["rotary"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -227,3 +228,18 @@ def empty(*shape, dtype=torch.float32, grad=False):
 def test_supported(args, code):
     reason = supported(*args)
     assert (reason and reason.code) == code
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _rotary_samples(new: New, n: int) -> Named:
+    for style in STYLES:
+        q, k = new(1, 3 * n, 2, 6).transpose(1, 2), new(1, 3 * n, 1, 6).transpose(1, 2)
+        yield style, (q, k, new(1, 3 * n, 3, grad=False), new(1, 3 * n, 3, grad=False), style), {}
+    tables = new(2, n, 4, grad=False), new(2, n, 4, grad=False)
+    yield "part of a head, q alone", (new(2, 2, n, 6), None, *tables, "half", None, 4), {}
+    yield "sequence first", (new(2, n, 2, 4), new(2, n, 1, 4), *tables), {"seq_dim": 1}
+
+
+SAMPLES = {"rotary": _rotary_samples}
