@@ -4,17 +4,20 @@ TRITON_INTERPRET=1 and on CUDA."""
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 
 from fastft.compare import assert_within
 from fastft.kernels import attention as module
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
 from fastft.kernels.attention import attention, reference, supported, visible
-from tests.kernels._samples import Named, New
+from tests.kernels._fuzz import Draw, flags
+from tests.kernels._samples import Named, New, Sample
 
 CUDA = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if CUDA else "cpu"
@@ -430,3 +433,43 @@ def _attention_samples(new: New, n: int) -> Named:
 
 
 SAMPLES = {"attention": _attention_samples}
+
+
+def _attention_case(d: Draw) -> Sample:
+    batch, queries, head = d(st.integers(1, 2)), d(st.integers(1, 40)), d(st.integers(1, 20))
+    value = d(st.sampled_from((head, head + 3)))
+    heads, group = d(st.integers(1, 2)), d(st.integers(1, 3))
+    causal = d(flags)
+    keys = queries if causal else d(st.integers(1, 40))
+    options: dict[str, Any] = {"causal": causal, "softcap": d(st.sampled_from((0.0, 0.0, 3.0)))}
+    if causal:
+        options["window"] = d(st.sampled_from((0, 1, 7, 100)))
+        options["chunk"] = d(st.sampled_from((0, 0, 1, 12)))
+        if d(flags):
+            cuts = torch.rand(batch, queries, generator=d.generator) < d(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+            cuts[:, 0] = True
+            order = torch.arange(queries)
+            options["positions"] = (order - torch.where(cuts, order, 0).cummax(-1).values).to(d.device)
+    kind = d(st.sampled_from(("none", "none", "left", "right", "holes", "all", "one")))
+    if kind != "none":
+        count = d.integers(keys + 1, batch, 1).cpu()
+        order = torch.arange(keys)[None]
+        padding = {
+            "left": order >= count, "right": order < count,
+            "holes": torch.rand(batch, keys, generator=d.generator) < 0.5,
+            "all": order < 0, "one": order == count - 1,
+        }[kind].expand(batch, keys)  # fmt: skip
+        options["padding"] = padding.to(d.device)
+    dense = d(st.sampled_from(("none", "none", "none", "bool", "additive")))
+    if dense != "none" and "positions" not in options:
+        mask = torch.randn(batch, 1, queries, keys, generator=d.generator).to(d.device)
+        options["dense"] = mask > -1 if dense == "bool" else mask.to(d.dtype)
+
+    def rows(length: int, count: int, width: int) -> torch.Tensor:
+        return d.tensor(batch, length, count, width, scale=1.0, grad=True).detach().transpose(1, 2).requires_grad_()
+
+    q, k, v = rows(queries, heads * group, head), rows(keys, heads, head), rows(keys, heads, value)
+    return Sample("", (q, k, v), options)
+
+
+FUZZ = {"attention": _attention_case}

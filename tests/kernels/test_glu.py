@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from fastft.kernels._op import OPS
 from fastft.kernels.glu import BLOCK, KINDS, glu, glu_packed, packed_reference, packed_supported, reference, supported
 from tests.kernels._check import check_op
-from tests.kernels._samples import Named, New
+from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
+from tests.kernels._samples import Named, New, Sample
 
 #: The interpreter's exp(−g) is inf far out, as a GPU's is, and then σ(g) = 0; numpy warns.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -158,3 +160,17 @@ def _glu_packed_samples(new: New, n: int) -> Named:
 
 
 SAMPLES = {"glu": _glu_samples, "glu_packed": _glu_packed_samples}
+
+
+def _glu_case(d: Draw) -> Sample:
+    shape, kind = (d(SIZES), d(SIZES), d(WIDTHS)), d(st.sampled_from(KINDS))
+    return Sample("", (d.tensor(*shape), d.tensor(*shape), kind), {})
+
+
+def _glu_packed_case(d: Draw) -> Sample:
+    kind = d(st.sampled_from(KINDS))
+    return Sample("", (d.tensor(d(SIZES), d(SIZES), 2 * d(WIDTHS), grad=True), kind, d(flags)), {})
+
+
+FUZZ = {"glu": _glu_case, "glu_packed": _glu_packed_case}
+ROWWISE = ("glu", "glu_packed")

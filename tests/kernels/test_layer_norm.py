@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from fastft.kernels._op import OPS
 from fastft.kernels.layer_norm import MAX_N, layer_norm, reference, supported
 from tests.kernels._check import check_op
-from tests.kernels._samples import Named, New
+from tests.kernels._fuzz import SIZES, Draw, flags
+from tests.kernels._samples import Named, New, Sample
 
 OP = OPS["layer_norm"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -144,3 +146,14 @@ def _layer_norm_samples(new: New, n: int) -> Named:
 
 
 SAMPLES = {"layer_norm": _layer_norm_samples}
+
+
+def _layer_norm_case(d: Draw) -> Sample:
+    n = d(st.integers(2, 130))
+    weight = d.maybe(lambda: d.tensor(n, scale=1.0))
+    args = (d.tensor(d(SIZES), d(SIZES), n), weight, d.maybe(lambda: d.tensor(n)), 1e-5)
+    return Sample("", args, {"pass_through": d(flags)})
+
+
+FUZZ = {"layer_norm": _layer_norm_case}
+ROWWISE = ("layer_norm",)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.shapes import shapes
@@ -26,7 +27,8 @@ from fastft.kernels.linear_cross_entropy import (
     supported,
 )
 from tests.kernels._check import strided
-from tests.kernels._samples import Named, New
+from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
+from tests.kernels._samples import Named, New, Sample
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALL = dict(entropy=True, is_top1=True, mean_logits=True, log_sum_sq_probs=True)
@@ -453,3 +455,35 @@ def _cross_entropy_samples(new: New, n: int) -> Named:
 
 
 SAMPLES = {"linear_cross_entropy": _cross_entropy_samples, "linear_log_prob": _log_prob_samples}
+
+
+def _head_case(d: Draw) -> tuple[Any, ...]:
+    tokens, hidden, vocab = d(SIZES), d(WIDTHS), d(st.integers(1, 140))
+    labels = d.integers(vocab, tokens)
+    kind = d(st.sampled_from(("some", "some", "all", "none", "one class")))
+    if kind == "some":
+        labels[torch.rand(tokens, generator=d.generator) < 0.5] = -100
+    elif kind == "all":
+        labels[:] = -100
+    elif kind == "one class":
+        labels[:] = vocab - 1
+    frozen = d(flags)
+    weight = d.tensor(vocab, hidden, scale=hidden**-0.5, grad=not frozen)
+    bias = d.maybe(lambda: d.tensor(vocab, grad=not frozen))
+    return d.tensor(tokens, hidden, grad=True), weight, bias, labels
+
+
+def _maths_case(d: Draw) -> dict[str, Any]:
+    return {"softcap": d(st.sampled_from((None, 5.0))), "logit_scale": d(st.sampled_from((1.0, 0.25)))}
+
+
+def _cross_entropy_case(d: Draw) -> Sample:
+    return Sample("", _head_case(d), {**_maths_case(d), "reduction": d(st.sampled_from(("mean", "sum", "none")))})
+
+
+def _log_prob_case(d: Draw) -> Sample:
+    wanted = {name: d(flags) for name in ("entropy", "mean_logits", "log_sum_sq_probs")}
+    return Sample("", _head_case(d), {**_maths_case(d), "temperature": d(st.sampled_from((1.0, 1.5))), **wanted})
+
+
+FUZZ = {"linear_cross_entropy": _cross_entropy_case, "linear_log_prob": _log_prob_case}

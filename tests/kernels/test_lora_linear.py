@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from bench.shapes import shapes
 from fastft.compare import assert_within
 from fastft.kernels import lora_linear as module
 from fastft.kernels.lora_linear import JOINT, OP, lora_linear, lora_linears, release_scratch
-from tests.kernels._samples import Named, New, nf4_states
+from tests.kernels._fuzz import SIZES, WIDTHS, Draw
+from tests.kernels._samples import Named, New, Sample, nf4_states
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -585,3 +587,35 @@ def _lora_linears_samples(new: New, n: int) -> Named:
 
 
 SAMPLES = {"lora_linear": _lora_linear_samples, "lora_linears": _lora_linears_samples}
+
+
+def _layer_case(d: Draw, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    n, ranks = d(WIDTHS), d(st.lists(st.sampled_from((1, 2, 3, 5, 8)), max_size=2))
+    a = [d.tensor(r, k, scale=k**-0.5) for r in ranks]
+    b = [d.tensor(n, r, scale=r**-0.5) for r in ranks]
+    scaling = [d(st.sampled_from((1.0, 2.0, 0.7071))) for _ in ranks]
+    bias = d.maybe(lambda: d.tensor(n))
+    return (d.tensor(n, k, scale=k**-0.5), bias, a, b, scaling), {
+        "b_bias": [d.maybe(lambda: d.tensor(n)) for _ in ranks]
+    }
+
+
+def _lora_linear_case(d: Draw) -> Sample:
+    k, lead = d(WIDTHS), (d(SIZES), d(SIZES))
+    args, kwargs = _layer_case(d, k)
+    inputs = [d.maybe(lambda: d.tensor(*lead, k)) for _ in args[2]]
+    alone = args[1] is None and not args[2]
+    residual = d.maybe(lambda: d.tensor(*lead, args[0].shape[0])) if alone else None
+    return Sample("", (d.tensor(*lead, k), *args), {**kwargs, "x_lora": inputs, "residual": residual})
+
+
+def _lora_linears_case(d: Draw) -> Sample:
+    k = d(WIDTHS)
+    layers = [_layer_case(d, k) for _ in range(d(st.integers(1, 3)))]
+    columns = [list(column) for column in zip(*(args for args, _ in layers), strict=True)]
+    return Sample(
+        "", (d.tensor(d(SIZES), d(SIZES), k), *columns), {"b_bias": [kwargs["b_bias"] for _, kwargs in layers]}
+    )
+
+
+FUZZ = {"lora_linear": _lora_linear_case, "lora_linears": _lora_linears_case}

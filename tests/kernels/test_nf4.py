@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from bench.shapes import shapes
 from fastft.kernels.nf4 import NF4, OP, nf4_dequantize
-from tests.kernels._samples import Named, New, nf4_states
+from tests.kernels._fuzz import Draw, flags
+from tests.kernels._samples import Named, New, Sample, nf4_states
 
 try:
     functional = pytest.importorskip("bitsandbytes.functional")
@@ -130,3 +134,19 @@ def _nf4_samples(new: New, n: int) -> Named:
 
 
 SAMPLES = {"nf4_dequantize": _nf4_samples}
+
+
+def _nf4_case(d: Draw) -> Sample:
+    blocksize = d(st.sampled_from((32, 64, 128)))
+    n, k = d(st.integers(1, 9)), d(st.integers(1, 200))
+    blocks, blocksize2 = -(-n * k // blocksize), d(st.sampled_from((2, 256)))
+    packed = d.integers(256, (n * k + 1) // 2, 1).to(torch.uint8)
+    scales: tuple[Any, ...] = (torch.rand(blocks, generator=d.generator).to(d.device), None, None, None)
+    if d(flags):
+        second = torch.rand(-(-blocks // blocksize2), generator=d.generator).to(d.device)
+        code = torch.rand(256, generator=d.generator).to(d.device)
+        scales = (d.integers(256, blocks).to(torch.uint8), code, torch.tensor(0.02, device=d.device), second)
+    return Sample("", (packed, *scales, blocksize, blocksize2, (n, k), d.dtype), {})
+
+
+FUZZ = {"nf4_dequantize": _nf4_case}

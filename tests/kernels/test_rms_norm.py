@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from fastft.kernels._op import OPS
 from fastft.kernels.rms_norm import MAX_N, reference, rms_norm, supported
 from tests.kernels._check import check_op
-from tests.kernels._samples import Named, New
+from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
+from tests.kernels._samples import Named, New, Sample
 
 OP = OPS["rms_norm"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -168,3 +170,15 @@ def _rms_norm_samples(new: New, n: int) -> Named:
 
 
 SAMPLES = {"rms_norm": _rms_norm_samples}
+
+
+def _rms_norm_case(d: Draw) -> Sample:
+    n = d(WIDTHS)
+    weight = d.maybe(lambda: d.tensor(n, scale=1.0))
+    offset = d(st.sampled_from((0.0, 1.0))) if weight is not None else 0.0
+    args = (d.tensor(d(SIZES), d(SIZES), n), weight, d(st.sampled_from((1e-6, 1e-3))), offset)
+    return Sample("", args, {"pass_through": d(flags)})
+
+
+FUZZ = {"rms_norm": _rms_norm_case}
+ROWWISE = ("rms_norm",)

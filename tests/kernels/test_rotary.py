@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from fastft.kernels._op import OPS
 from fastft.kernels.rotary import STYLES, reference, rotary, supported
 from tests.kernels._check import check_op
-from tests.kernels._samples import Named, New
+from tests.kernels._fuzz import Draw, flags
+from tests.kernels._samples import Named, New, Sample
 
 OP = OPS["rotary"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -243,3 +245,24 @@ def _rotary_samples(new: New, n: int) -> Named:
 
 
 SAMPLES = {"rotary": _rotary_samples}
+
+
+def _rotary_case(d: Draw) -> Sample:
+    batch, seq, half = d(st.integers(1, 3)), d(st.integers(1, 9)), d(st.sampled_from((1, 3, 8, 16, 20)))
+    width = 2 * half + d(st.sampled_from((0, 0, 2, 6)))
+    style, seq_dim = d(st.sampled_from(tuple(STYLES))), d(st.sampled_from((1, 2)))
+
+    def heads(count: int) -> torch.Tensor:
+        x = d.tensor(batch, seq, count, width, grad=True)
+        return x if seq_dim == 1 else x.detach().transpose(1, 2).requires_grad_()
+
+    angle = torch.randn(d(st.sampled_from((1, batch))), seq, half, generator=d.generator).to(d.device)
+    if d(flags):
+        angle = angle.repeat_interleave(2, -1) if style == "interleaved" else torch.cat((angle, angle), -1)
+    k = d.maybe(lambda: heads(d(st.integers(1, 3))))
+    tables = angle.cos().to(d.dtype), angle.sin().to(d.dtype)
+    return Sample("", (heads(d(st.integers(1, 5))), k, *tables, style, None, 2 * half, seq_dim), {})
+
+
+FUZZ = {"rotary": _rotary_case}
+ROWWISE = ("rotary",)
