@@ -4,9 +4,13 @@ TRITON_INTERPRET=1 and on CUDA."""
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -16,6 +20,8 @@ from fastft.kernels import attention as module
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
 from fastft.kernels.attention import attention, reference, supported, visible
+from tests.kernels._derivations import Array, Derivation
+from tests.kernels._expressions import ratio
 from tests.kernels._fuzz import Draw, flags
 from tests.kernels._samples import Named, New, Sample
 
@@ -473,3 +479,93 @@ def _attention_case(d: Draw) -> Sample:
 
 
 FUZZ = {"attention": _attention_case}
+
+
+def _attention_derivations() -> list[Derivation]:
+    def formula(
+        q: Array,
+        k: Array,
+        v: Array,
+        bias: Array | None = None,
+        *,
+        scale: str,
+        cap: int = 0,
+        sees: Callable[[int, int, int], bool] = lambda b, i, j: True,
+    ) -> list[Array]:
+        out = np.full((*q.shape[:3], v.shape[3]), sympy.Integer(0), dtype=object)
+        for b, h, i in np.ndindex(q.shape[:3]):
+            kv = h * k.shape[1] // q.shape[1]
+            seen = [j for j in range(k.shape[2]) if sees(b, i, j)]
+            s = [ratio(scale) * np.dot(q[b, h, i], k[b, kv, j]) for j in seen]
+            s = [cap * sympy.tanh(u / cap) for u in s] if cap else s
+            s = [u + bias[0, h, i, j] for u, j in zip(s, seen, strict=True)] if bias is not None else s
+            e = [sympy.exp(u) for u in s]
+            for j, weight in zip(seen, e, strict=True):
+                out[b, h, i] = out[b, h, i] + weight / sum(e) * v[b, kv, j]
+        return [out]
+
+    def derive(
+        name: str,
+        b: int,
+        length: int,
+        of_formula: dict[str, Any],
+        of_call: dict[str, Any],
+        sizes: tuple[int, int, int, int],
+        **rest: Any,
+    ) -> Derivation:
+        hq, hk, d, dv = sizes
+        bias = {"bias": (1, hq, length, length)} if "frozen" in rest else {}
+
+        def call(fn: Any, q: Any, k: Any, v: Any, bias: Any = None) -> Any:
+            return fn(q, k, v, scale=0.7, dense=bias, **of_call)
+
+        return Derivation(
+            name,
+            {"q": (b, hq, length, d), "k": (b, hk, length, d), "v": (b, hk, length, dv), **bias},
+            call,
+            functools.partial(formula, scale="0.7", **of_formula),
+            **rest,
+        )
+
+    def causal(b: int, i: int, j: int) -> bool:
+        return j <= i
+
+    left = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    holes = torch.tensor([[1, 0, 1]])
+    documents = torch.tensor([[0, 1, 0, 1]])
+    return [
+        derive("a row of scores", 1, 2, {}, {}, (1, 1, 1, 2), simplify=("PyTorch",)),
+        derive("a row of capped scores", 1, 2, {"cap": 3}, {"softcap": 3.0}, (1, 1, 1, 2), simplify=("PyTorch",)),
+        derive("two heads share keys", 1, 3, {}, {}, (2, 1, 1, 2)),
+        derive("causal, capped", 1, 3, {"sees": causal, "cap": 2}, {"causal": True, "softcap": 2.0}, (1, 1, 2, 1)),
+        derive(
+            "left padding, window",
+            2,
+            4,
+            {"sees": lambda b, i, j: i - 2 < j <= i and bool(left[b, j])},
+            {"causal": True, "window": 2, "padding": left},
+            (1, 1, 1, 2),
+        ),
+        derive(
+            "padding between tokens",
+            1,
+            3,
+            {"sees": lambda b, i, j: j <= i and bool(holes[b, j])},
+            {"causal": True, "padding": holes},
+            (2, 1, 1, 2),
+        ),
+        derive(
+            "packed documents",
+            1,
+            4,
+            {"sees": lambda b, i, j: j <= i and i // 2 == j // 2},
+            {"causal": True, "positions": documents},
+            (1, 1, 1, 2),
+        ),
+        derive("additive mask", 1, 2, {"cap": 2}, {"softcap": 2.0}, (2, 1, 1, 2), frozen=("bias",)),
+    ]
+
+
+DERIVATIONS = {"attention": _attention_derivations}
+
+SMALL_TILES = {"_tiles": lambda *_: {"BLOCK_M": 2, "BLOCK_N": 2, "num_warps": 1, "num_stages": 1}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from fastft.kernels._op import OPS
 from fastft.kernels.glu import BLOCK, KINDS, glu, glu_packed, packed_reference, packed_supported, reference, supported
 from tests.kernels._check import check_op
+from tests.kernels._derivations import BOTH, Array, Derivation
+from tests.kernels._expressions import ACTIVATIONS, unary
 from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
 from tests.kernels._samples import Named, New, Sample
 
@@ -174,3 +178,40 @@ def _glu_packed_case(d: Draw) -> Sample:
 
 FUZZ = {"glu": _glu_case, "glu_packed": _glu_packed_case}
 ROWWISE = ("glu", "glu_packed")
+
+
+def _glu_derivations() -> list[Derivation]:
+    shape = (2, 3)
+    return [
+        Derivation(
+            kind,
+            {"gate": shape, "up": shape},
+            lambda fn, gate, up, kind=kind: fn(gate, up, kind),
+            lambda gate, up, kind=kind: [unary(ACTIVATIONS[kind])(gate) * up],
+            simplify=BOTH,
+        )
+        for kind in KINDS
+    ]
+
+
+def _glu_packed_derivations() -> list[Derivation]:
+    def formula(gate_up: Array, kind: str, first: bool) -> list[Array]:
+        gate, up = (gate_up[..., :3], gate_up[..., 3:]) if first else (gate_up[..., 3:], gate_up[..., :3])
+        return [unary(ACTIVATIONS[kind])(gate) * up]
+
+    return [
+        Derivation(
+            f"{kind}, {'gate' if first else 'up'} first",
+            {"gate_up": (2, 6)},
+            lambda fn, gate_up, kind=kind, first=first: fn(gate_up, kind, first),
+            functools.partial(formula, kind=kind, first=first),
+            simplify=BOTH,
+        )
+        for kind in KINDS
+        for first in (True, False)
+    ]
+
+
+DERIVATIONS = {"glu": _glu_derivations, "glu_packed": _glu_packed_derivations}
+
+SMALL_TILES = {"BLOCK": 4}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import sympy
 import torch
 from hypothesis import strategies as st
 
 from fastft.kernels._op import OPS
 from fastft.kernels.layer_norm import MAX_N, layer_norm, reference, supported
 from tests.kernels._check import check_op
+from tests.kernels._derivations import BOTH, EPS, ROW_TILES, Array, Derivation, over_rows
+from tests.kernels._expressions import ratio
 from tests.kernels._fuzz import SIZES, Draw, flags
 from tests.kernels._samples import Named, New, Sample
 
@@ -157,3 +161,36 @@ def _layer_norm_case(d: Draw) -> Sample:
 
 FUZZ = {"layer_norm": _layer_norm_case}
 ROWWISE = ("layer_norm",)
+
+
+def _layer_norm_derivations() -> list[Derivation]:
+    def normed(x: Array) -> Array:
+        def of_row(row: Array) -> Array:
+            centred = row - np.sum(row) / len(row)
+            return centred / sympy.sqrt(np.sum(centred**2) / len(row) + ratio(EPS))
+
+        return over_rows(of_row)(x)
+
+    shapes = {"x": (9, 3), "w": (3,), "b": (3,)}
+    return [
+        Derivation(
+            "weight and bias",
+            shapes,
+            lambda fn, x, w, b: fn(x, w, b, EPS),
+            lambda x, w, b: [normed(x) * w + b],
+            simplify=BOTH,
+        ),
+        Derivation("plain", {"x": (3, 3)}, lambda fn, x: fn(x, None, None, EPS), lambda x: [normed(x)]),
+        Derivation(
+            "residual stream",
+            {"x": (3, 3)},
+            lambda fn, x: fn(x, None, None, EPS, pass_through=True),
+            lambda x: [normed(x), x],
+            outputs=2,
+        ),
+    ]
+
+
+DERIVATIONS = {"layer_norm": _layer_norm_derivations}
+
+SMALL_TILES = ROW_TILES

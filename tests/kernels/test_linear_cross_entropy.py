@@ -4,9 +4,13 @@ TRL's own function.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -27,6 +31,8 @@ from fastft.kernels.linear_cross_entropy import (
     supported,
 )
 from tests.kernels._check import strided
+from tests.kernels._derivations import BOTH, Array, Derivation
+from tests.kernels._expressions import EXP, LOG, TANH, ratio
 from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
 from tests.kernels._samples import Named, New, Sample
 
@@ -487,3 +493,109 @@ def _log_prob_case(d: Draw) -> Sample:
 
 
 FUZZ = {"linear_cross_entropy": _cross_entropy_case, "linear_log_prob": _log_prob_case}
+
+
+LABELS = [2, -100, 0]
+
+
+def _logits(h: Array, w: Array, b: Array | None, cap: Any, scale: str, temperature: str) -> Array:
+    z = ratio(scale) * (h @ w.T + (0 if b is None else b))
+    z = ratio(cap) * TANH(z / ratio(cap)) if cap else z
+    return z / ratio(temperature)
+
+
+def _of_tokens(z: Array, function: Callable[[Array, int], Any]) -> Array:
+    values = [function(row, label) if label >= 0 else sympy.Integer(0) for row, label in zip(z, LABELS, strict=True)]
+    return np.array(values, dtype=object)
+
+
+def _probabilities(row: Array) -> Array:
+    return EXP(row) / np.sum(EXP(row))
+
+
+HEAD = {"h": (3, 2), "w": (3, 2), "b": (3,)}
+
+
+def _log_prob_derivations() -> list[Derivation]:
+    def formula(h: Array, w: Array, b: Array | None = None, **maths: Any) -> list[Array]:
+        z = _logits(h, w, b, **maths)
+        return [
+            _of_tokens(z, lambda row, y: row[y] - sympy.log(np.sum(EXP(row)))),
+            _of_tokens(z, lambda row, y: -np.sum(_probabilities(row) * LOG(_probabilities(row)))),
+            _of_tokens(z, lambda row, y: np.sum(row) / len(row)),
+            _of_tokens(z, lambda row, y: sympy.log(np.sum(_probabilities(row) ** 2))),
+            _of_tokens(z, lambda row, y: sympy.log(np.sum(EXP(row)))),
+        ]
+
+    def call(fn: Any, h: Any, w: Any, b: Any = None, **maths: Any) -> list[Any]:
+        everything = {"entropy": True, "mean_logits": True, "log_sum_sq_probs": True}
+        found = fn(h, w, b, torch.tensor(LABELS), **everything, **maths)
+        return [found.log_prob, found.entropy, found.mean_logits, found.log_sum_sq_probs, found.lse]
+
+    plain = {"cap": None, "scale": "1", "temperature": "1"}
+    capped = {"cap": 3, "scale": "0.7", "temperature": "1.25"}
+    maths = {"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.25}
+    return [
+        Derivation("plain", HEAD, call, functools.partial(formula, **plain), outputs=2),
+        Derivation(
+            "rows of logits",
+            {"h": (3, 1), "w": (3, 1)},
+            call,
+            functools.partial(formula, **plain),
+            frozen=("h",),
+            outputs=2,
+            simplify=BOTH,
+        ),
+        Derivation(
+            "softcap, scale, temperature",
+            HEAD,
+            functools.partial(call, **maths),
+            functools.partial(formula, **capped),
+            outputs=2,
+        ),
+        Derivation(
+            "frozen head",
+            {"h": (3, 1), "w": (3, 1)},
+            functools.partial(call, **maths),
+            functools.partial(formula, **capped),
+            frozen=("w",),
+            outputs=2,
+        ),
+        Derivation(
+            "frozen head, constant entropy",
+            {"h": (3, 1), "w": (3, 1)},
+            functools.partial(call, entropy_gradient=False, **maths),
+            functools.partial(formula, **capped),
+            frozen=("w",),
+            outputs=1,
+        ),
+    ]
+
+
+def _cross_entropy_derivations() -> list[Derivation]:
+    def derive(name: str, reduction: str, cap: int | None = None, **rest: Any) -> Derivation:
+        def formula(h: Array, w: Array, b: Array) -> list[Array]:
+            z = _logits(h, w, b, cap, "0.5", "1")
+            loss = _of_tokens(z, lambda row, y: sympy.log(np.sum(EXP(row))) - row[y])
+            total = np.sum(loss)
+            return [loss if reduction == "none" else total if reduction == "sum" else total / 2]
+
+        def call(fn: Any, h: Any, w: Any, b: Any) -> Any:
+            softcap = None if cap is None else float(cap)
+            return fn(h, w, b, torch.tensor(LABELS), reduction=reduction, softcap=softcap, logit_scale=0.5)
+
+        return Derivation(name, HEAD, call, formula, **rest)
+
+    return [
+        derive("mean", "mean"),
+        derive("each token, softcap", "none", 2),
+        derive("sum, frozen head", "sum", frozen=("w", "b"), simplify=BOTH),
+    ]
+
+
+DERIVATIONS = {"linear_cross_entropy": _cross_entropy_derivations, "linear_log_prob": _log_prob_derivations}
+
+SMALL_TILES = {
+    "_row_config": lambda vocab: {"BLOCK": 2, "num_warps": 1},
+    "chunk_rows": lambda *_: 1,
+}

@@ -12,6 +12,8 @@ from bench.shapes import shapes
 from fastft.compare import assert_within
 from fastft.kernels import lora_linear as module
 from fastft.kernels.lora_linear import JOINT, OP, lora_linear, lora_linears, release_scratch
+from tests.kernels._derivations import BOTH, Array, Derivation
+from tests.kernels._expressions import ratio
 from tests.kernels._fuzz import SIZES, WIDTHS, Draw
 from tests.kernels._samples import Named, New, Sample, nf4_states
 
@@ -619,3 +621,69 @@ def _lora_linears_case(d: Draw) -> Sample:
 
 
 FUZZ = {"lora_linear": _lora_linear_case, "lora_linears": _lora_linears_case}
+
+
+def _lora_linear_derivations() -> list[Derivation]:
+    def one(x: Array, w: Array, bias: Array, a: Array, b: Array, b_bias: Array) -> list[Array]:
+        return [x @ w.T + bias + 2 * ((x @ a.T) @ b.T + b_bias)]
+
+    def two(x: Array, w: Array, a: Array, b: Array, a2: Array, b2: Array, x2: Array) -> list[Array]:
+        return [x @ w.T + 2 * (x @ a.T) @ b.T + ratio("0.7") * (x2 @ a2.T) @ b2.T]
+
+    return [
+        Derivation(
+            "linear",
+            {"x": (3, 2), "w": (2, 2), "bias": (2,)},
+            lambda fn, x, w, bias: fn(x, w, bias),
+            lambda x, w, bias: [x @ w.T + bias],
+            simplify=BOTH,
+        ),
+        Derivation(
+            "adapter with a bias",
+            {"x": (3, 2), "w": (3, 2), "bias": (3,), "a": (2, 2), "b": (3, 2), "b_bias": (3,)},
+            lambda fn, x, w, bias, a, b, b_bias: fn(x, w, bias, [a], [b], [2.0], b_bias=[b_bias]),
+            one,
+            simplify=BOTH,
+        ),
+        Derivation(
+            "residual",
+            {"x": (3, 2), "w": (2, 2), "z": (3, 2)},
+            lambda fn, x, w, z: fn(x, w, residual=z),
+            lambda x, w, z: [z + x @ w.T],
+            simplify=BOTH,
+        ),
+        Derivation(
+            "frozen weight, two adapters, one with its own input",
+            {"x": (3, 2), "w": (3, 2), "a": (2, 2), "b": (3, 2), "a2": (1, 2), "b2": (3, 1), "x2": (3, 2)},
+            lambda fn, x, w, a, b, a2, b2, x2: fn(x, w, None, [a, a2], [b, b2], [2.0, 0.7], x_lora=[None, x2]),
+            two,
+            frozen=("w",),
+            simplify=BOTH,
+        ),
+    ]
+
+
+def _lora_linears_derivations() -> list[Derivation]:
+    sizes = {"1": (2, 2), "2": (3, 1), "3": (1, 1)}  # of each layer: N and the adapter's rank
+    shapes: dict[str, tuple[int, ...]] = {"x": (3, 2), "bias": (2,)}
+    for i, (n, rank) in sizes.items():
+        shapes |= {f"w{i}": (n, 2), f"a{i}": (rank, 2), f"b{i}": (n, rank)}
+
+    def derive(name: str, scaling: tuple[str, str, str]) -> Derivation:
+        def formula(x: Array, bias: Array, **of: Array) -> list[Array]:
+            ys = [
+                x @ of[f"w{i}"].T + ratio(s) * (x @ of[f"a{i}"].T) @ of[f"b{i}"].T
+                for i, s in zip(sizes, scaling, strict=True)
+            ]
+            return [ys[0] + bias, *ys[1:]]
+
+        def call(fn: Any, x: Any, bias: Any, **of: Any) -> Any:
+            w, a, b = ([of[f"{kind}{i}"] for i in sizes] for kind in "wab")
+            return fn(x, w, [bias, None, None], [[t] for t in a], [[t] for t in b], [[float(s)] for s in scaling])
+
+        return Derivation(name, shapes, call, formula, frozen=("w2",), outputs=3, simplify=BOTH)
+
+    return [derive("three layers", ("2", "2", "0.7")), derive("one scaling", ("0.5", "0.5", "0.5"))]
+
+
+DERIVATIONS = {"lora_linear": _lora_linear_derivations, "lora_linears": _lora_linears_derivations}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import sympy
 import torch
 from hypothesis import strategies as st
 
 from fastft.kernels._op import OPS
 from fastft.kernels.rms_norm import MAX_N, reference, rms_norm, supported
 from tests.kernels._check import check_op
+from tests.kernels._derivations import BOTH, EPS, ROW_TILES, Array, Derivation, over_rows
+from tests.kernels._expressions import ratio
 from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
 from tests.kernels._samples import Named, New, Sample
 
@@ -182,3 +186,31 @@ def _rms_norm_case(d: Draw) -> Sample:
 
 FUZZ = {"rms_norm": _rms_norm_case}
 ROWWISE = ("rms_norm",)
+
+
+def _rms_norm_derivations() -> list[Derivation]:
+    def normed(x: Array) -> Array:
+        return over_rows(lambda row: row / sympy.sqrt(np.sum(row**2) / len(row) + ratio(EPS)))(x)
+
+    # Nine rows are five tiles of two, for four programs: one has two tiles.
+    shapes = {"x": (9, 3), "w": (3,)}
+    return [
+        Derivation("weight", shapes, lambda fn, x, w: fn(x, w, EPS), lambda x, w: [normed(x) * w], simplify=BOTH),
+        Derivation("1 + weight", shapes, lambda fn, x, w: fn(x, w, EPS, 1.0), lambda x, w: [normed(x) * (1 + w)]),
+        Derivation("weightless", {"x": (3, 3)}, lambda fn, x: fn(x, None, EPS), lambda x: [normed(x)]),
+        Derivation(
+            "frozen weight", shapes, lambda fn, x, w: fn(x, w, EPS), lambda x, w: [normed(x) * w], frozen=("w",)
+        ),
+        Derivation(
+            "residual stream",
+            shapes,
+            lambda fn, x, w: fn(x, w, EPS, pass_through=True),
+            lambda x, w: [normed(x) * w, x],
+            outputs=2,
+        ),
+    ]
+
+
+DERIVATIONS = {"rms_norm": _rms_norm_derivations}
+
+SMALL_TILES = ROW_TILES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from fastft.kernels._op import OPS
 from fastft.kernels.rotary import STYLES, reference, rotary, supported
 from tests.kernels._check import check_op
+from tests.kernels._derivations import BOTH, Array, Derivation
 from tests.kernels._fuzz import Draw, flags
 from tests.kernels._samples import Named, New, Sample
 
@@ -266,3 +268,55 @@ def _rotary_case(d: Draw) -> Sample:
 
 FUZZ = {"rotary": _rotary_case}
 ROWWISE = ("rotary",)
+
+
+def _rotated(x: Array, cos: Array, sin: Array, style: str) -> Array:
+    """As transformers spells the styles, with tables [batch or 1, seq, R or R/2] of which it has the whole rows."""
+    width, half = x.shape[-1], x.shape[-1] // 2
+
+    def whole(t: Array) -> Array:
+        if t.shape[-1] < width:
+            t = np.repeat(t, 2, axis=-1) if style == "interleaved" else np.concatenate((t, t), axis=-1)
+        return t[:, None]
+
+    if style == "interleaved":
+        turned = np.stack((-x[..., 1::2], x[..., ::2]), axis=-1).reshape(x.shape)
+    else:
+        if style == "interleaved_to_half":
+            x = np.concatenate((x[..., ::2], x[..., 1::2]), axis=-1)
+        turned = np.concatenate((-x[..., half:], x[..., :half]), axis=-1)
+    return x * whole(cos) + turned * whole(sin)
+
+
+def _rotary_derivations() -> list[Derivation]:
+    def two(style: str, width: int) -> Derivation:
+        def formula(q: Array, k: Array, cos: Array, sin: Array) -> list[Array]:
+            return [_rotated(q, cos, sin, style), _rotated(k, cos, sin, style)]
+
+        return Derivation(
+            f"{style}, tables of {width}",
+            {"q": (1, 3, 2, 4), "k": (1, 1, 2, 4), "cos": (1, 2, width), "sin": (1, 2, width)},
+            lambda fn, q, k, cos, sin: fn(q, k, cos, sin, style),
+            formula,
+            frozen=("cos", "sin"),
+            outputs=2,
+            simplify=BOTH,
+        )
+
+    def part(q: Array, cos: Array, sin: Array) -> list[Array]:
+        return [np.concatenate((_rotated(q[..., :4], cos, sin, "half"), q[..., 4:]), axis=-1)]
+
+    shapes = {"q": (2, 1, 2, 6), "cos": (2, 2, 4), "sin": (2, 2, 4)}
+    alone = Derivation(
+        "part of a head, q alone",
+        shapes,
+        lambda fn, q, cos, sin: fn(q, None, cos, sin, "half", None, 4),
+        part,
+        frozen=("cos", "sin"),
+    )
+    return [two(style, width) for style in STYLES for width in (4, 2)] + [alone]
+
+
+DERIVATIONS = {"rotary": _rotary_derivations}
+
+SMALL_TILES = {"TILE": 4}
