@@ -24,6 +24,7 @@ from tests.kernels._derivations import Array, Derivation
 from tests.kernels._expressions import ratio
 from tests.kernels._fuzz import Draw, flags
 from tests.kernels._samples import Named, New, Sample
+from tests.mutation._mutant import Mutant
 
 CUDA = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if CUDA else "cpu"
@@ -569,3 +570,100 @@ def _attention_derivations() -> list[Derivation]:
 DERIVATIONS = {"attention": _attention_derivations}
 
 SMALL_TILES = {"_tiles": lambda *_: {"BLOCK_M": 2, "BLOCK_N": 2, "num_warps": 1, "num_stages": 1}}
+
+MUTANTS = (
+    Mutant(
+        "attention: causal off by one",
+        "kernels/attention.py",
+        "            if CAUSAL:\n"
+        "                seen = seen & (cols[None, :] <= rows[:, None])\n"
+        '            s = tl.where(seen, s, float("-inf"))\n'
+        "        m_new",
+        "            if CAUSAL:\n"
+        "                seen = seen & (cols[None, :] < rows[:, None])\n"
+        '            s = tl.where(seen, s, float("-inf"))\n'
+        "        m_new",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: window off by one",
+        "kernels/attention.py",
+        "first = tl.maximum(first, q - (WINDOW - 1))",
+        "first = tl.maximum(first, q - WINDOW)",
+        'tests/kernels/test_attention.py -k "forward_and_gradients and window"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: window of the keys off by one",
+        "kernels/attention.py",
+        "past = tl.minimum(past, k + WINDOW)",
+        "past = tl.minimum(past, k + WINDOW + 1)",
+        'tests/kernels/test_attention.py -k "forward_and_gradients and window"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: no rescaling of the sum",
+        "kernels/attention.py",
+        "l_i = l_i * alpha + tl.sum(p, 1)",
+        "l_i = l_i + tl.sum(p, 1)",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: dq without delta",
+        "kernels/attention.py",
+        "ds = tl.exp2(s - lse[:, None]) * (tl.dot(do, v, input_precision=PRECISION) - delta[:, None])",
+        "ds = tl.exp2(s - lse[:, None]) * tl.dot(do, v, input_precision=PRECISION)",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: dk without scale",
+        "kernels/attention.py",
+        "    dk *= scale\n",
+        "",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: dk of the first query head of a group",
+        "kernels/attention.py",
+        "        hq = h * GROUP + g\n",
+        "        hq = h * GROUP\n",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: softcap forgotten in dkdv",
+        "kernels/attention.py",
+        "            ds *= 1 - tanh * tanh\n        dk +=",
+        "            ds *= 1\n        dk +=",
+        'tests/kernels/test_attention.py -k "forward_and_gradients and softcap"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: PyTorch dv of one head",
+        "kernels/attention.py",
+        "return x.unflatten(1, (-1, group)).sum(2,",
+        "return x.unflatten(1, (-1, group))[:, :, :1].sum(2,",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+    ),
+    Mutant(
+        "attention: documents run into each other",
+        "kernels/attention.py",
+        "return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1",
+        "return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) > 1",
+        "tests/kernels/test_attention.py -k mask_op",
+    ),
+    Mutant(
+        "attention: padding counts as a key",
+        "kernels/attention.py",
+        "    if HAS_END:\n"
+        "        dk = tl.where((cols < end)[:, None], dk, 0.0)\n"
+        "        dv = tl.where((cols < end)[:, None], dv, 0.0)\n",
+        "",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+)

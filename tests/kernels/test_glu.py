@@ -15,6 +15,7 @@ from tests.kernels._derivations import BOTH, Array, Derivation
 from tests.kernels._expressions import ACTIVATIONS, unary
 from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
 from tests.kernels._samples import Named, New, Sample
+from tests.mutation._mutant import Mutant
 
 #: The interpreter's exp(−g) is inf far out, as a GPU's is, and then σ(g) = 0; numpy warns.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -215,3 +216,60 @@ def _glu_packed_derivations() -> list[Derivation]:
 DERIVATIONS = {"glu": _glu_derivations, "glu_packed": _glu_packed_derivations}
 
 SMALL_TILES = {"BLOCK": 4}
+
+MUTANTS = (
+    Mutant(
+        "glu: d silu without its product",
+        "kernels/glu.py",
+        "return g * s, s * (1.0 + g * tl.sigmoid(-z) * z_slope)",
+        "return g * s, s * (1.0 + 0.0 * g * z_slope)",
+        'tests/kernels/test_glu.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "glu: sign in the slope",
+        "kernels/glu.py",
+        "return g * s, s * (1.0 + g * tl.sigmoid(-z) * z_slope)",
+        "return g * s, s * (1.0 - g * tl.sigmoid(-z) * z_slope)",
+        'tests/kernels/test_glu.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "glu: a digit of the tanh form",
+        "kernels/glu.py",
+        "(1.0 + 0.134145 * g * g)",
+        "(1.0 + 0.044715 * g * g)",
+        'tests/kernels/test_glu.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "glu: gradients swapped",
+        "kernels/glu.py",
+        "tl.store(dg_at, (dy * u * slope)",
+        "tl.store(dg_at, (dy * f * slope)",
+        'tests/kernels/test_glu.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "glu: exact gelu density",
+        "kernels/glu.py",
+        "0.3989422804014327 * tl.exp(-0.5 * g * g)",
+        "0.3989422804014327 * tl.exp(-g * g)",
+        'tests/kernels/test_glu.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "glu: PyTorch slope of gelu",
+        "kernels/glu.py",
+        "return g * cdf, cdf + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)",
+        "return g * cdf, cdf",
+        'tests/kernels/test_glu.py -k "matches_reference"',
+    ),
+    Mutant(
+        "glu: packed halves swapped",
+        "kernels/glu.py",
+        "return (first, second) if gate_first else (second, first)",
+        "return first, second",
+        "tests/kernels/test_glu.py -k packed",
+    ),
+)

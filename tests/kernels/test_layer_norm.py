@@ -15,6 +15,7 @@ from tests.kernels._derivations import BOTH, EPS, ROW_TILES, Array, Derivation, 
 from tests.kernels._expressions import ratio
 from tests.kernels._fuzz import SIZES, Draw, flags
 from tests.kernels._samples import Named, New, Sample
+from tests.mutation._mutant import Mutant
 
 OP = OPS["layer_norm"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -194,3 +195,60 @@ def _layer_norm_derivations() -> list[Derivation]:
 DERIVATIONS = {"layer_norm": _layer_norm_derivations}
 
 SMALL_TILES = ROW_TILES
+
+MUTANTS = (
+    Mutant(
+        "layer_norm: dx without the mean of g",
+        "kernels/layer_norm.py",
+        "dx = r * (g - (tl.sum(g, axis=1) / N)[:, None] - x",
+        "dx = r * (g - x",
+        'tests/kernels/test_layer_norm.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "layer_norm: db is dw",
+        "kernels/layer_norm.py",
+        "            db += dy\n",
+        "            db += dy * x\n",
+        'tests/kernels/test_layer_norm.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "layer_norm: backward around a rounded mean",
+        "kernels/layer_norm.py",
+        "x = tl.where(mask, x - (tl.sum(x, axis=1) / N)[:, None], 0.0) * r\n",
+        "x = x * r\n",
+        "tests/kernels/test_layer_norm.py -k large_mean",
+        interpret=True,
+    ),
+    Mutant(
+        "layer_norm: PyTorch dx sign",
+        "kernels/layer_norm.py",
+        "- x_hat * (g * x_hat).mean(-1, keepdim=True))\n",
+        "+ x_hat * (g * x_hat).mean(-1, keepdim=True))\n",
+        'tests/kernels/test_layer_norm.py -k "matches_reference"',
+    ),
+    Mutant(
+        "layer_norm: variance over N - 1",
+        "kernels/layer_norm.py",
+        "tl.sum(x * x, axis=1) / N + EPS)",
+        "tl.sum(x * x, axis=1) / (N - 0.5) + EPS)",
+        'tests/kernels/test_layer_norm.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "layer_norm: the stream's gradient twice",
+        "kernels/layer_norm.py",
+        "dx.copy_(through if z is None else through + z.to(r.dtype))",
+        "dx.copy_(through if z is None else through + 2 * z.to(r.dtype))",
+        "tests/kernels/test_layer_norm.py -k passes_x_on",
+    ),
+    Mutant(
+        "layer_norm: the stream's gradient has dy's place in memory",
+        "kernels/layer_norm.py",
+        "                z_at = tile_at(z_ptr, row, col, inner, z_outer, z_inner)\n",
+        "                z_at = tile_at(z_ptr, row, col, inner, dx_outer + 1, dx_inner)\n",
+        "tests/kernels/test_layer_norm.py -k passes_x_on",
+        interpret=True,
+    ),
+)

@@ -35,6 +35,7 @@ from tests.kernels._derivations import BOTH, Array, Derivation
 from tests.kernels._expressions import EXP, LOG, TANH, ratio
 from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
 from tests.kernels._samples import Named, New, Sample
+from tests.mutation._mutant import Mutant
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALL = dict(entropy=True, is_top1=True, mean_logits=True, log_sum_sq_probs=True)
@@ -599,3 +600,118 @@ SMALL_TILES = {
     "_row_config": lambda vocab: {"BLOCK": 2, "num_warps": 1},
     "chunk_rows": lambda *_: 1,
 }
+
+MUTANTS = (
+    Mutant(
+        "cross-entropy: gradient without the label",
+        "kernels/linear_cross_entropy.py",
+        "gradient = (tl.where(offsets == label, 1.0, 0.0) - p) * slope",
+        "gradient = (0.0 - p) * slope",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: sum not rescaled",
+        "kernels/linear_cross_entropy.py",
+        "sum_e = sum_e * rescale + tl.sum(e, axis=0)",
+        "sum_e = sum_e + tl.sum(e, axis=0)",
+        'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: softcap's slope forgotten",
+        "kernels/linear_cross_entropy.py",
+        "        if tanh is not None:\n            dr.mul_(1 - tanh * tanh)\n",
+        "",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+    ),
+    Mutant(
+        "cross-entropy: scale forgotten in backward",
+        "kernels/linear_cross_entropy.py",
+        "    dr *= logit_scale / temperature\n",
+        "",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+    ),
+    Mutant(
+        "cross-entropy: mean over all tokens",
+        "kernels/linear_cross_entropy.py",
+        "total / (labels != ignore_index).sum()",
+        "total / labels.numel()",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+    ),
+    Mutant(
+        "cross-entropy: ignore_index is always -100",
+        "kernels/linear_cross_entropy.py",
+        "keep = (labels != ignore_index).nonzero().squeeze(1)",
+        "keep = (labels != -100).nonzero().squeeze(1)",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+    ),
+    Mutant(
+        "cross-entropy: dW of the last chunk only",
+        "kernels/linear_cross_entropy.py",
+        "            _add_matmul(grad_weight, logits.t(), states)\n",
+        "            grad_weight.zero_()\n            _add_matmul(grad_weight, logits.t(), states)\n",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+    ),
+    Mutant(
+        "cross-entropy: dW rounded chunk by chunk",
+        "kernels/linear_cross_entropy.py",
+        "        total.addmm_(a.to(total.dtype), b.to(total.dtype))\n",
+        "        total.add_((a.float() @ b.float()).to(a.dtype))\n",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+    ),
+    Mutant(
+        "cross-entropy: entropy without its expectation",
+        "kernels/linear_cross_entropy.py",
+        "tl.store(entropy_ptr + row, log_sum - sum_ez / sum_e)",
+        "tl.store(entropy_ptr + row, log_sum - sum_ez)",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: an ignored token's gradient",
+        "kernels/linear_cross_entropy.py",
+        "gradient = tl.where(label == IGNORE_INDEX, 0.0, gradient * slope)",
+        "gradient = gradient * slope",
+        "tests/kernels/test_linear_cross_entropy.py",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: the largest logit swallows the log of the sum, value",
+        "kernels/linear_cross_entropy.py",
+        "(z_label - base) - log_sum)",
+        "z_label - (base + log_sum))",
+        "tests/kernels/test_linear_cross_entropy.py -k sure_of",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: the largest logit swallows the log of the sum, gradient in forward",
+        "kernels/linear_cross_entropy.py",
+        "p = tl.exp((z - base) - log_sum)",
+        "p = tl.exp(z - (base + log_sum))",
+        "tests/kernels/test_linear_cross_entropy.py -k sure_of",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: the largest logit swallows the log of the sum, gradient in backward",
+        "kernels/linear_cross_entropy.py",
+        "log_p = (z - tl.load(top_ptr + row)) - tl.load(log_sum_ptr + row)",
+        "log_p = z - (tl.load(top_ptr + row) + tl.load(log_sum_ptr + row))",
+        "tests/kernels/test_linear_cross_entropy.py -k sure_of",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: the largest logit swallows the log of the sum, value in PyTorch",
+        "kernels/linear_cross_entropy.py",
+        "log_p = (z - largest[:, None]).sub_(log_z[:, None])",
+        "log_p = z - (largest + log_z)[:, None]",
+        "tests/kernels/test_linear_cross_entropy.py -k sure_of",
+    ),
+    Mutant(
+        "cross-entropy: the largest logit swallows the log of the sum, gradient in PyTorch",
+        "kernels/linear_cross_entropy.py",
+        "log_p = (z - top[:, None]) - log_sum[:, None]",
+        "log_p = z - (top + log_sum)[:, None]",
+        "tests/kernels/test_linear_cross_entropy.py -k sure_of",
+    ),
+)

@@ -16,6 +16,7 @@ from tests.kernels._derivations import BOTH, Array, Derivation
 from tests.kernels._expressions import ratio
 from tests.kernels._fuzz import SIZES, WIDTHS, Draw
 from tests.kernels._samples import Named, New, Sample, nf4_states
+from tests.mutation._mutant import Mutant
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -687,3 +688,119 @@ def _lora_linears_derivations() -> list[Derivation]:
 
 
 DERIVATIONS = {"lora_linear": _lora_linear_derivations, "lora_linears": _lora_linears_derivations}
+
+MUTANTS = (
+    Mutant(
+        "lora_linear: adapter without its scaling",
+        "kernels/lora_linear.py",
+        ".to(h.dtype).t(), scaling[j]))",
+        ".to(h.dtype).t(), 1.0))",
+        'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
+    ),
+    Mutant(
+        "lora_linear: dx without the adapter",
+        "kernels/lora_linear.py",
+        "                _add_thin(dx, u[:, columns], downs[columns], scale, first=span[0] == 0)\n",
+        "                dx.zero_()\n",
+        'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
+    ),
+    Mutant(
+        "lora_linear: dA without scaling",
+        "kernels/lora_linear.py",
+        "        return [_times(scaling[0], rows)]\n",
+        "        return [rows]\n",
+        'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
+    ),
+    Mutant(
+        "lora_linear: dB without scaling",
+        "kernels/lora_linear.py",
+        "dbs[j] = _times(scaling[j], db).to(up.dtype)",
+        "dbs[j] = db.to(up.dtype)",
+        'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
+    ),
+    Mutant(
+        "lora_linear: dx of the last layer only",
+        "kernels/lora_linear.py",
+        "dx = dx.addmm_(g, dense, beta=_beta(dx)) if dx.dim() == 2 else torch.mm(g, dense)",
+        "dx = torch.mm(g, dense)",
+        'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
+    ),
+    Mutant(
+        "lora_linear: a second adapter in place of the first",
+        "kernels/lora_linear.py",
+        "    for product in more:\n        _add_thin(y, *product)\n",
+        "    for product in more:\n        _add_thin(y, *product, first=True)\n",
+        "tests/kernels/test_lora_linear.py -k test_shapes",
+    ),
+    Mutant(
+        "lora_linear: the base's product first, which is rounded twice",
+        "kernels/lora_linear.py",
+        "y = begun.addmm_(rows, dense.t(), beta=_beta(begun))",
+        "y = torch.mm(rows, dense.t()).add_(begun)",
+        "tests/kernels/test_lora_linear.py -k one_rounding",
+    ),
+    Mutant(
+        "lora_linear: dx of the largest layer first",
+        "kernels/lora_linear.py",
+        "key=lambda i: gs[i].shape[1])",
+        "key=lambda i: -gs[i].shape[1])",
+        "tests/kernels/test_lora_linear.py -k smallest",
+    ),
+    Mutant(
+        "lora_linear: no residual",
+        "kernels/lora_linear.py",
+        "begun = None if residual is None else _rows(residual)",
+        "begun = None",
+        "tests/kernels/test_lora_linear.py -k residual",
+    ),
+    Mutant(
+        "lora_linear: half of the residual's gradient",
+        "kernels/lora_linear.py",
+        "dresidual = dy[0] if ctx.needs_input_grad[2] else None",
+        "dresidual = 0.5 * dy[0] if ctx.needs_input_grad[2] else None",
+        "tests/kernels/test_lora_linear.py -k residual",
+    ),
+    Mutant(
+        "lora_linear: one weight for all layers",
+        "kernels/lora_linear.py",
+        "state, sizes = quant[i * of_each : (i + 1) * of_each], ",
+        "state, sizes = quant[:of_each], ",
+        "tests/kernels/test_lora_linear.py -k joint_nf4",
+    ),
+    Mutant(
+        "lora_linear: h of the first layer for all",
+        "kernels/lora_linear.py",
+        "thin.append((h[:, column[j] : column[j + 1]], b[j]",
+        "thin.append((h[:, : b[j].shape[1]], b[j]",
+        'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
+    ),
+    Mutant(
+        "lora_linear: fp32 through one bf16 part",
+        "kernels/lora_linear.py",
+        "wide = _mm_single(left, torch.cat(_bf16_parts(right, 3), 1))",
+        "wide = _mm_single(left, torch.cat(_bf16_parts(right, 1) + [torch.zeros_like(right, "
+        "dtype=torch.bfloat16)] * 2, 1))",
+        "tests/kernels/test_lora_linear.py -k bf16_parts_on_any",
+    ),
+    Mutant(
+        "lora_linear: no lock of shape on the scratch",
+        "kernels/lora_linear.py",
+        "        if held is None or held.numel() < n * k:\n",
+        "        if held is None:\n",
+        "tests/kernels/test_lora_linear.py -k scratch",
+    ),
+    Mutant(
+        "lora_linear: dropout's input ignored",
+        "kernels/lora_linear.py",
+        "own = [None if t is None and shared else",
+        "own = [None if shared else",
+        "tests/kernels/test_lora_linear.py -k test_dtypes",
+    ),
+    Mutant(
+        "lora_linear: adapter bias unscaled",
+        "kernels/lora_linear.py",
+        "sums += [scaling[j] * more.to(wide) for j in mine",
+        "sums += [more.to(wide) for j in mine",
+        "tests/kernels/test_lora_linear.py -k test_shapes",
+    ),
+)

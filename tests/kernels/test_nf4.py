@@ -12,6 +12,7 @@ from bench.shapes import shapes
 from fastft.kernels.nf4 import NF4, OP, nf4_dequantize
 from tests.kernels._fuzz import Draw, flags
 from tests.kernels._samples import Named, New, Sample, nf4_states
+from tests.mutation._mutant import Mutant
 
 try:
     functional = pytest.importorskip("bitsandbytes.functional")
@@ -150,3 +151,37 @@ def _nf4_case(d: Draw) -> Sample:
 
 
 FUZZ = {"nf4_dequantize": _nf4_case}
+
+MUTANTS = (
+    Mutant(
+        "nf4: nibbles swapped",
+        "kernels/nf4.py",
+        "    weight = tl.interleave(high, low)\n",
+        "    weight = tl.interleave(low, high)\n",
+        "tests/kernels/test_nf4.py",
+        interpret=True,
+    ),
+    Mutant(
+        "nf4: offset of double quantisation forgotten",
+        "kernels/nf4.py",
+        " + tl.load(offset_ptr)\n",
+        "\n",
+        "tests/kernels/test_nf4.py",
+        interpret=True,
+    ),
+    Mutant(
+        "nf4: a level off",
+        "kernels/nf4.py",
+        "0.07958029955625534",
+        "0.07968029955625534",
+        "tests/kernels/test_nf4.py",
+    ),
+    Mutant(
+        "nf4: scales of the second level shifted",
+        "kernels/nf4.py",
+        "block // BLOCKSIZE2, mask",
+        "(block + 1) // BLOCKSIZE2, mask",
+        "tests/kernels/test_nf4.py -k 'equals_bitsandbytes and 257'",
+        interpret=True,
+    ),
+)

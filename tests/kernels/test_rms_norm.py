@@ -15,6 +15,7 @@ from tests.kernels._derivations import BOTH, EPS, ROW_TILES, Array, Derivation, 
 from tests.kernels._expressions import ratio
 from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
 from tests.kernels._samples import Named, New, Sample
+from tests.mutation._mutant import Mutant
 
 OP = OPS["rms_norm"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -214,3 +215,95 @@ def _rms_norm_derivations() -> list[Derivation]:
 DERIVATIONS = {"rms_norm": _rms_norm_derivations}
 
 SMALL_TILES = ROW_TILES
+
+MUTANTS = (
+    Mutant(
+        "rms_norm: sign of the second term of dx",
+        "kernels/rms_norm.py",
+        "dx = r * (g - x * (tl.sum",
+        "dx = r * (g + x * (tl.sum",
+        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: dx without its second term",
+        "kernels/rms_norm.py",
+        "dx = r * (g - x * (tl.sum(g * x, axis=1) / N)[:, None])",
+        "dx = r * g",
+        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: dw without rstd",
+        "kernels/rms_norm.py",
+        "            total += dy * x\n",
+        "            total += dy * x / r\n",
+        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: offset forgotten in backward",
+        "kernels/rms_norm.py",
+        "    if HAS_WEIGHT:\n"
+        "        w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32) + OFFSET\n"
+        "    # Each",
+        "    if HAS_WEIGHT:\n        w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)\n    # Each",
+        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: epsilon outside the root",
+        "kernels/rms_norm.py",
+        "r = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + EPS)",
+        "r = 1.0 / (tl.sqrt_rn(tl.sum(x * x, axis=1) / N) + EPS)",
+        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: rounded before the weight",
+        "kernels/rms_norm.py",
+        "    y = x * r[:, None]\n    if HAS_WEIGHT",
+        "    y = (x * r[:, None]).to(x_ptr.dtype.element_ty).to(tl.float32)\n    if HAS_WEIGHT",
+        "tests/kernels/test_rms_norm.py",
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: PyTorch dx with a factor 1.01",
+        "kernels/rms_norm.py",
+        "through = r.unsqueeze(-1) * (g - x_hat",
+        "through = 1.01 * r.unsqueeze(-1) * (g - x_hat",
+        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+    ),
+    Mutant(
+        "rms_norm: dw of the first program only",
+        "kernels/rms_norm.py",
+        "dweight.copy_(partial.sum(0)) if",
+        "dweight.copy_(partial[0]) if",
+        "tests/kernels/test_rms_norm.py",
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: the stream's gradient is dropped",
+        "kernels/rms_norm.py",
+        "                dx = dx + tl.load(z_at, mask=mask, other=0.0).to(tl.float32)\n",
+        "                dx = dx + 0.0 * tl.load(z_at, mask=mask, other=0.0).to(tl.float32)\n",
+        "tests/kernels/test_rms_norm.py -k passes_x_on",
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: the stream's gradient takes part in the mean",
+        "kernels/rms_norm.py",
+        "            g = g if weight is None else g * (weight.to(r.dtype) + offset)\n            through",
+        "            g = (g if weight is None else g * (weight.to(r.dtype) + offset)) + (0 if z is None else "
+        "z.to(r.dtype))\n"
+        "            through",
+        "tests/kernels/test_rms_norm.py -k passes_x_on",
+    ),
+    Mutant(
+        "rms_norm: rounded before the stream's gradient is added",
+        "kernels/rms_norm.py",
+        "dx.copy_(through if z is None else through + z.to(r.dtype))",
+        "dx.copy_(through if z is None else through.to(dx.dtype) + z)",
+        "tests/kernels/test_rms_norm.py -k added_before",
+    ),
+)

@@ -13,6 +13,7 @@ from tests.kernels._check import check_op
 from tests.kernels._derivations import BOTH, Array, Derivation
 from tests.kernels._fuzz import Draw, flags
 from tests.kernels._samples import Named, New, Sample
+from tests.mutation._mutant import Mutant
 
 OP = OPS["rotary"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -320,3 +321,50 @@ def _rotary_derivations() -> list[Derivation]:
 DERIVATIONS = {"rotary": _rotary_derivations}
 
 SMALL_TILES = {"TILE": 4}
+
+MUTANTS = (
+    Mutant(
+        "rotary: rotates the other way",
+        "kernels/rotary.py",
+        "turned_first = first * c1[None, :] - second * s1[None, :]",
+        "turned_first = first * c1[None, :] + second * s1[None, :]",
+        'tests/kernels/test_rotary.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "rotary: backward is the forward",
+        "kernels/rotary.py",
+        "        if TRANSPOSE:\n"
+        "            turned_first = first * c1[None, :] + second * s2[None, :]\n"
+        "            turned_second = second * c2[None, :] - first * s1[None, :]",
+        "        if TRANSPOSE:\n"
+        "            turned_first = first * c1[None, :] - second * s2[None, :]\n"
+        "            turned_second = second * c2[None, :] + first * s1[None, :]",
+        'tests/kernels/test_rotary.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "rotary: PyTorch backward is the forward",
+        "kernels/rotary.py",
+        "    if transpose:\n        turned = _put(first * c1 + second * s2, second * c2 - first * s1, x_pairs)",
+        "    if transpose:\n        turned = _put(first * c1 - second * s2, second * c2 + first * s1, x_pairs)",
+        'tests/kernels/test_rotary.py -k "matches_reference"',
+    ),
+    Mutant(
+        "rotary: the passed part is lost",
+        "kernels/rotary.py",
+        "tl.store(y_ptr + y_at[:, None] + col[None, :], rest.to(tl.float32).to(y_ptr.dtype.element_ty), mask=both)",
+        "tl.store(y_ptr + y_at[:, None] + col[None, :], 0.0 * "
+        "rest.to(tl.float32).to(y_ptr.dtype.element_ty), mask=both)",
+        'tests/kernels/test_rotary.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "rotary: tables of the first sequence for all",
+        "kernels/rotary.py",
+        "return (t.stride(0) if t.shape[0] > 1 else 0), t.stride(1), t.stride(2)",
+        "return 0, t.stride(1), t.stride(2)",
+        "tests/kernels/test_rotary.py",
+        interpret=True,
+    ),
+)
