@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_map_only
 import fastft.kernels
 from bench.shapes import SHAPES
 from fastft.kernels._op import OPS, Op, Recompute, register
+from tests.kernels._each import home_of, own_tests
 from tests.kernels._samples import Sample, differentiable, samples
 
-KERNEL_TESTS = Path(__file__).parent / "kernels"
+ROOT = Path(__file__).resolve().parents[1]
 ops = pytest.mark.parametrize("op", fastft.kernels.load().values(), ids=lambda op: op.name)
 
 
@@ -56,15 +57,15 @@ def test_raw_ops_are_functional_and_in_the_dispatcher(op: Op) -> None:
 
 @ops
 def test_has_tests(op: Op) -> None:
-    home = op.call.__module__.rsplit(".", 1)[-1]
-    tests = [KERNEL_TESTS / f"test_{name}.py" for name in (op.name, home)]
-    assert any(t.is_file() and op.name in t.read_text(encoding="utf-8") for t in tests), f"no {tests[0].name}"
+    tests = own_tests(home_of(op))
+    assert (ROOT / tests).is_file(), f"there is no {tests}"
+    assert op.name in (ROOT / tests).read_text(encoding="utf-8"), f"{tests} has no {op.name}"
 
 
 @ops
 def test_has_shapes(op: Op) -> None:
     # Variants of an op that stand in its file (packed operands) are measured at its shapes.
-    names = {op.name, op.call.__module__.rsplit(".", 1)[-1]}
+    names = {op.name, home_of(op)}
     assert any(s.op in names for s in SHAPES), f"no row of bench/shapes.py is for {op.name}"
 
 
@@ -105,7 +106,7 @@ def test_opcheck_of_every_raw_op(op: Op) -> None:
     for func, args in recorder.calls:
         torch.library.opcheck(func, args)
     missing = set(op.raw) - {func._opname for func, _ in recorder.calls}
-    assert not missing, f"no sample of {op.name} calls {sorted(missing)}: add one to tests/kernels/_samples.py"
+    assert not missing, f"none of the SAMPLES for {op.name} in {own_tests(home_of(op))} calls {sorted(missing)}"
 
 
 @ops

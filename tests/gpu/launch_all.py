@@ -5,18 +5,19 @@ compute-sanitizer, where a launch takes 10 to 100 times as long.
     python tests/gpu/launch_all.py --planted out-of-bounds | race              a kernel with that mistake
     python tests/gpu/launch_all.py --list                                      the names of all kernels
 
-Inputs are those of the tests (``tests/kernels/_samples.py``) and a few at the head sizes and row lengths of models,
-where the kernels leave masks out. The last line says how many calls were made and which kernels were launched.
+Inputs are those of the tests (``SAMPLES`` in ``tests/kernels/test_*.py``) and a few at the head sizes and row lengths
+of models, where the kernels leave masks out. The last line says how many calls were made and which kernels were
+launched.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -29,19 +30,21 @@ from fastft.kernels._triton import jit, tl, triton
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _file(path: str) -> ModuleType:
-    """A file of the tests, by its path: with the repository on Python's path, its folder kernels/ would pass for the
-    Hub's package of that name.
+def _package(name: str) -> None:
+    """Lets one of the repository's folders be imported from: with the repository on Python's path, its folder kernels/
+    would pass for the Hub's package of that name.
     """
-    name = Path(path).stem
-    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    spec = importlib.util.spec_from_file_location(
+        name, ROOT / name / "__init__.py", submodule_search_locations=[str(ROOT / name)]
+    )
     assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
-SAMPLES = _file("tests/kernels/_samples.py")
+for package in ("bench", "tests"):  # the tests read bench/shapes.py
+    _package(package)
+SAMPLES = importlib.import_module("tests.kernels._samples")
 
 # ------------------------------------------------------------------------------------------------ planted mistakes
 
@@ -111,7 +114,7 @@ def calls(dtypes: Sequence[torch.dtype], device: str, sizes: Sequence[int] = (1,
         for name, op in sorted(fastft.kernels.load().items()):
             for n in sizes:
                 yield from ((op, sample) for sample in SAMPLES.samples(op, dtype, device, n))
-            for args, kwargs in _wide(name, SAMPLES._New(dtype, device)):
+            for args, kwargs in _wide(name, SAMPLES.New(dtype, device)):
                 yield op, SAMPLES.Sample("wide", args, kwargs)
 
 

@@ -26,7 +26,8 @@ from numpy.lib.stride_tricks import as_strided
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastft.kernels import _rows, attention, glu, layer_norm, linear_cross_entropy, lora_linear, rms_norm, rotary
+from fastft.kernels import _rows
+from tests.kernels._each import homes, kernels
 
 # ----------------------------------------------------------------------------------------------------- exact numbers
 
@@ -447,15 +448,12 @@ def _argument(value: Any) -> Any:
     return block(value) if isinstance(value, float) else value
 
 
-MODULES = (_rows, attention, glu, layer_norm, linear_cross_entropy, lora_linear, rms_norm, rotary)
-
-
 @contextlib.contextmanager
 def triton_bodies() -> Iterator[None]:
     """Within, ops launch their kernels, and these run on expressions."""
     jitted, language = type(_rows.row_offset), Language()
     with contextlib.ExitStack() as stack:
-        for module in MODULES:
+        for module in (_rows, *map(kernels, homes())):
             for name, value in vars(module).copy().items():
                 if isinstance(value, jitted):
                     stack.enter_context(mock.patch.object(module, name, Kernel(value.fn, language)))  # type: ignore[attr-defined]

@@ -4,16 +4,27 @@ TRITON_INTERPRET=1 and on CUDA."""
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 
 from fastft.compare import assert_within
 from fastft.kernels import attention as module
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
 from fastft.kernels.attention import attention, reference, supported, visible
+from tests.kernels._derivations import Array, Derivation
+from tests.kernels._expressions import ratio
+from tests.kernels._fuzz import Draw, flags
+from tests.kernels._samples import Named, New, Sample
+from tests.mutation._mutant import Mutant
 
 CUDA = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if CUDA else "cpu"
@@ -402,3 +413,257 @@ def test_compiles_within_shared_memory(d: int, roomy: bool, monkeypatch: pytest.
         # A tile of 64 queries or more is a warp group's, which is what Hopper's tensor cores take.
         if roomy and "delta" not in kernel.metadata.name:
             assert "wgmma" in kernel.asm["ptx"]
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _attention_samples(new: New, n: int) -> Named:
+    s = 5 * n
+
+    def qkv(d_v: int = 4) -> tuple[torch.Tensor, ...]:
+        return tuple(new(2, s, heads, d).transpose(1, 2) for heads, d in ((2, 4), (1, 4), (1, d_v)))
+
+    left = torch.ones(2, s, dtype=torch.int64)
+    left[1, : s // 2] = 0
+    holes = left.clone()
+    holes[0, 1::3] = 0
+    packed = torch.cat([torch.arange(s // 2), torch.arange(s - s // 2)]).expand(2, s)
+    left, holes, packed = (t.to(new.device) for t in (left, holes, packed))
+    yield "causal", qkv(), {"causal": True}
+    yield "window, left padding", qkv(), {"causal": True, "window": 3, "padding": left}
+    yield "holes, wide values", qkv(6), {"causal": True, "padding": holes}
+    yield "packed, softcap", qkv(), {"causal": True, "positions": packed, "softcap": 2.0}
+    yield "chunk", qkv(), {"causal": True, "chunk": 3, "scale": 0.3}
+    yield "boolean mask", qkv(), {"dense": new(2, 1, s, s, grad=False) > -1}
+    yield "additive mask, softcap", qkv(), {"dense": new(1, 2, s, s, grad=False), "softcap": 3.0}
+
+
+SAMPLES = {"attention": _attention_samples}
+
+
+def _attention_case(d: Draw) -> Sample:
+    batch, queries, head = d(st.integers(1, 2)), d(st.integers(1, 40)), d(st.integers(1, 20))
+    value = d(st.sampled_from((head, head + 3)))
+    heads, group = d(st.integers(1, 2)), d(st.integers(1, 3))
+    causal = d(flags)
+    keys = queries if causal else d(st.integers(1, 40))
+    options: dict[str, Any] = {"causal": causal, "softcap": d(st.sampled_from((0.0, 0.0, 3.0)))}
+    if causal:
+        options["window"] = d(st.sampled_from((0, 1, 7, 100)))
+        options["chunk"] = d(st.sampled_from((0, 0, 1, 12)))
+        if d(flags):
+            cuts = torch.rand(batch, queries, generator=d.generator) < d(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+            cuts[:, 0] = True
+            order = torch.arange(queries)
+            options["positions"] = (order - torch.where(cuts, order, 0).cummax(-1).values).to(d.device)
+    kind = d(st.sampled_from(("none", "none", "left", "right", "holes", "all", "one")))
+    if kind != "none":
+        count = d.integers(keys + 1, batch, 1).cpu()
+        order = torch.arange(keys)[None]
+        padding = {
+            "left": order >= count, "right": order < count,
+            "holes": torch.rand(batch, keys, generator=d.generator) < 0.5,
+            "all": order < 0, "one": order == count - 1,
+        }[kind].expand(batch, keys)  # fmt: skip
+        options["padding"] = padding.to(d.device)
+    dense = d(st.sampled_from(("none", "none", "none", "bool", "additive")))
+    if dense != "none" and "positions" not in options:
+        mask = torch.randn(batch, 1, queries, keys, generator=d.generator).to(d.device)
+        options["dense"] = mask > -1 if dense == "bool" else mask.to(d.dtype)
+
+    def rows(length: int, count: int, width: int) -> torch.Tensor:
+        return d.tensor(batch, length, count, width, scale=1.0, grad=True).detach().transpose(1, 2).requires_grad_()
+
+    q, k, v = rows(queries, heads * group, head), rows(keys, heads, head), rows(keys, heads, value)
+    return Sample("", (q, k, v), options)
+
+
+FUZZ = {"attention": _attention_case}
+
+
+def _attention_derivations() -> list[Derivation]:
+    def formula(
+        q: Array,
+        k: Array,
+        v: Array,
+        bias: Array | None = None,
+        *,
+        scale: str,
+        cap: int = 0,
+        sees: Callable[[int, int, int], bool] = lambda b, i, j: True,
+    ) -> list[Array]:
+        out = np.full((*q.shape[:3], v.shape[3]), sympy.Integer(0), dtype=object)
+        for b, h, i in np.ndindex(q.shape[:3]):
+            kv = h * k.shape[1] // q.shape[1]
+            seen = [j for j in range(k.shape[2]) if sees(b, i, j)]
+            s = [ratio(scale) * np.dot(q[b, h, i], k[b, kv, j]) for j in seen]
+            s = [cap * sympy.tanh(u / cap) for u in s] if cap else s
+            s = [u + bias[0, h, i, j] for u, j in zip(s, seen, strict=True)] if bias is not None else s
+            e = [sympy.exp(u) for u in s]
+            for j, weight in zip(seen, e, strict=True):
+                out[b, h, i] = out[b, h, i] + weight / sum(e) * v[b, kv, j]
+        return [out]
+
+    def derive(
+        name: str,
+        b: int,
+        length: int,
+        of_formula: dict[str, Any],
+        of_call: dict[str, Any],
+        sizes: tuple[int, int, int, int],
+        **rest: Any,
+    ) -> Derivation:
+        hq, hk, d, dv = sizes
+        bias = {"bias": (1, hq, length, length)} if "frozen" in rest else {}
+
+        def call(fn: Any, q: Any, k: Any, v: Any, bias: Any = None) -> Any:
+            return fn(q, k, v, scale=0.7, dense=bias, **of_call)
+
+        return Derivation(
+            name,
+            {"q": (b, hq, length, d), "k": (b, hk, length, d), "v": (b, hk, length, dv), **bias},
+            call,
+            functools.partial(formula, scale="0.7", **of_formula),
+            **rest,
+        )
+
+    def causal(b: int, i: int, j: int) -> bool:
+        return j <= i
+
+    left = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    holes = torch.tensor([[1, 0, 1]])
+    documents = torch.tensor([[0, 1, 0, 1]])
+    return [
+        derive("a row of scores", 1, 2, {}, {}, (1, 1, 1, 2), simplify=("PyTorch",)),
+        derive("a row of capped scores", 1, 2, {"cap": 3}, {"softcap": 3.0}, (1, 1, 1, 2), simplify=("PyTorch",)),
+        derive("two heads share keys", 1, 3, {}, {}, (2, 1, 1, 2)),
+        derive("causal, capped", 1, 3, {"sees": causal, "cap": 2}, {"causal": True, "softcap": 2.0}, (1, 1, 2, 1)),
+        derive(
+            "left padding, window",
+            2,
+            4,
+            {"sees": lambda b, i, j: i - 2 < j <= i and bool(left[b, j])},
+            {"causal": True, "window": 2, "padding": left},
+            (1, 1, 1, 2),
+        ),
+        derive(
+            "padding between tokens",
+            1,
+            3,
+            {"sees": lambda b, i, j: j <= i and bool(holes[b, j])},
+            {"causal": True, "padding": holes},
+            (2, 1, 1, 2),
+        ),
+        derive(
+            "packed documents",
+            1,
+            4,
+            {"sees": lambda b, i, j: j <= i and i // 2 == j // 2},
+            {"causal": True, "positions": documents},
+            (1, 1, 1, 2),
+        ),
+        derive("additive mask", 1, 2, {"cap": 2}, {"softcap": 2.0}, (2, 1, 1, 2), frozen=("bias",)),
+    ]
+
+
+DERIVATIONS = {"attention": _attention_derivations}
+
+SMALL_TILES = {"_tiles": lambda *_: {"BLOCK_M": 2, "BLOCK_N": 2, "num_warps": 1, "num_stages": 1}}
+
+MUTANTS = (
+    Mutant(
+        "attention: causal off by one",
+        "kernels/attention.py",
+        "            if CAUSAL:\n"
+        "                seen = seen & (cols[None, :] <= rows[:, None])\n"
+        '            s = tl.where(seen, s, float("-inf"))\n'
+        "        m_new",
+        "            if CAUSAL:\n"
+        "                seen = seen & (cols[None, :] < rows[:, None])\n"
+        '            s = tl.where(seen, s, float("-inf"))\n'
+        "        m_new",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: window off by one",
+        "kernels/attention.py",
+        "first = tl.maximum(first, q - (WINDOW - 1))",
+        "first = tl.maximum(first, q - WINDOW)",
+        'tests/kernels/test_attention.py -k "forward_and_gradients and window"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: window of the keys off by one",
+        "kernels/attention.py",
+        "past = tl.minimum(past, k + WINDOW)",
+        "past = tl.minimum(past, k + WINDOW + 1)",
+        'tests/kernels/test_attention.py -k "forward_and_gradients and window"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: no rescaling of the sum",
+        "kernels/attention.py",
+        "l_i = l_i * alpha + tl.sum(p, 1)",
+        "l_i = l_i + tl.sum(p, 1)",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: dq without delta",
+        "kernels/attention.py",
+        "ds = tl.exp2(s - lse[:, None]) * (tl.dot(do, v, input_precision=PRECISION) - delta[:, None])",
+        "ds = tl.exp2(s - lse[:, None]) * tl.dot(do, v, input_precision=PRECISION)",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: dk without scale",
+        "kernels/attention.py",
+        "    dk *= scale\n",
+        "",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: dk of the first query head of a group",
+        "kernels/attention.py",
+        "        hq = h * GROUP + g\n",
+        "        hq = h * GROUP\n",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: softcap forgotten in dkdv",
+        "kernels/attention.py",
+        "            ds *= 1 - tanh * tanh\n        dk +=",
+        "            ds *= 1\n        dk +=",
+        'tests/kernels/test_attention.py -k "forward_and_gradients and softcap"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: PyTorch dv of one head",
+        "kernels/attention.py",
+        "return x.unflatten(1, (-1, group)).sum(2,",
+        "return x.unflatten(1, (-1, group))[:, :, :1].sum(2,",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+    ),
+    Mutant(
+        "attention: documents run into each other",
+        "kernels/attention.py",
+        "return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1",
+        "return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) > 1",
+        "tests/kernels/test_attention.py -k mask_op",
+    ),
+    Mutant(
+        "attention: padding counts as a key",
+        "kernels/attention.py",
+        "    if HAS_END:\n"
+        "        dk = tl.where((cols < end)[:, None], dk, 0.0)\n"
+        "        dv = tl.where((cols < end)[:, None], dv, 0.0)\n",
+        "",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+)

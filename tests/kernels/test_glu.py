@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from fastft.kernels._op import OPS
 from fastft.kernels.glu import BLOCK, KINDS, glu, glu_packed, packed_reference, packed_supported, reference, supported
 from tests.kernels._check import check_op
+from tests.kernels._derivations import BOTH, Array, Derivation
+from tests.kernels._expressions import ACTIVATIONS, unary
+from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
+from tests.kernels._samples import Named, New, Sample
+from tests.mutation._mutant import Mutant
 
 #: The interpreter's exp(−g) is inf far out, as a GPU's is, and then σ(g) = 0; numpy warns.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -140,3 +148,128 @@ def test_packed_supported():
     assert packed_supported(torch.empty(2, 8), "silu") is None
     assert packed_supported(torch.empty(2, 7), "silu").code == "shape"
     assert packed_supported(torch.empty(2, 8), "relu").code == "activation"
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _glu_samples(new: New, n: int) -> Named:
+    for kind in KINDS:
+        yield kind, (new(2, n, 5, scale=2.0), new(2, n, 5), kind), {}
+
+
+def _glu_packed_samples(new: New, n: int) -> Named:
+    for kind in KINDS:
+        yield kind, (new(2, n, 10, scale=2.0), kind), {}
+    yield "up first", (new(2, n, 10), "silu", False), {}
+
+
+SAMPLES = {"glu": _glu_samples, "glu_packed": _glu_packed_samples}
+
+
+def _glu_case(d: Draw) -> Sample:
+    shape, kind = (d(SIZES), d(SIZES), d(WIDTHS)), d(st.sampled_from(KINDS))
+    return Sample("", (d.tensor(*shape), d.tensor(*shape), kind), {})
+
+
+def _glu_packed_case(d: Draw) -> Sample:
+    kind = d(st.sampled_from(KINDS))
+    return Sample("", (d.tensor(d(SIZES), d(SIZES), 2 * d(WIDTHS), grad=True), kind, d(flags)), {})
+
+
+FUZZ = {"glu": _glu_case, "glu_packed": _glu_packed_case}
+ROWWISE = ("glu", "glu_packed")
+
+
+def _glu_derivations() -> list[Derivation]:
+    shape = (2, 3)
+    return [
+        Derivation(
+            kind,
+            {"gate": shape, "up": shape},
+            lambda fn, gate, up, kind=kind: fn(gate, up, kind),
+            lambda gate, up, kind=kind: [unary(ACTIVATIONS[kind])(gate) * up],
+            simplify=BOTH,
+        )
+        for kind in KINDS
+    ]
+
+
+def _glu_packed_derivations() -> list[Derivation]:
+    def formula(gate_up: Array, kind: str, first: bool) -> list[Array]:
+        gate, up = (gate_up[..., :3], gate_up[..., 3:]) if first else (gate_up[..., 3:], gate_up[..., :3])
+        return [unary(ACTIVATIONS[kind])(gate) * up]
+
+    return [
+        Derivation(
+            f"{kind}, {'gate' if first else 'up'} first",
+            {"gate_up": (2, 6)},
+            lambda fn, gate_up, kind=kind, first=first: fn(gate_up, kind, first),
+            functools.partial(formula, kind=kind, first=first),
+            simplify=BOTH,
+        )
+        for kind in KINDS
+        for first in (True, False)
+    ]
+
+
+DERIVATIONS = {"glu": _glu_derivations, "glu_packed": _glu_packed_derivations}
+
+SMALL_TILES = {"BLOCK": 4}
+
+MUTANTS = (
+    Mutant(
+        "glu: d silu without its product",
+        "kernels/glu.py",
+        "return g * s, s * (1.0 + g * tl.sigmoid(-z) * z_slope)",
+        "return g * s, s * (1.0 + 0.0 * g * z_slope)",
+        'tests/kernels/test_glu.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "glu: sign in the slope",
+        "kernels/glu.py",
+        "return g * s, s * (1.0 + g * tl.sigmoid(-z) * z_slope)",
+        "return g * s, s * (1.0 - g * tl.sigmoid(-z) * z_slope)",
+        'tests/kernels/test_glu.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "glu: a digit of the tanh form",
+        "kernels/glu.py",
+        "(1.0 + 0.134145 * g * g)",
+        "(1.0 + 0.044715 * g * g)",
+        'tests/kernels/test_glu.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "glu: gradients swapped",
+        "kernels/glu.py",
+        "tl.store(dg_at, (dy * u * slope)",
+        "tl.store(dg_at, (dy * f * slope)",
+        'tests/kernels/test_glu.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "glu: exact gelu density",
+        "kernels/glu.py",
+        "0.3989422804014327 * tl.exp(-0.5 * g * g)",
+        "0.3989422804014327 * tl.exp(-g * g)",
+        'tests/kernels/test_glu.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "glu: PyTorch slope of gelu",
+        "kernels/glu.py",
+        "return g * cdf, cdf + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)",
+        "return g * cdf, cdf",
+        'tests/kernels/test_glu.py -k "matches_reference"',
+    ),
+    Mutant(
+        "glu: packed halves swapped",
+        "kernels/glu.py",
+        "return (first, second) if gate_first else (second, first)",
+        "return first, second",
+        "tests/kernels/test_glu.py -k packed",
+    ),
+)

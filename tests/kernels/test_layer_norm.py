@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import sympy
 import torch
+from hypothesis import strategies as st
 
 from fastft.kernels._op import OPS
 from fastft.kernels.layer_norm import MAX_N, layer_norm, reference, supported
 from tests.kernels._check import check_op
+from tests.kernels._derivations import BOTH, EPS, ROW_TILES, Array, Derivation, over_rows
+from tests.kernels._expressions import ratio
+from tests.kernels._fuzz import SIZES, Draw, flags
+from tests.kernels._samples import Named, New, Sample
+from tests.mutation._mutant import Mutant
 
 OP = OPS["layer_norm"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -130,3 +138,117 @@ def test_gradcheck(fn, device):
 def test_supported(x, weight, bias, out_dtype, code):
     reason = supported(x, weight, bias, 1e-6, out_dtype)
     assert (reason and reason.code) == code
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _layer_norm_samples(new: New, n: int) -> Named:
+    yield "affine", (new(3, n, 5 * n), new(5 * n), new(5 * n), 1e-5), {}
+    yield "biasless", (new(2, 3, n, 4).transpose(1, 2), new(4), None, 1e-5), {}
+    yield "plain", (new(2, 7 * n), None, None, 1e-5), {}
+    yield "residual stream", (new(2, n, 5), new(5), new(5), 1e-5), {"pass_through": True}
+
+
+SAMPLES = {"layer_norm": _layer_norm_samples}
+
+
+def _layer_norm_case(d: Draw) -> Sample:
+    n = d(st.integers(2, 130))
+    weight = d.maybe(lambda: d.tensor(n, scale=1.0))
+    args = (d.tensor(d(SIZES), d(SIZES), n), weight, d.maybe(lambda: d.tensor(n)), 1e-5)
+    return Sample("", args, {"pass_through": d(flags)})
+
+
+FUZZ = {"layer_norm": _layer_norm_case}
+ROWWISE = ("layer_norm",)
+
+
+def _layer_norm_derivations() -> list[Derivation]:
+    def normed(x: Array) -> Array:
+        def of_row(row: Array) -> Array:
+            centred = row - np.sum(row) / len(row)
+            return centred / sympy.sqrt(np.sum(centred**2) / len(row) + ratio(EPS))
+
+        return over_rows(of_row)(x)
+
+    shapes = {"x": (9, 3), "w": (3,), "b": (3,)}
+    return [
+        Derivation(
+            "weight and bias",
+            shapes,
+            lambda fn, x, w, b: fn(x, w, b, EPS),
+            lambda x, w, b: [normed(x) * w + b],
+            simplify=BOTH,
+        ),
+        Derivation("plain", {"x": (3, 3)}, lambda fn, x: fn(x, None, None, EPS), lambda x: [normed(x)]),
+        Derivation(
+            "residual stream",
+            {"x": (3, 3)},
+            lambda fn, x: fn(x, None, None, EPS, pass_through=True),
+            lambda x: [normed(x), x],
+            outputs=2,
+        ),
+    ]
+
+
+DERIVATIONS = {"layer_norm": _layer_norm_derivations}
+
+SMALL_TILES = ROW_TILES
+
+MUTANTS = (
+    Mutant(
+        "layer_norm: dx without the mean of g",
+        "kernels/layer_norm.py",
+        "dx = r * (g - (tl.sum(g, axis=1) / N)[:, None] - x",
+        "dx = r * (g - x",
+        'tests/kernels/test_layer_norm.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "layer_norm: db is dw",
+        "kernels/layer_norm.py",
+        "            db += dy\n",
+        "            db += dy * x\n",
+        'tests/kernels/test_layer_norm.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "layer_norm: backward around a rounded mean",
+        "kernels/layer_norm.py",
+        "x = tl.where(mask, x - (tl.sum(x, axis=1) / N)[:, None], 0.0) * r\n",
+        "x = x * r\n",
+        "tests/kernels/test_layer_norm.py -k large_mean",
+        interpret=True,
+    ),
+    Mutant(
+        "layer_norm: PyTorch dx sign",
+        "kernels/layer_norm.py",
+        "- x_hat * (g * x_hat).mean(-1, keepdim=True))\n",
+        "+ x_hat * (g * x_hat).mean(-1, keepdim=True))\n",
+        'tests/kernels/test_layer_norm.py -k "matches_reference"',
+    ),
+    Mutant(
+        "layer_norm: variance over N - 1",
+        "kernels/layer_norm.py",
+        "tl.sum(x * x, axis=1) / N + EPS)",
+        "tl.sum(x * x, axis=1) / (N - 0.5) + EPS)",
+        'tests/kernels/test_layer_norm.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "layer_norm: the stream's gradient twice",
+        "kernels/layer_norm.py",
+        "dx.copy_(through if z is None else through + z.to(r.dtype))",
+        "dx.copy_(through if z is None else through + 2 * z.to(r.dtype))",
+        "tests/kernels/test_layer_norm.py -k passes_x_on",
+    ),
+    Mutant(
+        "layer_norm: the stream's gradient has dy's place in memory",
+        "kernels/layer_norm.py",
+        "                z_at = tile_at(z_ptr, row, col, inner, z_outer, z_inner)\n",
+        "                z_at = tile_at(z_ptr, row, col, inner, dx_outer + 1, dx_inner)\n",
+        "tests/kernels/test_layer_norm.py -k passes_x_on",
+        interpret=True,
+    ),
+)

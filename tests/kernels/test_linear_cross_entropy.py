@@ -4,9 +4,16 @@ TRL's own function.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.shapes import shapes
@@ -24,6 +31,11 @@ from fastft.kernels.linear_cross_entropy import (
     supported,
 )
 from tests.kernels._check import strided
+from tests.kernels._derivations import BOTH, Array, Derivation
+from tests.kernels._expressions import EXP, LOG, TANH, ratio
+from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
+from tests.kernels._samples import Named, New, Sample
+from tests.mutation._mutant import Mutant
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALL = dict(entropy=True, is_top1=True, mean_logits=True, log_sum_sq_probs=True)
@@ -363,8 +375,8 @@ def test_raw_ops(bias, device):
     small = inputs(torch.float32, device, tokens=3, vocab=33, bias=bias)
     h, w, b, y = (t.detach() if t is not None else None for t in small)
     maths = (-100, 3.0, 0.7, 1.3, torch.float16)
-    for flags in [(True, True, True, True, True), (False,) * 5]:
-        torch.library.opcheck(torch.ops.fastft.linear_log_prob.default, (h, w, b, y, *maths, *flags))
+    for wanted in [(True, True, True, True, True), (False,) * 5]:
+        torch.library.opcheck(torch.ops.fastft.linear_log_prob.default, (h, w, b, y, *maths, *wanted))
     _, *saved = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, True, False, False, False, False)[:4]
     g = torch.randn(len(y), device=device)
     all_, one = (True, True, bias), (True, False, False)
@@ -423,3 +435,283 @@ def test_like_trl(maths, device):
     ]
     for a, e in zip(*grads, strict=True):
         assert torch.allclose(a, e, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _head_sample(new: New, n: int, frozen: bool = False, bias: bool = True) -> tuple[Any, ...]:
+    labels = new.integers(7 * n, 4 * n)
+    labels[::3] = -100
+    weight = new(7 * n, 6, grad=not frozen, scale=0.5)
+    return new(4 * n, 6), weight, new(7 * n, grad=not frozen) if bias else None, labels
+
+
+def _log_prob_samples(new: New, n: int) -> Named:
+    everything = {"entropy": True, "is_top1": True, "mean_logits": True, "log_sum_sq_probs": True}
+    maths = {"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.3}
+    yield "trainable head", _head_sample(new, n), {**maths, **everything}
+    yield "frozen head", _head_sample(new, n, frozen=True), {**maths, **everything}
+    yield "frozen head, plain", _head_sample(new, n, frozen=True, bias=False), {}
+
+
+def _cross_entropy_samples(new: New, n: int) -> Named:
+    yield "trainable head", _head_sample(new, n, bias=False), {"softcap": 5.0}
+    yield "frozen head", _head_sample(new, n, frozen=True), {"reduction": "sum"}
+    yield "each token", _head_sample(new, n), {"reduction": "none", "logit_scale": 0.5}
+
+
+SAMPLES = {"linear_cross_entropy": _cross_entropy_samples, "linear_log_prob": _log_prob_samples}
+
+
+def _head_case(d: Draw) -> tuple[Any, ...]:
+    tokens, hidden, vocab = d(SIZES), d(WIDTHS), d(st.integers(1, 140))
+    labels = d.integers(vocab, tokens)
+    kind = d(st.sampled_from(("some", "some", "all", "none", "one class")))
+    if kind == "some":
+        labels[torch.rand(tokens, generator=d.generator) < 0.5] = -100
+    elif kind == "all":
+        labels[:] = -100
+    elif kind == "one class":
+        labels[:] = vocab - 1
+    frozen = d(flags)
+    weight = d.tensor(vocab, hidden, scale=hidden**-0.5, grad=not frozen)
+    bias = d.maybe(lambda: d.tensor(vocab, grad=not frozen))
+    return d.tensor(tokens, hidden, grad=True), weight, bias, labels
+
+
+def _maths_case(d: Draw) -> dict[str, Any]:
+    return {"softcap": d(st.sampled_from((None, 5.0))), "logit_scale": d(st.sampled_from((1.0, 0.25)))}
+
+
+def _cross_entropy_case(d: Draw) -> Sample:
+    return Sample("", _head_case(d), {**_maths_case(d), "reduction": d(st.sampled_from(("mean", "sum", "none")))})
+
+
+def _log_prob_case(d: Draw) -> Sample:
+    wanted = {name: d(flags) for name in ("entropy", "mean_logits", "log_sum_sq_probs")}
+    return Sample("", _head_case(d), {**_maths_case(d), "temperature": d(st.sampled_from((1.0, 1.5))), **wanted})
+
+
+FUZZ = {"linear_cross_entropy": _cross_entropy_case, "linear_log_prob": _log_prob_case}
+
+
+LABELS = [2, -100, 0]
+
+
+def _logits(h: Array, w: Array, b: Array | None, cap: Any, scale: str, temperature: str) -> Array:
+    z = ratio(scale) * (h @ w.T + (0 if b is None else b))
+    z = ratio(cap) * TANH(z / ratio(cap)) if cap else z
+    return z / ratio(temperature)
+
+
+def _of_tokens(z: Array, function: Callable[[Array, int], Any]) -> Array:
+    values = [function(row, label) if label >= 0 else sympy.Integer(0) for row, label in zip(z, LABELS, strict=True)]
+    return np.array(values, dtype=object)
+
+
+def _probabilities(row: Array) -> Array:
+    return EXP(row) / np.sum(EXP(row))
+
+
+HEAD = {"h": (3, 2), "w": (3, 2), "b": (3,)}
+
+
+def _log_prob_derivations() -> list[Derivation]:
+    def formula(h: Array, w: Array, b: Array | None = None, **maths: Any) -> list[Array]:
+        z = _logits(h, w, b, **maths)
+        return [
+            _of_tokens(z, lambda row, y: row[y] - sympy.log(np.sum(EXP(row)))),
+            _of_tokens(z, lambda row, y: -np.sum(_probabilities(row) * LOG(_probabilities(row)))),
+            _of_tokens(z, lambda row, y: np.sum(row) / len(row)),
+            _of_tokens(z, lambda row, y: sympy.log(np.sum(_probabilities(row) ** 2))),
+            _of_tokens(z, lambda row, y: sympy.log(np.sum(EXP(row)))),
+        ]
+
+    def call(fn: Any, h: Any, w: Any, b: Any = None, **maths: Any) -> list[Any]:
+        everything = {"entropy": True, "mean_logits": True, "log_sum_sq_probs": True}
+        found = fn(h, w, b, torch.tensor(LABELS), **everything, **maths)
+        return [found.log_prob, found.entropy, found.mean_logits, found.log_sum_sq_probs, found.lse]
+
+    plain = {"cap": None, "scale": "1", "temperature": "1"}
+    capped = {"cap": 3, "scale": "0.7", "temperature": "1.25"}
+    maths = {"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.25}
+    return [
+        Derivation("plain", HEAD, call, functools.partial(formula, **plain), outputs=2),
+        Derivation(
+            "rows of logits",
+            {"h": (3, 1), "w": (3, 1)},
+            call,
+            functools.partial(formula, **plain),
+            frozen=("h",),
+            outputs=2,
+            simplify=BOTH,
+        ),
+        Derivation(
+            "softcap, scale, temperature",
+            HEAD,
+            functools.partial(call, **maths),
+            functools.partial(formula, **capped),
+            outputs=2,
+        ),
+        Derivation(
+            "frozen head",
+            {"h": (3, 1), "w": (3, 1)},
+            functools.partial(call, **maths),
+            functools.partial(formula, **capped),
+            frozen=("w",),
+            outputs=2,
+        ),
+        Derivation(
+            "frozen head, constant entropy",
+            {"h": (3, 1), "w": (3, 1)},
+            functools.partial(call, entropy_gradient=False, **maths),
+            functools.partial(formula, **capped),
+            frozen=("w",),
+            outputs=1,
+        ),
+    ]
+
+
+def _cross_entropy_derivations() -> list[Derivation]:
+    def derive(name: str, reduction: str, cap: int | None = None, **rest: Any) -> Derivation:
+        def formula(h: Array, w: Array, b: Array) -> list[Array]:
+            z = _logits(h, w, b, cap, "0.5", "1")
+            loss = _of_tokens(z, lambda row, y: sympy.log(np.sum(EXP(row))) - row[y])
+            total = np.sum(loss)
+            return [loss if reduction == "none" else total if reduction == "sum" else total / 2]
+
+        def call(fn: Any, h: Any, w: Any, b: Any) -> Any:
+            softcap = None if cap is None else float(cap)
+            return fn(h, w, b, torch.tensor(LABELS), reduction=reduction, softcap=softcap, logit_scale=0.5)
+
+        return Derivation(name, HEAD, call, formula, **rest)
+
+    return [
+        derive("mean", "mean"),
+        derive("each token, softcap", "none", 2),
+        derive("sum, frozen head", "sum", frozen=("w", "b"), simplify=BOTH),
+    ]
+
+
+DERIVATIONS = {"linear_cross_entropy": _cross_entropy_derivations, "linear_log_prob": _log_prob_derivations}
+
+SMALL_TILES = {
+    "_row_config": lambda vocab: {"BLOCK": 2, "num_warps": 1},
+    "chunk_rows": lambda *_: 1,
+}
+
+MUTANTS = (
+    Mutant(
+        "cross-entropy: gradient without the label",
+        "kernels/linear_cross_entropy.py",
+        "gradient = (tl.where(offsets == label, 1.0, 0.0) - p) * slope",
+        "gradient = (0.0 - p) * slope",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: sum not rescaled",
+        "kernels/linear_cross_entropy.py",
+        "sum_e = sum_e * rescale + tl.sum(e, axis=0)",
+        "sum_e = sum_e + tl.sum(e, axis=0)",
+        'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: softcap's slope forgotten",
+        "kernels/linear_cross_entropy.py",
+        "        if tanh is not None:\n            dr.mul_(1 - tanh * tanh)\n",
+        "",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+    ),
+    Mutant(
+        "cross-entropy: scale forgotten in backward",
+        "kernels/linear_cross_entropy.py",
+        "    dr *= logit_scale / temperature\n",
+        "",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+    ),
+    Mutant(
+        "cross-entropy: mean over all tokens",
+        "kernels/linear_cross_entropy.py",
+        "total / (labels != ignore_index).sum()",
+        "total / labels.numel()",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+    ),
+    Mutant(
+        "cross-entropy: ignore_index is always -100",
+        "kernels/linear_cross_entropy.py",
+        "keep = (labels != ignore_index).nonzero().squeeze(1)",
+        "keep = (labels != -100).nonzero().squeeze(1)",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+    ),
+    Mutant(
+        "cross-entropy: dW of the last chunk only",
+        "kernels/linear_cross_entropy.py",
+        "            _add_matmul(grad_weight, logits.t(), states)\n",
+        "            grad_weight.zero_()\n            _add_matmul(grad_weight, logits.t(), states)\n",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+    ),
+    Mutant(
+        "cross-entropy: dW rounded chunk by chunk",
+        "kernels/linear_cross_entropy.py",
+        "        total.addmm_(a.to(total.dtype), b.to(total.dtype))\n",
+        "        total.add_((a.float() @ b.float()).to(a.dtype))\n",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+    ),
+    Mutant(
+        "cross-entropy: entropy without its expectation",
+        "kernels/linear_cross_entropy.py",
+        "tl.store(entropy_ptr + row, log_sum - sum_ez / sum_e)",
+        "tl.store(entropy_ptr + row, log_sum - sum_ez)",
+        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: an ignored token's gradient",
+        "kernels/linear_cross_entropy.py",
+        "gradient = tl.where(label == IGNORE_INDEX, 0.0, gradient * slope)",
+        "gradient = gradient * slope",
+        "tests/kernels/test_linear_cross_entropy.py",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: the largest logit swallows the log of the sum, value",
+        "kernels/linear_cross_entropy.py",
+        "(z_label - base) - log_sum)",
+        "z_label - (base + log_sum))",
+        "tests/kernels/test_linear_cross_entropy.py -k sure_of",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: the largest logit swallows the log of the sum, gradient in forward",
+        "kernels/linear_cross_entropy.py",
+        "p = tl.exp((z - base) - log_sum)",
+        "p = tl.exp(z - (base + log_sum))",
+        "tests/kernels/test_linear_cross_entropy.py -k sure_of",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: the largest logit swallows the log of the sum, gradient in backward",
+        "kernels/linear_cross_entropy.py",
+        "log_p = (z - tl.load(top_ptr + row)) - tl.load(log_sum_ptr + row)",
+        "log_p = z - (tl.load(top_ptr + row) + tl.load(log_sum_ptr + row))",
+        "tests/kernels/test_linear_cross_entropy.py -k sure_of",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: the largest logit swallows the log of the sum, value in PyTorch",
+        "kernels/linear_cross_entropy.py",
+        "log_p = (z - largest[:, None]).sub_(log_z[:, None])",
+        "log_p = z - (largest + log_z)[:, None]",
+        "tests/kernels/test_linear_cross_entropy.py -k sure_of",
+    ),
+    Mutant(
+        "cross-entropy: the largest logit swallows the log of the sum, gradient in PyTorch",
+        "kernels/linear_cross_entropy.py",
+        "log_p = (z - top[:, None]) - log_sum[:, None]",
+        "log_p = z - (top + log_sum)[:, None]",
+        "tests/kernels/test_linear_cross_entropy.py -k sure_of",
+    ),
+)

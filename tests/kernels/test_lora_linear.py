@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from bench.shapes import shapes
 from fastft.compare import assert_within
 from fastft.kernels import lora_linear as module
 from fastft.kernels.lora_linear import JOINT, OP, lora_linear, lora_linears, release_scratch
+from tests.kernels._derivations import BOTH, Array, Derivation
+from tests.kernels._expressions import ratio
+from tests.kernels._fuzz import SIZES, WIDTHS, Draw
+from tests.kernels._samples import Named, New, Sample, nf4_states
+from tests.mutation._mutant import Mutant
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -541,3 +549,258 @@ def test_joint_cost():
     assert int(joint.bytes_kept) == 3 * int(one.bytes_kept)
     alone = int(one.bytes_moved) + 2 * int(OP.cost(8192, 1024, 4096, 16).bytes_moved)
     assert alone - int(joint.bytes_moved) == 2 * 2 * 8192 * 4096
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _adapters(new: New, n_out: int, k: int, *ranks: int) -> tuple[Any, ...]:
+    a = [new(r, k, scale=k**-0.5) for r in ranks]
+    return a, [new(n_out, r, scale=r**-0.5) for r in ranks], [2.0, 0.7][: len(ranks)]
+
+
+def _lora_linear_samples(new: New, n: int) -> Named:
+    x = new(2, 2 * n, 6)
+    yield "plain", (x, new(5, 6), new(5)), {}
+    yield "lora", (x, new(5, 6, grad=False), None, *_adapters(new, 5, 6, 2)), {}
+    yield "two adapters", (x, new(5, 6), new(5), *_adapters(new, 5, 6, 2, 3)), {"b_bias": [new(5), None]}
+    own = [new(2, 2 * n, 6), None]
+    yield "own inputs", (x, new(5, 6, grad=False), new(5, grad=False), *_adapters(new, 5, 6, 1, 2)), {"x_lora": own}
+    yield "residual", (x, new(5, 6)), {"residual": new(2, 2 * n, 5)}
+    if new.dtype != torch.float64:  # NF4 weights have no fp64 form
+        for name, state in nf4_states(new, n):
+            quant = {"quant": state["quant"], "shape": (2 * n, 64), "blocksize2": 2}
+            yield f"NF4, {name}", (new(2, 3, 64), state["packed"], None, *_adapters(new, 2 * n, 64, 2)), quant
+
+
+def _lora_linears_samples(new: New, n: int) -> Named:
+    def layers(*n_out: int, k: int = 6) -> tuple[list[Any], ...]:
+        a, b, scaling = zip(*(_adapters(new, m, k, 2) for m in n_out), strict=True)
+        return list(a), list(b), list(scaling)
+
+    x = new(2, 2 * n, 6)
+    yield "dense", (x, [new(5, 6), new(4, 6, grad=False)], [new(5), None], *layers(5, 4)), {}
+    yield "no adapters", (x, [new(5, 6), new(4, 6), new(3, 6)]), {}
+    if new.dtype != torch.float64:
+        states = [state for _, state in nf4_states(new, n)]
+        for name, state in zip(("single", "double"), states, strict=True):
+            quant = {"quant": [state["quant"]] * 2, "shape": [(2 * n, 64)] * 2}
+            quant |= {"blocksize": [64, 64], "blocksize2": [2, 2]}
+            yield f"NF4, {name}", (new(2, 3, 64), [state["packed"]] * 2, [], *layers(2 * n, 2 * n, k=64)), quant
+
+
+SAMPLES = {"lora_linear": _lora_linear_samples, "lora_linears": _lora_linears_samples}
+
+
+def _layer_case(d: Draw, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    n, ranks = d(WIDTHS), d(st.lists(st.sampled_from((1, 2, 3, 5, 8)), max_size=2))
+    a = [d.tensor(r, k, scale=k**-0.5) for r in ranks]
+    b = [d.tensor(n, r, scale=r**-0.5) for r in ranks]
+    scaling = [d(st.sampled_from((1.0, 2.0, 0.7071))) for _ in ranks]
+    bias = d.maybe(lambda: d.tensor(n))
+    return (d.tensor(n, k, scale=k**-0.5), bias, a, b, scaling), {
+        "b_bias": [d.maybe(lambda: d.tensor(n)) for _ in ranks]
+    }
+
+
+def _lora_linear_case(d: Draw) -> Sample:
+    k, lead = d(WIDTHS), (d(SIZES), d(SIZES))
+    args, kwargs = _layer_case(d, k)
+    inputs = [d.maybe(lambda: d.tensor(*lead, k)) for _ in args[2]]
+    alone = args[1] is None and not args[2]
+    residual = d.maybe(lambda: d.tensor(*lead, args[0].shape[0])) if alone else None
+    return Sample("", (d.tensor(*lead, k), *args), {**kwargs, "x_lora": inputs, "residual": residual})
+
+
+def _lora_linears_case(d: Draw) -> Sample:
+    k = d(WIDTHS)
+    layers = [_layer_case(d, k) for _ in range(d(st.integers(1, 3)))]
+    columns = [list(column) for column in zip(*(args for args, _ in layers), strict=True)]
+    return Sample(
+        "", (d.tensor(d(SIZES), d(SIZES), k), *columns), {"b_bias": [kwargs["b_bias"] for _, kwargs in layers]}
+    )
+
+
+FUZZ = {"lora_linear": _lora_linear_case, "lora_linears": _lora_linears_case}
+
+
+def _lora_linear_derivations() -> list[Derivation]:
+    def one(x: Array, w: Array, bias: Array, a: Array, b: Array, b_bias: Array) -> list[Array]:
+        return [x @ w.T + bias + 2 * ((x @ a.T) @ b.T + b_bias)]
+
+    def two(x: Array, w: Array, a: Array, b: Array, a2: Array, b2: Array, x2: Array) -> list[Array]:
+        return [x @ w.T + 2 * (x @ a.T) @ b.T + ratio("0.7") * (x2 @ a2.T) @ b2.T]
+
+    return [
+        Derivation(
+            "linear",
+            {"x": (3, 2), "w": (2, 2), "bias": (2,)},
+            lambda fn, x, w, bias: fn(x, w, bias),
+            lambda x, w, bias: [x @ w.T + bias],
+            simplify=BOTH,
+        ),
+        Derivation(
+            "adapter with a bias",
+            {"x": (3, 2), "w": (3, 2), "bias": (3,), "a": (2, 2), "b": (3, 2), "b_bias": (3,)},
+            lambda fn, x, w, bias, a, b, b_bias: fn(x, w, bias, [a], [b], [2.0], b_bias=[b_bias]),
+            one,
+            simplify=BOTH,
+        ),
+        Derivation(
+            "residual",
+            {"x": (3, 2), "w": (2, 2), "z": (3, 2)},
+            lambda fn, x, w, z: fn(x, w, residual=z),
+            lambda x, w, z: [z + x @ w.T],
+            simplify=BOTH,
+        ),
+        Derivation(
+            "frozen weight, two adapters, one with its own input",
+            {"x": (3, 2), "w": (3, 2), "a": (2, 2), "b": (3, 2), "a2": (1, 2), "b2": (3, 1), "x2": (3, 2)},
+            lambda fn, x, w, a, b, a2, b2, x2: fn(x, w, None, [a, a2], [b, b2], [2.0, 0.7], x_lora=[None, x2]),
+            two,
+            frozen=("w",),
+            simplify=BOTH,
+        ),
+    ]
+
+
+def _lora_linears_derivations() -> list[Derivation]:
+    sizes = {"1": (2, 2), "2": (3, 1), "3": (1, 1)}  # of each layer: N and the adapter's rank
+    shapes: dict[str, tuple[int, ...]] = {"x": (3, 2), "bias": (2,)}
+    for i, (n, rank) in sizes.items():
+        shapes |= {f"w{i}": (n, 2), f"a{i}": (rank, 2), f"b{i}": (n, rank)}
+
+    def derive(name: str, scaling: tuple[str, str, str]) -> Derivation:
+        def formula(x: Array, bias: Array, **of: Array) -> list[Array]:
+            ys = [
+                x @ of[f"w{i}"].T + ratio(s) * (x @ of[f"a{i}"].T) @ of[f"b{i}"].T
+                for i, s in zip(sizes, scaling, strict=True)
+            ]
+            return [ys[0] + bias, *ys[1:]]
+
+        def call(fn: Any, x: Any, bias: Any, **of: Any) -> Any:
+            w, a, b = ([of[f"{kind}{i}"] for i in sizes] for kind in "wab")
+            return fn(x, w, [bias, None, None], [[t] for t in a], [[t] for t in b], [[float(s)] for s in scaling])
+
+        return Derivation(name, shapes, call, formula, frozen=("w2",), outputs=3, simplify=BOTH)
+
+    return [derive("three layers", ("2", "2", "0.7")), derive("one scaling", ("0.5", "0.5", "0.5"))]
+
+
+DERIVATIONS = {"lora_linear": _lora_linear_derivations, "lora_linears": _lora_linears_derivations}
+
+MUTANTS = (
+    Mutant(
+        "lora_linear: adapter without its scaling",
+        "kernels/lora_linear.py",
+        ".to(h.dtype).t(), scaling[j]))",
+        ".to(h.dtype).t(), 1.0))",
+        'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
+    ),
+    Mutant(
+        "lora_linear: dx without the adapter",
+        "kernels/lora_linear.py",
+        "                _add_thin(dx, u[:, columns], downs[columns], scale, first=span[0] == 0)\n",
+        "                dx.zero_()\n",
+        'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
+    ),
+    Mutant(
+        "lora_linear: dA without scaling",
+        "kernels/lora_linear.py",
+        "        return [_times(scaling[0], rows)]\n",
+        "        return [rows]\n",
+        'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
+    ),
+    Mutant(
+        "lora_linear: dB without scaling",
+        "kernels/lora_linear.py",
+        "dbs[j] = _times(scaling[j], db).to(up.dtype)",
+        "dbs[j] = db.to(up.dtype)",
+        'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
+    ),
+    Mutant(
+        "lora_linear: dx of the last layer only",
+        "kernels/lora_linear.py",
+        "dx = dx.addmm_(g, dense, beta=_beta(dx)) if dx.dim() == 2 else torch.mm(g, dense)",
+        "dx = torch.mm(g, dense)",
+        'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
+    ),
+    Mutant(
+        "lora_linear: a second adapter in place of the first",
+        "kernels/lora_linear.py",
+        "    for product in more:\n        _add_thin(y, *product)\n",
+        "    for product in more:\n        _add_thin(y, *product, first=True)\n",
+        "tests/kernels/test_lora_linear.py -k test_shapes",
+    ),
+    Mutant(
+        "lora_linear: the base's product first, which is rounded twice",
+        "kernels/lora_linear.py",
+        "y = begun.addmm_(rows, dense.t(), beta=_beta(begun))",
+        "y = torch.mm(rows, dense.t()).add_(begun)",
+        "tests/kernels/test_lora_linear.py -k one_rounding",
+    ),
+    Mutant(
+        "lora_linear: dx of the largest layer first",
+        "kernels/lora_linear.py",
+        "key=lambda i: gs[i].shape[1])",
+        "key=lambda i: -gs[i].shape[1])",
+        "tests/kernels/test_lora_linear.py -k smallest",
+    ),
+    Mutant(
+        "lora_linear: no residual",
+        "kernels/lora_linear.py",
+        "begun = None if residual is None else _rows(residual)",
+        "begun = None",
+        "tests/kernels/test_lora_linear.py -k residual",
+    ),
+    Mutant(
+        "lora_linear: half of the residual's gradient",
+        "kernels/lora_linear.py",
+        "dresidual = dy[0] if ctx.needs_input_grad[2] else None",
+        "dresidual = 0.5 * dy[0] if ctx.needs_input_grad[2] else None",
+        "tests/kernels/test_lora_linear.py -k residual",
+    ),
+    Mutant(
+        "lora_linear: one weight for all layers",
+        "kernels/lora_linear.py",
+        "state, sizes = quant[i * of_each : (i + 1) * of_each], ",
+        "state, sizes = quant[:of_each], ",
+        "tests/kernels/test_lora_linear.py -k joint_nf4",
+    ),
+    Mutant(
+        "lora_linear: h of the first layer for all",
+        "kernels/lora_linear.py",
+        "thin.append((h[:, column[j] : column[j + 1]], b[j]",
+        "thin.append((h[:, : b[j].shape[1]], b[j]",
+        'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
+    ),
+    Mutant(
+        "lora_linear: fp32 through one bf16 part",
+        "kernels/lora_linear.py",
+        "wide = _mm_single(left, torch.cat(_bf16_parts(right, 3), 1))",
+        "wide = _mm_single(left, torch.cat(_bf16_parts(right, 1) + [torch.zeros_like(right, "
+        "dtype=torch.bfloat16)] * 2, 1))",
+        "tests/kernels/test_lora_linear.py -k bf16_parts_on_any",
+    ),
+    Mutant(
+        "lora_linear: no lock of shape on the scratch",
+        "kernels/lora_linear.py",
+        "        if held is None or held.numel() < n * k:\n",
+        "        if held is None:\n",
+        "tests/kernels/test_lora_linear.py -k scratch",
+    ),
+    Mutant(
+        "lora_linear: dropout's input ignored",
+        "kernels/lora_linear.py",
+        "own = [None if t is None and shared else",
+        "own = [None if shared else",
+        "tests/kernels/test_lora_linear.py -k test_dtypes",
+    ),
+    Mutant(
+        "lora_linear: adapter bias unscaled",
+        "kernels/lora_linear.py",
+        "sums += [scaling[j] * more.to(wide) for j in mine",
+        "sums += [more.to(wide) for j in mine",
+        "tests/kernels/test_lora_linear.py -k test_shapes",
+    ),
+)

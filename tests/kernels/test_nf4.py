@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from bench.shapes import shapes
 from fastft.kernels.nf4 import NF4, OP, nf4_dequantize
+from tests.kernels._fuzz import Draw, flags
+from tests.kernels._samples import Named, New, Sample, nf4_states
+from tests.mutation._mutant import Mutant
 
-functional = pytest.importorskip("bitsandbytes.functional")
+try:
+    functional = pytest.importorskip("bitsandbytes.functional")
+except pytest.skip.Exception:  # the tables at the end are needed without it, too
+    functional = None
+
+pytestmark = pytest.mark.skipif(functional is None, reason="bitsandbytes is not installed")
 
 # Bitsandbytes' CPU library rounds fp16 as the processor at hand does: where there is a GPU, that is compared with.
 DEVICES = ["cuda" if torch.cuda.is_available() else "cpu"]
@@ -112,3 +123,65 @@ def test_refusals(change, code):
     assert reason is not None and reason.code == code
     with pytest.raises(ValueError, match="nf4_dequantize"):
         nf4_dequantize(*args)
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _nf4_samples(new: New, n: int) -> Named:
+    for name, state in nf4_states(new, n):
+        quant = (*state["quant"], None, None, None)[:4]
+        yield name, (state["packed"], *quant, 64, 2, (2 * n, 64), new.dtype), {}
+
+
+SAMPLES = {"nf4_dequantize": _nf4_samples}
+
+
+def _nf4_case(d: Draw) -> Sample:
+    blocksize = d(st.sampled_from((32, 64, 128)))
+    n, k = d(st.integers(1, 9)), d(st.integers(1, 200))
+    blocks, blocksize2 = -(-n * k // blocksize), d(st.sampled_from((2, 256)))
+    packed = d.integers(256, (n * k + 1) // 2, 1).to(torch.uint8)
+    scales: tuple[Any, ...] = (torch.rand(blocks, generator=d.generator).to(d.device), None, None, None)
+    if d(flags):
+        second = torch.rand(-(-blocks // blocksize2), generator=d.generator).to(d.device)
+        code = torch.rand(256, generator=d.generator).to(d.device)
+        scales = (d.integers(256, blocks).to(torch.uint8), code, torch.tensor(0.02, device=d.device), second)
+    return Sample("", (packed, *scales, blocksize, blocksize2, (n, k), d.dtype), {})
+
+
+FUZZ = {"nf4_dequantize": _nf4_case}
+
+MUTANTS = (
+    Mutant(
+        "nf4: nibbles swapped",
+        "kernels/nf4.py",
+        "    weight = tl.interleave(high, low)\n",
+        "    weight = tl.interleave(low, high)\n",
+        "tests/kernels/test_nf4.py",
+        interpret=True,
+    ),
+    Mutant(
+        "nf4: offset of double quantisation forgotten",
+        "kernels/nf4.py",
+        " + tl.load(offset_ptr)\n",
+        "\n",
+        "tests/kernels/test_nf4.py",
+        interpret=True,
+    ),
+    Mutant(
+        "nf4: a level off",
+        "kernels/nf4.py",
+        "0.07958029955625534",
+        "0.07968029955625534",
+        "tests/kernels/test_nf4.py",
+    ),
+    Mutant(
+        "nf4: scales of the second level shifted",
+        "kernels/nf4.py",
+        "block // BLOCKSIZE2, mask",
+        "(block + 1) // BLOCKSIZE2, mask",
+        "tests/kernels/test_nf4.py -k 'equals_bitsandbytes and 257'",
+        interpret=True,
+    ),
+)

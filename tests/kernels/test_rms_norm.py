@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import sympy
 import torch
+from hypothesis import strategies as st
 
 from fastft.kernels._op import OPS
 from fastft.kernels.rms_norm import MAX_N, reference, rms_norm, supported
 from tests.kernels._check import check_op
+from tests.kernels._derivations import BOTH, EPS, ROW_TILES, Array, Derivation, over_rows
+from tests.kernels._expressions import ratio
+from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
+from tests.kernels._samples import Named, New, Sample
+from tests.mutation._mutant import Mutant
 
 OP = OPS["rms_norm"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -154,3 +162,148 @@ def test_autocast_does_not_reach_the_maths(device):
 def test_supported(x, weight, out_dtype, code):
     reason = supported(x, weight, 1e-6, 0.0, out_dtype)
     assert (reason and reason.code) == code
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _rms_norm_samples(new: New, n: int) -> Named:
+    yield "llama", (new(3, n, 5 * n), new(5 * n), 1e-6), {}
+    yield "gemma", (new(2, 3, n, 4).transpose(1, 2), new(4), 1e-5, 1.0), {}
+    yield "weightless", (new(2, 7 * n), None, 1e-6), {}
+    yield "residual stream", (new(2, n, 5), new(5), 1e-6), {"pass_through": True}
+
+
+SAMPLES = {"rms_norm": _rms_norm_samples}
+
+
+def _rms_norm_case(d: Draw) -> Sample:
+    n = d(WIDTHS)
+    weight = d.maybe(lambda: d.tensor(n, scale=1.0))
+    offset = d(st.sampled_from((0.0, 1.0))) if weight is not None else 0.0
+    args = (d.tensor(d(SIZES), d(SIZES), n), weight, d(st.sampled_from((1e-6, 1e-3))), offset)
+    return Sample("", args, {"pass_through": d(flags)})
+
+
+FUZZ = {"rms_norm": _rms_norm_case}
+ROWWISE = ("rms_norm",)
+
+
+def _rms_norm_derivations() -> list[Derivation]:
+    def normed(x: Array) -> Array:
+        return over_rows(lambda row: row / sympy.sqrt(np.sum(row**2) / len(row) + ratio(EPS)))(x)
+
+    # Nine rows are five tiles of two, for four programs: one has two tiles.
+    shapes = {"x": (9, 3), "w": (3,)}
+    return [
+        Derivation("weight", shapes, lambda fn, x, w: fn(x, w, EPS), lambda x, w: [normed(x) * w], simplify=BOTH),
+        Derivation("1 + weight", shapes, lambda fn, x, w: fn(x, w, EPS, 1.0), lambda x, w: [normed(x) * (1 + w)]),
+        Derivation("weightless", {"x": (3, 3)}, lambda fn, x: fn(x, None, EPS), lambda x: [normed(x)]),
+        Derivation(
+            "frozen weight", shapes, lambda fn, x, w: fn(x, w, EPS), lambda x, w: [normed(x) * w], frozen=("w",)
+        ),
+        Derivation(
+            "residual stream",
+            shapes,
+            lambda fn, x, w: fn(x, w, EPS, pass_through=True),
+            lambda x, w: [normed(x) * w, x],
+            outputs=2,
+        ),
+    ]
+
+
+DERIVATIONS = {"rms_norm": _rms_norm_derivations}
+
+SMALL_TILES = ROW_TILES
+
+MUTANTS = (
+    Mutant(
+        "rms_norm: sign of the second term of dx",
+        "kernels/rms_norm.py",
+        "dx = r * (g - x * (tl.sum",
+        "dx = r * (g + x * (tl.sum",
+        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: dx without its second term",
+        "kernels/rms_norm.py",
+        "dx = r * (g - x * (tl.sum(g * x, axis=1) / N)[:, None])",
+        "dx = r * g",
+        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: dw without rstd",
+        "kernels/rms_norm.py",
+        "            total += dy * x\n",
+        "            total += dy * x / r\n",
+        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: offset forgotten in backward",
+        "kernels/rms_norm.py",
+        "    if HAS_WEIGHT:\n"
+        "        w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32) + OFFSET\n"
+        "    # Each",
+        "    if HAS_WEIGHT:\n        w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)\n    # Each",
+        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: epsilon outside the root",
+        "kernels/rms_norm.py",
+        "r = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + EPS)",
+        "r = 1.0 / (tl.sqrt_rn(tl.sum(x * x, axis=1) / N) + EPS)",
+        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: rounded before the weight",
+        "kernels/rms_norm.py",
+        "    y = x * r[:, None]\n    if HAS_WEIGHT",
+        "    y = (x * r[:, None]).to(x_ptr.dtype.element_ty).to(tl.float32)\n    if HAS_WEIGHT",
+        "tests/kernels/test_rms_norm.py",
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: PyTorch dx with a factor 1.01",
+        "kernels/rms_norm.py",
+        "through = r.unsqueeze(-1) * (g - x_hat",
+        "through = 1.01 * r.unsqueeze(-1) * (g - x_hat",
+        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+    ),
+    Mutant(
+        "rms_norm: dw of the first program only",
+        "kernels/rms_norm.py",
+        "dweight.copy_(partial.sum(0)) if",
+        "dweight.copy_(partial[0]) if",
+        "tests/kernels/test_rms_norm.py",
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: the stream's gradient is dropped",
+        "kernels/rms_norm.py",
+        "                dx = dx + tl.load(z_at, mask=mask, other=0.0).to(tl.float32)\n",
+        "                dx = dx + 0.0 * tl.load(z_at, mask=mask, other=0.0).to(tl.float32)\n",
+        "tests/kernels/test_rms_norm.py -k passes_x_on",
+        interpret=True,
+    ),
+    Mutant(
+        "rms_norm: the stream's gradient takes part in the mean",
+        "kernels/rms_norm.py",
+        "            g = g if weight is None else g * (weight.to(r.dtype) + offset)\n            through",
+        "            g = (g if weight is None else g * (weight.to(r.dtype) + offset)) + (0 if z is None else "
+        "z.to(r.dtype))\n"
+        "            through",
+        "tests/kernels/test_rms_norm.py -k passes_x_on",
+    ),
+    Mutant(
+        "rms_norm: rounded before the stream's gradient is added",
+        "kernels/rms_norm.py",
+        "dx.copy_(through if z is None else through + z.to(r.dtype))",
+        "dx.copy_(through if z is None else through.to(dx.dtype) + z)",
+        "tests/kernels/test_rms_norm.py -k added_before",
+    ),
+)

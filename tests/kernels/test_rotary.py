@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from fastft.kernels._op import OPS
 from fastft.kernels.rotary import STYLES, reference, rotary, supported
 from tests.kernels._check import check_op
+from tests.kernels._derivations import BOTH, Array, Derivation
+from tests.kernels._fuzz import Draw, flags
+from tests.kernels._samples import Named, New, Sample
+from tests.mutation._mutant import Mutant
 
 OP = OPS["rotary"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -227,3 +233,138 @@ def empty(*shape, dtype=torch.float32, grad=False):
 def test_supported(args, code):
     reason = supported(*args)
     assert (reason and reason.code) == code
+
+
+# ----------------------------------------------------------------------------------- for the tests that go over all ops
+
+
+def _rotary_samples(new: New, n: int) -> Named:
+    for style in STYLES:
+        q, k = new(1, 3 * n, 2, 6).transpose(1, 2), new(1, 3 * n, 1, 6).transpose(1, 2)
+        yield style, (q, k, new(1, 3 * n, 3, grad=False), new(1, 3 * n, 3, grad=False), style), {}
+    tables = new(2, n, 4, grad=False), new(2, n, 4, grad=False)
+    yield "part of a head, q alone", (new(2, 2, n, 6), None, *tables, "half", None, 4), {}
+    yield "sequence first", (new(2, n, 2, 4), new(2, n, 1, 4), *tables), {"seq_dim": 1}
+
+
+SAMPLES = {"rotary": _rotary_samples}
+
+
+def _rotary_case(d: Draw) -> Sample:
+    batch, seq, half = d(st.integers(1, 3)), d(st.integers(1, 9)), d(st.sampled_from((1, 3, 8, 16, 20)))
+    width = 2 * half + d(st.sampled_from((0, 0, 2, 6)))
+    style, seq_dim = d(st.sampled_from(tuple(STYLES))), d(st.sampled_from((1, 2)))
+
+    def heads(count: int) -> torch.Tensor:
+        x = d.tensor(batch, seq, count, width, grad=True)
+        return x if seq_dim == 1 else x.detach().transpose(1, 2).requires_grad_()
+
+    angle = torch.randn(d(st.sampled_from((1, batch))), seq, half, generator=d.generator).to(d.device)
+    if d(flags):
+        angle = angle.repeat_interleave(2, -1) if style == "interleaved" else torch.cat((angle, angle), -1)
+    k = d.maybe(lambda: heads(d(st.integers(1, 3))))
+    tables = angle.cos().to(d.dtype), angle.sin().to(d.dtype)
+    return Sample("", (heads(d(st.integers(1, 5))), k, *tables, style, None, 2 * half, seq_dim), {})
+
+
+FUZZ = {"rotary": _rotary_case}
+ROWWISE = ("rotary",)
+
+
+def _rotated(x: Array, cos: Array, sin: Array, style: str) -> Array:
+    """As transformers spells the styles, with tables [batch or 1, seq, R or R/2] of which it has the whole rows."""
+    width, half = x.shape[-1], x.shape[-1] // 2
+
+    def whole(t: Array) -> Array:
+        if t.shape[-1] < width:
+            t = np.repeat(t, 2, axis=-1) if style == "interleaved" else np.concatenate((t, t), axis=-1)
+        return t[:, None]
+
+    if style == "interleaved":
+        turned = np.stack((-x[..., 1::2], x[..., ::2]), axis=-1).reshape(x.shape)
+    else:
+        if style == "interleaved_to_half":
+            x = np.concatenate((x[..., ::2], x[..., 1::2]), axis=-1)
+        turned = np.concatenate((-x[..., half:], x[..., :half]), axis=-1)
+    return x * whole(cos) + turned * whole(sin)
+
+
+def _rotary_derivations() -> list[Derivation]:
+    def two(style: str, width: int) -> Derivation:
+        def formula(q: Array, k: Array, cos: Array, sin: Array) -> list[Array]:
+            return [_rotated(q, cos, sin, style), _rotated(k, cos, sin, style)]
+
+        return Derivation(
+            f"{style}, tables of {width}",
+            {"q": (1, 3, 2, 4), "k": (1, 1, 2, 4), "cos": (1, 2, width), "sin": (1, 2, width)},
+            lambda fn, q, k, cos, sin: fn(q, k, cos, sin, style),
+            formula,
+            frozen=("cos", "sin"),
+            outputs=2,
+            simplify=BOTH,
+        )
+
+    def part(q: Array, cos: Array, sin: Array) -> list[Array]:
+        return [np.concatenate((_rotated(q[..., :4], cos, sin, "half"), q[..., 4:]), axis=-1)]
+
+    shapes = {"q": (2, 1, 2, 6), "cos": (2, 2, 4), "sin": (2, 2, 4)}
+    alone = Derivation(
+        "part of a head, q alone",
+        shapes,
+        lambda fn, q, cos, sin: fn(q, None, cos, sin, "half", None, 4),
+        part,
+        frozen=("cos", "sin"),
+    )
+    return [two(style, width) for style in STYLES for width in (4, 2)] + [alone]
+
+
+DERIVATIONS = {"rotary": _rotary_derivations}
+
+SMALL_TILES = {"TILE": 4}
+
+MUTANTS = (
+    Mutant(
+        "rotary: rotates the other way",
+        "kernels/rotary.py",
+        "turned_first = first * c1[None, :] - second * s1[None, :]",
+        "turned_first = first * c1[None, :] + second * s1[None, :]",
+        'tests/kernels/test_rotary.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "rotary: backward is the forward",
+        "kernels/rotary.py",
+        "        if TRANSPOSE:\n"
+        "            turned_first = first * c1[None, :] + second * s2[None, :]\n"
+        "            turned_second = second * c2[None, :] - first * s1[None, :]",
+        "        if TRANSPOSE:\n"
+        "            turned_first = first * c1[None, :] - second * s2[None, :]\n"
+        "            turned_second = second * c2[None, :] + first * s1[None, :]",
+        'tests/kernels/test_rotary.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "rotary: PyTorch backward is the forward",
+        "kernels/rotary.py",
+        "    if transpose:\n        turned = _put(first * c1 + second * s2, second * c2 - first * s1, x_pairs)",
+        "    if transpose:\n        turned = _put(first * c1 - second * s2, second * c2 + first * s1, x_pairs)",
+        'tests/kernels/test_rotary.py -k "matches_reference"',
+    ),
+    Mutant(
+        "rotary: the passed part is lost",
+        "kernels/rotary.py",
+        "tl.store(y_ptr + y_at[:, None] + col[None, :], rest.to(tl.float32).to(y_ptr.dtype.element_ty), mask=both)",
+        "tl.store(y_ptr + y_at[:, None] + col[None, :], 0.0 * "
+        "rest.to(tl.float32).to(y_ptr.dtype.element_ty), mask=both)",
+        'tests/kernels/test_rotary.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "rotary: tables of the first sequence for all",
+        "kernels/rotary.py",
+        "return (t.stride(0) if t.shape[0] > 1 else 0), t.stride(1), t.stride(2)",
+        "return 0, t.stride(1), t.stride(2)",
+        "tests/kernels/test_rotary.py",
+        interpret=True,
+    ),
+)

@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 
-import fastft.kernels
 from fastft import bridges
 from fastft.patterns import tables
-from tests.mutation import _inject
-from tests.mutation.mutants import MUTANTS, Mutant
+from tests.kernels import _each
+from tests.mutation import _inject, mutants
+from tests.mutation._mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Those of each op's own file, which stand in its tests, and then all others.
+OF_KERNELS: dict[str, tuple[Mutant, ...]] = _each.tables("MUTANTS")
+MUTANTS = (*(mutant for found in OF_KERNELS.values() for mutant in found), *mutants.MUTANTS)
 TESTS_FAILED = 1  # pytest's exit code; others mean that no test ran to its end
 
 
@@ -68,8 +71,11 @@ def test_the_list_is_current() -> None:
 
 def test_everything_has_mutants() -> None:
     """A new kernel, table of rules or bridge brings its own."""
-    files = {m.file for m in MUTANTS}
-    kernels = {f"kernels/{op.call.__module__.rpartition('.')[2]}.py" for op in fastft.kernels.load().values()}
+    for home in _each.homes():
+        found = OF_KERNELS.get(home)
+        assert found, f"{_each.own_tests(home)} has no MUTANTS"
+        assert {m.file for m in found} == {f"kernels/{home}.py"}, f"{_each.own_tests(home)} has MUTANTS of other files"
+    files = {m.file for m in mutants.MUTANTS}
     rules = {f"patterns/{Path(rule.where.partition(':')[0]).name}" for table in tables() for rule in table.rows}
     laid = {f"backend/bridges/{spec.name}.py" for spec in bridges.TABLE}
-    assert not (kernels | rules | laid) - files
+    assert not (missing := (rules | laid) - files), f"tests/mutation/mutants.py has none of {sorted(missing)}"
