@@ -84,6 +84,8 @@ GRANITE_SCALES = dict(
     embedding_multiplier=12.0, attention_multiplier=0.0078125, residual_multiplier=0.22, logits_scaling=16.0
 )
 
+NEMOTRON = dict(norm_eps=1e-5, rope_parameters=_rope(1e4, partial_rotary_factor=0.5))
+
 #: name → the fields of its transformers config that matter for sizes and numerics (``model_type`` picks the class).
 #: Columns: class, hidden, intermediate, layers, heads, key/value heads, head size, vocabulary.
 MODELS: dict[str, dict[str, Any]] = {
@@ -157,18 +159,9 @@ MODELS: dict[str, dict[str, Any]] = {
         use_qkv_bias=True,
         rope_parameters=_rope(1e4, partial_rotary_factor=0.25),
     ),
-    "minitron-8b": _model(
-        "nemotron",
-        4096,
-        16384,
-        32,
-        48,
-        8,
-        128,
-        256000,
-        norm_eps=1e-5,
-        rope_parameters=_rope(1e4, partial_rotary_factor=0.5),
-    ),
+    "minitron-8b": _model("nemotron", 4096, 16384, 32, 48, 8, 128, 256000, **NEMOTRON),
+    "minitron-4b": _model("nemotron", 3072, 9216, 32, 24, 8, 128, 256000, **NEMOTRON),
+    "nemotron-4-15b": _model("nemotron", 6144, 24576, 32, 48, 8, 128, 256000, **NEMOTRON),
     # The smallest that still has every kind of site: for tests of the harness on a CPU.
     "tiny": _model("llama", 64, 176, 2, 4, 2, 16, 512, rms_norm_eps=1e-5, rope_parameters=_rope(1e4)),
     # About a billion parameters with a small vocabulary: the demo's text on a GPU.
@@ -258,6 +251,8 @@ def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterato
         yield shape("rms_norm", **tokens, hidden=hidden, eps=config["rms_norm_eps"], offset=offset)
     if {name for name, *_ in linears(model)} & {"gate_proj", "gate_up_proj"}:
         yield shape("glu", **tokens, intermediate=config["intermediate_size"], activation=_activation(config))
+    if family == "nemotron":
+        yield shape("squared_relu", **tokens, intermediate=config["intermediate_size"])
     if family == "qwen3":  # norm of each head of q: rows of head_dim
         yield shape("rms_norm", batch=batch, seq=seq * heads, hidden=head_dim, eps=config["rms_norm_eps"], offset=0.0)
     fraction = config.get("rope_parameters", {}).get("partial_rotary_factor", 1.0)
@@ -297,6 +292,7 @@ def _tests() -> Iterator[Shape]:
     for batch, seq, intermediate in ((1, 1, 16), (2, 3, 129), (1, 9, 352)):
         for activation in ("silu", "gelu", "gelu_tanh"):
             yield shape("glu", batch=batch, seq=seq, intermediate=intermediate, activation=activation)
+        yield shape("squared_relu", batch=batch, seq=seq, intermediate=intermediate)
     for batch, seq, heads, kv_heads, head_dim, rotary_dim in (
         (1, 1, 1, 1, 16, 16),
         (2, 5, 4, 2, 32, 32),
@@ -334,9 +330,21 @@ def _tests() -> Iterator[Shape]:
 
 
 #: Measured by default: one model for each way an op is used (head norms, offset norms, soft caps, fused linears, ...).
-PRIMARY = ("llama-3.1-8b", "llama-3.2-1b", "qwen3-8b", "gemma-2-9b", "mistral-7b", "phi-4", "starcoder2-7b")
+PRIMARY = (
+    "llama-3.1-8b",
+    "llama-3.2-1b",
+    "qwen3-8b",
+    "gemma-2-9b",
+    "mistral-7b",
+    "phi-4",
+    "starcoder2-7b",
+    "minitron-8b",
+)
 _SMALL = ("tiny", "llama-1b")
-#: ``real``: so many sizes of each op, those of the first model all, of the others the largest that is new, in order.
+#: Measured with 32k tokens in one sequence too.
+LONG = ("llama-3.1-8b", "minitron-8b", "minitron-4b", "nemotron-4-15b")
+#: ``real``: so many sizes of each op, those of the first model all, of the others the largest that is new, in order. An
+#: op of which the models have fewer is measured in long sequences too.
 REAL_SIZES = 6
 REAL = (
     "llama-3.1-8b",
@@ -355,6 +363,8 @@ REAL = (
     "phi-2",
     "stablelm-2-1.6b",
     "minitron-8b",
+    "minitron-4b",
+    "nemotron-4-15b",
 )
 
 
@@ -372,10 +382,12 @@ def _elements(shape: Shape) -> int:
 def _real(found: list[Shape]) -> set[tuple[str, str]]:
     """(op, name) of the shapes to tag ``real``."""
     chosen: dict[str, dict[tuple[Any, ...], str]] = {}
-    for i, model in enumerate(REAL):
+    ordered = [(model, long) for long in (False, True) for model in REAL]
+    for i, (model, long) in enumerate(ordered):
+        of_model = [s for s in found if s.model == model and ("long" in s.tags) == long]
         for op in dict.fromkeys(s.op for s in found):
             taken = chosen.setdefault(op, {})
-            new = [s for s in found if s.op == op and s.model == model and _sizes(s) not in taken]
+            new = [s for s in of_model if s.op == op and _sizes(s) not in taken]
             new.sort(key=_elements, reverse=True)
             for s in new if i == 0 else new[:1]:
                 if len(taken) < REAL_SIZES:
@@ -390,9 +402,9 @@ def _all() -> Iterator[Shape]:
             continue
         tags = frozenset({"primary"}) if model in PRIMARY else frozenset()
         found += [*_of_model(model, 4, 2048, tags), *_nf4(model, tags)]
+    found += [s for model in LONG for s in _of_model(model, 1, 32768, frozenset({"long"}))]
     real = _real(found)
     yield from (replace(s, tags=s.tags | {"real"}) if (s.op, str(s)) in real else s for s in found)
-    yield from _of_model("llama-3.1-8b", 1, 32768, frozenset({"long"}))
     yield from _tests()
 
 

@@ -378,7 +378,8 @@ def stock(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
 
 def packed_stock(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
     """As Phi-3's MLP."""
-    return stock(*gate_up.chunk(2, dim=-1), kind)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return stock(gate, up, kind)
 
 
 def sizes(model: Model) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Gated MLPs: ``f(gate) * up`` in either order, gate and up from two projections or from one.
+"""MLPs: ``f(gate) * up`` in either order, gate and up from two projections or from one; squared ReLU, without a gate.
 
-Only the gate is the site: the projections around it are linears, with rules of their own.
+Only the activation is the site: the projections around it are linears, with rules of their own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import fx
 
-import fastft.kernels.glu  # noqa: F401  (registers the ops)
+import fastft.kernels.glu
+import fastft.kernels.squared_relu  # noqa: F401  (both register their ops)
 from fastft.patterns._match import (
     Match,
     Reason,
@@ -28,6 +29,7 @@ from fastft.patterns._match import (
 )
 from fastft.patterns._parts import first_half, piece, second_half
 
+x = Var("x", lambda n: isinstance(n, fx.Node))
 gate = Var("gate", lambda n: isinstance(n, fx.Node))
 up = Var("up", lambda n: isinstance(n, fx.Node))
 #: √(2/π) as models write it: some digits of it.
@@ -59,8 +61,17 @@ def _glu(kind: str) -> Any:
     return build
 
 
+def _squared_relu(m: Match) -> Rewrite | Reason | None:
+    # torch.pow is promoted to fp32 under autocast.
+    if dtype(m.anchor) != dtype(m["x"]):
+        return Reason("dtype", f"x is {dtype(m['x'])} and its square {dtype(m.anchor)}; one dtype is supported")
+    return use("squared_relu", m["x"])
+
+
 def _seed(node: fx.Node) -> str | None:
     seen = see(node)
+    if seen.op == "relu" and any(see(u).op == "square" or see(u) == ("mul", (node, node)) for u in node.users):
+        return "square of a relu"
     if seen.op not in ("silu", "gelu", "gelu_tanh"):
         return None
     for user in node.users:
@@ -78,6 +89,8 @@ TABLE = Table(
         row(op("gelu_tanh", gate) * up, _glu("gelu_tanh")),  # GeGLU (Gemma)
         row(op("gelu", gate) * up, _glu("gelu")),  # GeGLU with the exact form
         row(new_gelu * up, _glu("gelu_tanh")),  # the tanh form written out (T5 v1.1)
+        row(op("square", op("relu", x)), _squared_relu),  # squared ReLU (Nemotron, Arcee)
+        row(op("relu", x) * op("relu", x), _squared_relu),
     ),
     _seed,
 )

@@ -264,6 +264,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     "sqrt": SQRT,
     "rsqrt": lambda x: 1 / SQRT(x),
     "square": lambda x: x * x,
+    "relu": lambda x: MAX(x, 0),
     "silu": lambda x: unary(ACTIVATIONS["silu"])(x),
     "gelu": lambda x, approximate="none": unary(ACTIVATIONS["gelu_tanh" if approximate == "tanh" else "gelu"])(x),
     "addcmul": lambda x, y, z, value=1: x + value * y * z,
