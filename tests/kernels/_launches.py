@@ -15,8 +15,11 @@ from triton.runtime.jit import JITFunction
 
 from bench.shapes import Shape
 from fastft.kernels import attention, glu, layer_norm, linear_cross_entropy, nf4, rms_norm, rotary
+from fastft.kernels._config import SPACES
+from fastft.kernels._inputs import New
+from fastft.kernels._op import OPS, Op
+from tests.kernels._each import home_of, homes, kernels
 
-MODULES = (attention, glu, layer_norm, linear_cross_entropy, nf4, rms_norm, rotary)
 #: What a configuration decides, by the names that kernels give it.
 CONFIGURED = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_Q", "BLOCK_K", "GROUPS", "num_warps", "num_stages")
 
@@ -34,8 +37,9 @@ def noting() -> Iterator[list[Launch]]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", note))
-        for module in MODULES:
-            stack.enter_context(mock.patch.object(module, "use_triton", lambda x: True))
+        for module in map(kernels, homes()):
+            if hasattr(module, "use_triton"):
+                stack.enter_context(mock.patch.object(module, "use_triton", lambda x: True))
         for norm in (rms_norm, layer_norm):
             stack.enter_context(mock.patch.object(norm, "processors", lambda device: 132))
         stack.enter_context(mock.patch.object(attention, "_roomy", lambda device: True))
@@ -50,8 +54,25 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def launches(s: Shape, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """Forward's and backward's launches at one of ``bench/shapes.py``'s sizes; none for ops without Triton kernels."""
     with noting() as found:
-        _RUN[s.op](s, dtype) if s.op in _RUN else None
+        if s.op in _RUN:
+            _RUN[s.op](s, dtype)
+        elif any(space.file.stem == home_of(OPS[s.op]) for space in SPACES.values()):
+            _call(OPS[s.op], s, dtype)
     return found
+
+
+class Blank(New):
+    """Tensors that nobody has written to: their memory is only reserved."""
+
+    def __call__(self, *shape: int, grad: bool = False, scale: float = 1.0) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype).requires_grad_(grad)
+
+
+def _call(op: Op, s: Shape, dtype: torch.dtype) -> None:
+    """As the op's file makes its calls."""
+    inputs = op.inputs(Blank(dtype, "cpu"), **s.dims)
+    out = op.call(*inputs.args, **inputs.kwargs)
+    torch.autograd.grad(out, list(inputs.wanted), torch.empty_like(out))
 
 
 def _rms_norm(s: Shape, dtype: torch.dtype) -> None:
