@@ -28,6 +28,7 @@ from fastft.kernels import rms_norm
 from fastft.kernels._config import Space, shown
 from fastft.kernels._inputs import New
 from fastft.kernels._op import OPS
+from fastft.kernels._triton import HAS_TRITON
 from tests.autotune import _mine
 
 fastft.kernels.load()
@@ -256,23 +257,47 @@ def test_a_kernel_of_which_nothing_runs_is_an_error_of_its_own(
     assert database.user_store().items() == {}
 
 
-def test_in_a_process_that_has_loaded_no_kernel() -> None:
-    """The GPU's first question, what a call launches, needs the op."""
-    code = """
+#: A GPU without what only a GPU has: streams, graphs, its clock. Triton's interpreter runs the kernels.
+ON_A_CPU = """
+import contextlib, time, types
 import torch
-from fastft.autotune import database, tuning
+from fastft.autotune import database, search, tuning
 from fastft.autotune.cases import cases
 
-torch.cuda.is_available = lambda: True
-torch.cuda.synchronize = lambda: None
+stream = types.SimpleNamespace(wait_stream=lambda other: None)
+for name, value in dict(
+    is_available=True, synchronize=None, empty_cache=None, current_device=0, set_device=None, graph_pool_handle=None,
+    Stream=stream, current_stream=stream, stream=contextlib.nullcontext(),
+).items():
+    setattr(torch.cuda, name, lambda *_, value=value: value)
 database.device_kind = lambda device=None: "h100"
+
+class Samples:
+    def __init__(self, run, copies, pool):
+        self.run = run
+    def __call__(self):
+        start = time.perf_counter()
+        self.run(0)
+        return 1e6 * (time.perf_counter() - start)
+
+tuning.Samples, tuning.copies_of, tuning.copy_bytes_per_us, search.MOST = Samples, lambda _: 2, lambda: 1e9, 3
 tuning.GPU._inputs = lambda self, case: case.make(tuning.New(self.dtype, "cpu"))
-fields = dict(hidden_size=8, intermediate_size=8, num_attention_heads=1, vocab_size=9, hidden_act="silu")
-machine = tuning.GPU()
-print([machine.jobs(case) for case in cases(fields, 1, 4) if case.op == "glu"])
+fields = dict(hidden_size=8, intermediate_size=48, num_attention_heads=1, vocab_size=9, hidden_act="silu")
+calls = [case for case in cases(fields, 1, 4) if case.op == "glu"]
+for done in tuning.tune(calls, tuning.GPU(torch.float16), rounds=(2, 2), seconds=0.0):
+    print(done.job.space.kernel, done.job.phase, done.record["tried"], len(done.record["failures"]), done.error)
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0 and found.stdout.strip() == "[[]]", found.stderr
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_a_gpu_from_its_jobs_to_its_records() -> None:
+    """In a process of its own, that has loaded no kernel."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", ON_A_CPU], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert found.stdout.splitlines() == ["glu.forward forward 4 0 ", "glu.backward backward 4 0 "], found.stderr
+    assert len(database.user_store().items()) == 2
 
 
 def test_without_a_gpu() -> None:
