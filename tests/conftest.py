@@ -4,6 +4,7 @@ killed, how many cases were made up, and what they reached.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,13 @@ _ANY["phases"] = [Phase.explicit, Phase.generate]
 settings.register_profile("short", max_examples=24 if _COMPILES else 240, derandomize=True, **_ANY)
 settings.register_profile("long", max_examples=500 if _COMPILES else 3_000, **_ANY)
 settings.load_profile("short")
+# Hypothesis draws from the constants in our files too, of those that are imported: which depends on the tests that ran
+# before in the same process, and the same cases would be others.
+with contextlib.suppress(ImportError, AttributeError):
+    from hypothesis.internal.conjecture import providers
+
+    providers._get_local_constants  # noqa: B018  (older versions have none)
+    providers._get_local_constants = type(providers.GLOBAL_CONSTANTS)
 
 
 @pytest.fixture(autouse=True)
