@@ -9,7 +9,9 @@ import torch.nn.functional as F
 import transformers
 
 from fastft import _torch_compat as compat
-from fastft.kernels._op import OPS
+from fastft.kernels import squared_relu as module
+from fastft.kernels._op import INTERPRET, OPS
+from fastft.kernels._triton import HAS_TRITON
 from fastft.kernels.squared_relu import squared_relu, stock, supported
 from fastft.options import Options
 from fastft.reporting import MISSED
@@ -51,6 +53,20 @@ def test_layouts(layout, strided_grads, device):
 def test_special_values(device):
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 0.0], device=device)
     assert torch.equal(squared_relu(x).nan_to_num(-1), stock(x).nan_to_num(-1))
+
+
+@pytest.mark.skipif(
+    INTERPRET or not HAS_TRITON or torch.cuda.is_available(), reason="Triton's compiler, in place of a GPU"
+)
+def test_compiles_for_an_h100():
+    from tests.kernels._hopper import compiling
+
+    x = torch.randn(4, 16384, dtype=torch.bfloat16)
+    with compiling(module) as kernels:
+        torch.ops.fastft.squared_relu_backward(torch.ops.fastft.squared_relu(x), x)
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert "ld.global.v4.b32" in kernel.asm["ptx"] and "st.global.v4.b32" in kernel.asm["ptx"]
 
 
 def test_supported():
