@@ -1,8 +1,10 @@
 """Bridges: the few places where another library stops Dynamo before our backend is ever called.
 
 Each is a row of :data:`TABLE` and a file with one function, ``apply(module)``, which checks that what it replaces is
-what it knows, and otherwise raises with the reason. None changes a model's maths, and none changes what another
-backend, or no backend, does. ``FASTFT_BRIDGES="-trl_head"`` switches one off. :func:`rows` is what the report shows.
+what it knows, and otherwise raises with the reason. Where a way of compiling cannot work without the bridge, the file
+has ``refuse(module, why)`` too, which makes an error of it that says what to use. None changes a model's maths, and
+none changes what another backend, or no backend, does. ``FASTFT_BRIDGES="-trl_head"`` switches one off. :func:`rows` is
+what the report shows.
 
 The first bridge is laid before anything is compiled (:mod:`fastft.autoload`), so this module imports nothing heavy.
 """
@@ -47,7 +49,7 @@ TABLE: tuple[Spec, ...] = (
         library="transformers",
         oldest="5.17",
         does="a torch.compile wrapper given to a trainer or to PEFT is compiled in place: they see the model itself",
-        otherwise='use model.compile(backend="fastft"), which makes no wrapper; TRL would train a wrapper uncompiled',
+        otherwise='use model.compile(backend="fastft"), which makes no wrapper; a wrapper is refused',
     ),
     Spec(
         "peft_hook",
@@ -89,6 +91,8 @@ _NAMES = tuple(spec.name for spec in TABLE)
 _OUTCOMES: dict[str, dict[str, tuple[str, str]]] = {}
 #: bridges that were found switched off, and said to be.
 _TOLD: set[str] = set()
+#: bridges that were found switched off, in whose place errors were put.
+_REFUSED: set[str] = set()
 
 
 def install(*names: str) -> None:
@@ -103,6 +107,10 @@ def install(*names: str) -> None:
             # Something is compiled with fastft in this process: what the switch costs is said once.
             _TOLD.add(spec.name)
             _log.warning("bridge %s is switched off by FASTFT_BRIDGES: %s", spec.name, spec.otherwise)
+        if spec.name in off and spec.name not in _REFUSED and (not names or spec.name in names):
+            _REFUSED.add(spec.name)
+            for module in spec.modules:
+                when_imported(module, lambda m, spec=spec: _refuse(spec, m, "FASTFT_BRIDGES switches it off"))  # type: ignore[misc]
         if spec.name in off or spec.name in _OUTCOMES or (names and spec.name not in names):
             continue
         _OUTCOMES[spec.name] = {}
@@ -125,7 +133,18 @@ def _apply(spec: Spec, module: ModuleType) -> None:
     if outcome[0] == STAYED_OUT:
         outcome = STAYED_OUT, f"{outcome[1]}; {spec.otherwise}"
         _log.warning("bridge %s stayed out of %s: %s", spec.name, module.__name__, outcome[1])
+        _refuse(spec, module, outcome[1].removesuffix(f"; {spec.otherwise}"))
     _OUTCOMES[spec.name][module.__name__] = outcome
+
+
+def _refuse(spec: Spec, module: ModuleType, why: str) -> None:
+    """Make an error of what cannot work without this bridge."""
+    try:
+        bridge = importlib.import_module(f"fastft.bridges.{spec.name}")
+        if hasattr(bridge, "refuse"):
+            bridge.refuse(module, why)
+    except Exception as error:
+        _log.warning("bridge %s: what cannot work without it is no error: %s", spec.name, error, exc_info=True)
 
 
 @contextlib.contextmanager

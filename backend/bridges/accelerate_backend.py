@@ -32,3 +32,20 @@ def apply(module: ModuleType) -> None:
     type.__setattr__(backends, MEMBER, member)
     if backends(MEMBER) is not member or backends[MEMBER] is not member:
         raise StayOut("the member was added, but DynamoBackend does not find it")
+
+
+def refuse(module: ModuleType, why: str) -> None:
+    """In the bridge's absence: accelerate's error says what to use."""
+    backends: Any = attribute(module, "DynamoBackend")
+    stock = backends._missing_
+
+    def _missing_(cls: Any, value: Any) -> Any:
+        if value == MEMBER:
+            raise ValueError(
+                f"accelerate does not know the backend fastft (fastft's bridge accelerate_backend is missing: {why}); "
+                "compile the model yourself: model.compile(backend='fastft'), without torch_compile_backend"
+            )
+        return stock(value)
+
+    if MEMBER not in backends.__members__:
+        backends._missing_ = classmethod(_missing_)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -41,11 +42,17 @@ def unwrap(value: Any) -> Any:
         return value
 
 
+def _context(value: Any) -> Any:
+    """What compiles a ``torch.compile`` wrapper of fastft's; None of anything else."""
+    context = compat.wrapper_context(value) if isinstance(value, torch.nn.Module) else None
+    return context if context is not None and is_fastft(context.callback) else None
+
+
 def _unwrap(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_unwrap(v) for v in value)
-    context = compat.wrapper_context(value) if isinstance(value, torch.nn.Module) else None
-    if context is None or not is_fastft(context.callback):
+    context = _context(value)
+    if context is None:
         return value
     module = _unwrap(value._orig_mod)
     # What Module.compile() sets; the context is what it would make, with all that torch.compile was asked for.
@@ -63,33 +70,55 @@ def apply(module: ModuleType) -> None:
         )
     if "__init_subclass__" in owner.__dict__:
         raise StayOut(f"{owner.__name__} has an __init_subclass__ of its own")
-    _wrap_tree(owner)
-
-    def __init_subclass__(cls: Any, **kwargs: Any) -> None:
-        super(owner, cls).__init_subclass__(**kwargs)
-        _wrap(cls)
-
-    owner.__init_subclass__ = classmethod(__init_subclass__)
+    _lay(owner, unwrap)
     if hasattr(owner, "call_model_init"):
         # Trainer(model_init=...): the model comes from this method.
         stock = owner.call_model_init
         owner.call_model_init = functools.wraps(stock)(lambda *args, **kwargs: unwrap(stock(*args, **kwargs)))
 
 
-def _wrap_tree(cls: Any) -> None:
-    _wrap(cls)
+def refuse(module: ModuleType, why: str) -> None:
+    """In the bridge's absence: a wrapper of fastft's is an error that says what to use."""
+    owner: Any = attribute(module, OWNERS[module.__name__])
+
+    def refused(value: Any) -> Any:
+        if _context(value) is not None:
+            raise RuntimeError(
+                f"{owner.__name__} was given a torch.compile wrapper, which it would train uncompiled or not at all "
+                f"(fastft's bridge compiled_wrapper is not there: {why}). Compile the model in place: "
+                f"model.compile(backend='fastft'), where now torch.compile(model, backend='fastft') is"
+            )
+        return value
+
+    _lay(owner, refused)
+
+
+def _lay(owner: Any, change: Callable[[Any], Any]) -> None:
+    """Change what the constructors are given, of ``owner``, of the subclasses there are, and of those to come."""
+    _wrap_tree(owner, change)
+
+    def __init_subclass__(cls: Any, **kwargs: Any) -> None:
+        super(owner, cls).__init_subclass__(**kwargs)
+        _wrap(cls, change)
+
+    if "__init_subclass__" not in owner.__dict__:
+        owner.__init_subclass__ = classmethod(__init_subclass__)
+
+
+def _wrap_tree(cls: Any, change: Callable[[Any], Any]) -> None:
+    _wrap(cls, change)
     for subclass in cls.__subclasses__():
-        _wrap_tree(subclass)
+        _wrap_tree(subclass, change)
 
 
-def _wrap(cls: Any) -> None:
+def _wrap(cls: Any, change: Callable[[Any], Any]) -> None:
     stock: Any = cls.__dict__.get("__init__")
     if stock is None or hasattr(stock, _DONE):
         return
 
     @functools.wraps(stock)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        stock(*(unwrap(a) for a in args), **{k: unwrap(v) for k, v in kwargs.items()})
+        stock(*(change(a) for a in args), **{k: change(v) for k, v in kwargs.items()})
 
     setattr(wrapped, _DONE, True)
     cls.__init__ = wrapped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -85,6 +86,7 @@ def test_every_row_of_the_table_has_a_file_and_a_row_in_the_report() -> None:
 def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTFT_BRIDGES", "-trl_head, -peft_hook")
     monkeypatch.setattr(bridges, "_OUTCOMES", {})
+    monkeypatch.setattr(bridges, "_REFUSED", {"trl_head", "peft_hook"})
     asked: list[str] = []
     monkeypatch.setattr(bridges, "when_imported", lambda module, callback: asked.append(module))
     bridges.install()
@@ -111,12 +113,73 @@ def test_laying_a_bridge_leaves_the_random_numbers() -> None:
 
 def test_switched_off_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(bridges, "_TOLD", set())
+    monkeypatch.setattr(bridges, "_REFUSED", {"compiled_wrapper"})
     monkeypatch.setenv("FASTFT_BRIDGES", "-compiled_wrapper")
     bridges.install("accelerate_backend")  # what runs at every import of torch says nothing
     assert not caplog.messages
     for _ in range(2):
         bridges.install()
-    assert len(caplog.messages) == 1 and "TRL would train a wrapper uncompiled" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "a wrapper is refused" in caplog.messages[0]
+
+
+#: Each way is tried; a line for each says how it went.
+TRIED = """
+import torch, transformers, trl, peft
+from torch import compile
+{before}
+def model():
+    config = dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+def in_place(m):
+    m.compile(backend="fastft")
+    return m
+for way in {ways}:
+    try:
+        eval(way)
+    except Exception as error:
+        print("tried:", type(error).__name__, " ".join(str(error).split()))
+    else:
+        print("tried: no error")
+"""
+#: A class that the bridge does not know.
+CHANGED = """
+def init(self, network, args=None): pass
+transformers.Trainer.__init__ = init
+"""
+OURS = "compile(model(), backend='fastft')"
+ON_CPU = "trl.SFTConfig(use_cpu=True, bf16=False)"
+WRAPPER = "was given a torch.compile wrapper"
+
+
+def tried(ways: list[str], switch: str, before: str = "") -> list[str]:
+    """In a process of its own: a switch is one from its start."""
+    script, environment = TRIED.format(before=before, ways=ways), {**os.environ, "FASTFT_BRIDGES": switch}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/", env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [line.removeprefix("tried: ") for line in done.stdout.splitlines() if line.startswith("tried: ")]
+
+
+def test_a_way_that_cannot_work_says_which_one_does() -> None:
+    wrong = {
+        f"transformers.Trainer({OURS})": f"RuntimeError Trainer {WRAPPER}",
+        f"trl.SFTTrainer({OURS}, {ON_CPU})": f"RuntimeError Trainer {WRAPPER}",
+        f"trl.SFTTrainer(model={OURS}, args={ON_CPU})": f"RuntimeError Trainer {WRAPPER}",
+        f"peft.get_peft_model({OURS}, peft.LoraConfig())": f"RuntimeError PeftModel {WRAPPER}",
+    }
+    right = ["transformers.Trainer(in_place(model()))", "transformers.Trainer(compile(model(), backend='eager'))"]
+    by_name = "transformers.TrainingArguments(use_cpu=True, torch_compile_backend='fastft')"
+    last = {f"transformers.Trainer(model(), {by_name})": "ValueError accelerate does not know"}  # it sets a variable
+    *found, one = tried([*wrong, *right, *last], "-compiled_wrapper,-accelerate_backend")
+    assert found[len(wrong) :] == ["no error"] * 2
+    for said, error in zip([*found[: len(wrong)], one], [*wrong.values(), *last.values()], strict=True):
+        assert said.startswith(error) and "FASTFT_BRIDGES switches it off" in said, said
+        assert "model.compile(backend='fastft')" in said
+
+
+def test_so_does_one_whose_bridge_stayed_out() -> None:
+    (said,) = tried([f"transformers.Trainer({OURS})"], "", CHANGED)
+    assert said.startswith(f"RuntimeError Trainer {WRAPPER}") and "model.compile(backend='fastft')" in said
+    assert "self, network, ... where self, model, ... was expected" in said
 
 
 @pytest.mark.parametrize("value", ["-trl_hed", "trl_head", "-trl_head;"])
