@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import shutil
 import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +264,8 @@ def main(argv: list[str] | None = None) -> None:
             "title": f"LoRA on a {parameters / 1e6:,.1f}M-parameter Llama, {precision}",
             "device": device,
             "torch": torch.__version__,
+            "versions": {name: version(name) for name in ("transformers", "peft", "trl", "accelerate", "fastft")},
+            "commit": os.environ.get("FASTFT_COMMIT", ""),
             "parameters": parameters,
             "settings": {key: value for key, value in vars(chosen).items() if key not in ("out", "plot")}
             | {"size": asdict(size)},
