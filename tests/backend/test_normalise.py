@@ -340,3 +340,20 @@ def test_a_graph_without_backward_may_draw_in_a_checkpoint(why: str) -> None:
         found = call(x)
     torch.manual_seed(3)
     torch.testing.assert_close(found, layer(x, W))
+
+
+@pytest.mark.parametrize("recompute", ["asked", "never"])
+def test_regions_are_tagged_as_the_option_says(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+
+    def noted(gm: fx.GraphModule, *, recompute: bool) -> dict[str, int]:
+        found.append(recompute)
+        return normalise(gm, recompute=recompute)
+
+    monkeypatch.setattr("fastft.compiler.normalise", noted)
+    torch._dynamo.reset()
+    options = {"residual": "eager", "strict": True, "recompute": recompute}
+    call = torch.compile(lambda x: checkpoint(torch.tanh, x, use_reentrant=False), backend="fastft", options=options)
+    call(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    torch._dynamo.reset()
+    assert found == [recompute == "asked"]

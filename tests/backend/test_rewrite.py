@@ -123,6 +123,17 @@ def test_cheap_ops_are_recomputed(g: Build, use: Any, kind: Recompute) -> None:
     assert (new.meta.get("recompute") == compat.PREFER_RECOMPUTE) == (kind is Recompute.CHEAP)
 
 
+def test_a_cheap_op_stays_in_its_region(g: Build, use: Any) -> None:
+    """What the user's checkpoint recomputes is recomputed with its layer."""
+    kernel = Op("scaled_tanh", scaled_tanh, scaled_tanh, lambda *a: None, (), Recompute.CHEAP, lambda model: (), Inputs)
+    node = tanh2(g, g.input(3))
+    node.meta |= {"recompute": "the region's", "ac_graph_id": 7}
+    gm = g.module(node)
+    use(gm, table(lambda m: Rewrite(scaled_tanh, (m["x"], m["c"]), kernel=kernel)))
+    (new,) = [n for n in gm.graph.nodes if n.target is scaled_tanh]
+    assert (new.meta["recompute"], new.meta["ac_graph_id"]) == ("the region's", 7)
+
+
 def test_several_outputs(g: Build, use: Any) -> None:
     a = g.input(3)
     tanh, exp = g.call(torch.tanh, a), g.call(torch.exp, a)

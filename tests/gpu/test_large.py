@@ -10,6 +10,8 @@ On a GPU with 60 GiB free. On a CPU the same checks run at 2¹⁴ elements, whic
 from __future__ import annotations
 
 import gc
+import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,7 +20,18 @@ import pytest
 import torch
 
 from fastft.compare import assert_bitwise, assert_within
-from fastft.kernels import attention, glu, layer_norm, linear_cross_entropy, lora_linear, nf4, rms_norm, rotary
+from fastft.kernels import (
+    attention,
+    glu,
+    layer_norm,
+    linear_cross_entropy,
+    load,
+    lora_linear,
+    nf4,
+    rms_norm,
+    rotary,
+    squared_relu,
+)
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -104,7 +117,19 @@ def check(
             rounded(f"value {i}", value, s, e)
 
 
-# --------------------------------------------------------------------------------------------- norms, GLUs, rotation
+def test_every_op_has_a_test():
+    """A test of an op names it as ``file.op``."""
+    tests = {name: inspect.getsource(t) for name, t in globals().items() if name.startswith("test_")}
+    del tests["test_every_op_has_a_test"]
+    for op in load().values():
+        spelled = f"{op.call.__module__.rpartition('.')[2]}.{op.name}"
+        assert any(re.search(rf"\b{re.escape(spelled)}\b", text) for text in tests.values()), (
+            f"no test here calls {spelled}: add one, which gives check() an input of more than LIMIT elements, the op, "
+            "its reference, and the rows to look at"
+        )
+
+
+# --------------------------------------------------------------------------------- norms, GLUs, activations, rotation
 
 
 def test_rms_norm():
@@ -138,6 +163,11 @@ def test_glu_packed():
     count = LIMIT // N + 37
     call, of = lambda gu: glu.glu_packed(gu, "gelu_tanh"), lambda gu: glu.packed_reference(gu, "gelu_tanh")
     check(call, of, [new(count, N)], [], picked(count, N))
+
+
+def test_squared_relu():
+    count = LIMIT // N + 37
+    check(squared_relu.squared_relu, squared_relu.reference, [new(count, N)], [], picked(count, N))
 
 
 @pytest.mark.parametrize("which", ["q", "k"])
@@ -241,13 +271,34 @@ def test_lora_linear(large):
     check(call, of, [new(tokens, k)], [weight, down, up], picked(tokens, N), same_bits=False)
 
 
+@pytest.mark.parametrize("large", ["x", "y"])
+def test_lora_linears(large):
+    """Two layers, their results side by side: of y the first one is large."""
+    k, widths = (N, (96, 32)) if large == "x" else (96, (N, 32))
+    tokens = LIMIT // N + 37
+    shared = [new(n, k, scale=k**-0.5) for n in widths]
+    shared += [new(16, k, scale=k**-0.5) for _ in widths] + [new(n, 16, scale=0.25) for n in widths]
+
+    def joined(fn: Any) -> Callable[..., torch.Tensor]:
+        def run(x: torch.Tensor, *of: torch.Tensor) -> torch.Tensor:
+            (w, v), (a, c), (b, d) = of[:2], of[2:4], of[4:]
+            return torch.cat(fn(x, [w, v], [], [[a], [c]], [[b], [d]], [[0.5], [2.0]]), -1)
+
+        return run
+
+    call, of = joined(lora_linear.lora_linears), joined(lora_linear.lora_linears_reference)
+    check(call, of, [new(tokens, k)], shared, picked(tokens, N), same_bits=False)
+
+
 # --------------------------------------------------------------------------------------------------------------- loss
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("large", ["hidden states", "logits"])
-def test_linear_cross_entropy(large, frozen):
-    """Logits never exist whole: their chunks must not count in 32 bits either."""
+def check_loss(
+    large: str, frozen: bool, call: Callable[..., torch.Tensor], reference: Callable[..., torch.Tensor]
+) -> None:
+    """``call(hidden, head, labels)``, a number for each token. Logits never exist whole: their chunks must not count in
+    32 bits either.
+    """
     hidden, vocab = (N, 320) if large == "hidden states" else (64, 32 * N)
     of = max(hidden, vocab)
     tokens = LIMIT // of + 37
@@ -256,11 +307,11 @@ def test_linear_cross_entropy(large, frozen):
     weight = new(vocab, hidden, scale=hidden**-0.5)
     x = new(tokens, hidden).requires_grad_()
     head = weight.requires_grad_(not frozen)
-    loss = linear_cross_entropy.linear_cross_entropy(x, head, None, labels, reduction="none")
+    loss = call(x, head, labels)
     part, w = x.detach()[rows].requires_grad_(), weight.detach().requires_grad_()
-    same = linear_cross_entropy.linear_cross_entropy_reference(part, w, None, labels[rows], reduction="none")
+    same = reference(part, w, labels[rows])
     part64, w64 = part.detach().double().requires_grad_(), w.detach().double().requires_grad_()
-    exact = linear_cross_entropy.linear_cross_entropy_reference(part64, w64, None, labels[rows], reduction="none")
+    exact = reference(part64, w64, labels[rows])
     rounded("loss", loss.detach()[rows], same, exact)
     seeds = torch.zeros_like(loss)
     seeds[rows] = torch.rand(len(rows), device=DEVICE) + 0.5
@@ -272,3 +323,29 @@ def test_linear_cross_entropy(large, frozen):
     assert not grads[0].any()
     if not frozen:
         rounded("d weight", grads[1], sames[1], exacts[1])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("large", ["hidden states", "logits"])
+def test_linear_cross_entropy(large, frozen):
+    def of_tokens(fn: Any) -> Callable[..., torch.Tensor]:
+        return lambda x, head, labels: fn(x, head, None, labels, reduction="none")
+
+    call, of = linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.linear_cross_entropy_reference
+    check_loss(large, frozen, of_tokens(call), of_tokens(of))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("large", ["hidden states", "logits"])
+def test_linear_log_prob(large, frozen):
+    """With the entropy, which has a gradient too."""
+
+    def of_tokens(fn: Any) -> Callable[..., torch.Tensor]:
+        def run(x: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            out = fn(x, head, None, labels, entropy=True)
+            return out.log_prob + out.entropy
+
+        return run
+
+    call, of = linear_cross_entropy.linear_log_prob, linear_cross_entropy.linear_log_prob_reference
+    check_loss(large, frozen, of_tokens(call), of_tokens(of))

@@ -592,36 +592,84 @@ def _lora_linears_samples(new: New, n: int) -> Named:
 SAMPLES = {"lora_linear": _lora_linear_samples, "lora_linears": _lora_linears_samples}
 
 
-def _layer_case(d: Draw, k: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+#: How a weight is stored: dense, NF4 with scales of one level, or of two.
+STORED = st.sampled_from(("dense", "dense", "single", "double"))
+
+
+def _weight_case(d: Draw, stored: str, n: int, k: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """A weight [n, k], and the keyword arguments that say what it is."""
+    if stored == "dense":
+        return d.tensor(n, k, scale=k**-0.5), {}
+
+    def scales(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=d.generator).to(d.device)
+
+    blocks, blocksize2 = -(-n * k // 64), d(st.sampled_from((2, 256)))
+    packed = d.integers(256, (n * k + 1) // 2, 1).to(torch.uint8)
+    quant: tuple[torch.Tensor, ...] = (scales(blocks),)
+    if stored == "double":
+        offset = torch.tensor(0.02, device=d.device)
+        quant = (d.integers(256, blocks).to(torch.uint8), scales(256), offset, scales(-(-blocks // blocksize2)))
+    return packed, {"quant": quant, "shape": (n, k), "blocksize": 64, "blocksize2": blocksize2}
+
+
+def _layer_case(d: Draw, stored: str, k: int) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """A layer's width, and its arguments after x."""
     n, ranks = d(WIDTHS), d(st.lists(st.sampled_from((1, 2, 3, 5, 8)), max_size=2))
     a = [d.tensor(r, k, scale=k**-0.5) for r in ranks]
     b = [d.tensor(n, r, scale=r**-0.5) for r in ranks]
     scaling = [d(st.sampled_from((1.0, 2.0, 0.7071))) for _ in ranks]
     bias = d.maybe(lambda: d.tensor(n))
-    return (d.tensor(n, k, scale=k**-0.5), bias, a, b, scaling), {
-        "b_bias": [d.maybe(lambda: d.tensor(n)) for _ in ranks]
-    }
+    weight, state = _weight_case(d, stored, n, k)
+    return n, (weight, bias, a, b, scaling), {"b_bias": [d.maybe(lambda: d.tensor(n)) for _ in ranks], **state}
 
 
 def _lora_linear_case(d: Draw) -> Sample:
     k, lead = d(WIDTHS), (d(SIZES), d(SIZES))
-    args, kwargs = _layer_case(d, k)
+    n, args, kwargs = _layer_case(d, d(STORED), k)
     inputs = [d.maybe(lambda: d.tensor(*lead, k)) for _ in args[2]]
     alone = args[1] is None and not args[2]
-    residual = d.maybe(lambda: d.tensor(*lead, args[0].shape[0])) if alone else None
+    residual = d.maybe(lambda: d.tensor(*lead, n)) if alone else None
     return Sample("", (d.tensor(*lead, k), *args), {**kwargs, "x_lora": inputs, "residual": residual})
 
 
 def _lora_linears_case(d: Draw) -> Sample:
-    k = d(WIDTHS)
-    layers = [_layer_case(d, k) for _ in range(d(st.integers(1, 3)))]
-    columns = [list(column) for column in zip(*(args for args, _ in layers), strict=True)]
-    return Sample(
-        "", (d.tensor(d(SIZES), d(SIZES), k), *columns), {"b_bias": [kwargs["b_bias"] for _, kwargs in layers]}
-    )
+    k, stored = d(WIDTHS), d(STORED)
+    layers = [_layer_case(d, stored, k) for _ in range(d(st.integers(1, 3)))]
+    columns = [list(column) for column in zip(*(args for _, args, _ in layers), strict=True)]
+    kwargs = {name: [of[name] for _, _, of in layers] for name in layers[0][2]}
+    return Sample("", (d.tensor(d(SIZES), d(SIZES), k), *columns), kwargs)
 
 
 FUZZ = {"lora_linear": _lora_linear_case, "lora_linears": _lora_linears_case}
+ROWWISE = ("lora_linear", "lora_linears")
+
+#: The arguments that say that a weight is NF4.
+_NF4 = ("quant", "shape", "blocksize", "blocksize2")
+
+
+def _dense(weight: torch.Tensor, dtype: torch.dtype, quant: Any, shape: Any, first: int, second: int) -> torch.Tensor:
+    return module.nf4.nf4_dequantize_reference(weight, *module._quant_args(quant), first, second, shape, dtype)
+
+
+def _lora_linear_exact(sample: Sample) -> Sample:
+    """NF4 weights have no fp64 form: as the dense ones that they are in x's dtype."""
+    (x, weight, *rest), kwargs = sample.args, dict(sample.kwargs)
+    if kwargs.get("quant"):
+        weight = _dense(weight, x.dtype, *(kwargs.pop(name) for name in _NF4))
+    return Sample(sample.name, (x, weight, *rest), kwargs)
+
+
+def _lora_linears_exact(sample: Sample) -> Sample:
+    (x, weight, *rest), kwargs = sample.args, dict(sample.kwargs)
+    if kwargs.get("quant"):
+        states = zip(*(kwargs.pop(name) for name in _NF4), strict=True)
+        weight = [_dense(w, x.dtype, *state) for w, state in zip(weight, states, strict=True)]
+    return Sample(sample.name, (x, weight, *rest), kwargs)
+
+
+#: What the exact results of a case are computed from.
+EXACT = {"lora_linear": _lora_linear_exact, "lora_linears": _lora_linears_exact}
 
 
 def _lora_linear_derivations() -> list[Derivation]:
@@ -794,6 +842,48 @@ MUTANTS = (
         "kernels/lora_linear.py",
         "own = [None if t is None and shared else",
         "own = [None if shared else",
+        "tests/kernels/test_lora_linear.py -k test_dtypes",
+    ),
+    Mutant(
+        "lora_linear: adapters share the first one's dropout",
+        "kernels/lora_linear.py",
+        "(_rows(x if own is None else own) for own in x_lora)",
+        "(_rows(x if own is None else x_lora[0]) for own in x_lora)",
+        "tests/kernels/test_lora_linear.py -k test_shapes",
+    ),
+    Mutant(
+        "lora_linear: dA of the first adapter's dropout",
+        "kernels/lora_linear.py",
+        "                source = x_lora[j]\n",
+        "                source = x_lora[0]\n",
+        "tests/kernels/test_lora_linear.py -k test_shapes",
+    ),
+    Mutant(
+        "lora_linear: A transposed in h",
+        "kernels/lora_linear.py",
+        "_stack(a, lora_dtype).t()",
+        "_stack(a, lora_dtype).reshape(a[0].shape[1], -1)",
+        "tests/kernels/test_lora_linear.py -k test_dtypes",
+    ),
+    Mutant(
+        "lora_linear: B transposed",
+        "kernels/lora_linear.py",
+        "b[j].to(h.dtype).t(), scaling[j]))",
+        "b[j].to(h.dtype).reshape(b[j].shape[::-1]), scaling[j]))",
+        "tests/kernels/test_lora_linear.py -k test_dtypes",
+    ),
+    Mutant(
+        "lora_linear: B transposed in the backward",
+        "kernels/lora_linear.py",
+        "thin_g(j), b[j].to(lora_dtype))",
+        "thin_g(j), b[j].to(lora_dtype).t().reshape(b[j].shape))",
+        "tests/kernels/test_lora_linear.py -k test_dtypes",
+    ),
+    Mutant(
+        "lora_linear: A transposed in dx",
+        "kernels/lora_linear.py",
+        "downs = _stack([a[j] for j in shared], lora_dtype)\n",
+        "downs = _stack([a[j].t().reshape(a[j].shape) for j in shared], lora_dtype)\n",
         "tests/kernels/test_lora_linear.py -k test_dtypes",
     ),
     Mutant(
