@@ -182,6 +182,28 @@ def test_so_does_one_whose_bridge_stayed_out() -> None:
     assert "self, network, ... where self, model, ... was expected" in said
 
 
+def test_what_is_refused() -> None:
+    from fastft.bridges import compiled_wrapper
+
+    class Trainer:
+        def __init__(self, model: Any, ref_model: Any = None) -> None:
+            self.model = model
+
+    library = ModuleType("transformers.trainer")
+    library.Trainer = Trainer  # type: ignore[attr-defined]
+    compiled_wrapper.refuse(library, "it is gone")
+
+    class Later(Trainer):
+        def __init__(self, model: Any, ref_model: Any = None) -> None:
+            raise AssertionError("it is refused before anything is done with it")
+
+    ours, others = (torch.compile(torch.nn.Linear(2, 2), backend=b) for b in ("fastft", "eager"))
+    for make in (lambda: Trainer(ours), lambda: Trainer(others, ref_model=ours), lambda: Later(model=ours)):
+        with pytest.raises(RuntimeError, match=r"it is gone.*model.compile\(backend='fastft'\)"):
+            make()
+    assert Trainer(others).model is others and Trainer(ours._orig_mod).model is ours._orig_mod
+
+
 @pytest.mark.parametrize("value", ["-trl_hed", "trl_head", "-trl_head;"])
 def test_a_wrong_switch_names_the_nearest(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("FASTFT_BRIDGES", value)

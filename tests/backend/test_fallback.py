@@ -32,6 +32,7 @@ from fastft.bridges import _tracing
 from fastft.compare import assert_within
 from fastft.compiler import transform
 from fastft.fallback import Attempt, InternalError, causes
+from fastft.judging import Wide, widened
 from fastft.kernels import _op
 from fastft.kernels.rms_norm import rms_norm
 from fastft.options import Options
@@ -59,9 +60,9 @@ def fresh(monkeypatch: Patch, tmp_path: Path) -> None:
     compat.forget_loaded_code()
 
 
-def right(model: torch.nn.Module, got: dict[str, torch.Tensor]) -> None:
+def right(model: torch.nn.Module, got: dict[str, torch.Tensor], seq: int = 12) -> None:
     """Loss and every gradient keep the error rule, beside eager's."""
-    eager, exact = step(model, batch()), step(copy.deepcopy(model).double(), batch())
+    eager, exact = step(model, batch(seq)), step(copy.deepcopy(model).double(), batch(seq))
     assert got.keys() == eager.keys()
     for name, value in got.items():
         assert_within(name, value, eager[name], exact[name], length=64)
@@ -378,9 +379,7 @@ def test_a_failure_costs_no_recompilation_and_no_other_graph(monkeypatch: Patch)
     call = torch.compile(model, backend="fastft", options=INDUCTOR)
     inductor_fails(2)(monkeypatch)
     for seq in (12, 17, 19):
-        got, wanted = step(model, batch(seq), call), step(model, batch(seq))
-        for name in wanted:
-            torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5)
+        right(model, step(model, batch(seq), call), seq)
     assert [bool(r.errors) for r in fastft.reports()] == [True, False]  # the second is for any length
     assert "rms_norm" in fastft.reports()[1].counts
 
@@ -441,8 +440,12 @@ def test_inductor_fails_on_our_ops_only(monkeypatch: Patch, backward: bool) -> N
         static = len(fastft.reports()) == 1  # torch's own graphs for any size cannot be differentiated twice
         found = torch.autograd.grad(loss, leaves, retain_graph=static)
         assert not static or all(map(torch.equal, found, torch.autograd.grad(loss, leaves)))
-        for got, wanted in zip(found, torch.autograd.grad(block(x).square().mean(), leaves), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+        same = torch.autograd.grad(block(x).square().mean(), leaves)
+        wide, wide_x = copy.deepcopy(block).double(), widened(x, torch.float64)
+        with Wide(torch.float64, torch.float32):
+            exact = torch.autograd.grad(wide(wide_x).square().mean(), [wide_x, *wide.parameters()])
+        for i, (a, s, e) in enumerate(zip(found, same, exact, strict=True)):
+            assert_within(f"gradient {i}", a, s, e, length=64)
     for report in fastft.reports():
         assert report.counts == ({"rms_norm": 1} if backward else {})
         assert len(report.errors) == (1 if backward else 2)

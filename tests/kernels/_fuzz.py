@@ -1,7 +1,8 @@
 """What hypothesis makes cases of: sizes that several ops have, and :class:`Draw`.
 
 A case is a function that makes a sample of a draw. It stands in the table ``FUZZ`` of its op's own tests
-(``_each.py``), where ``ROWWISE`` names the ops of which each row depends on its own inputs only.
+(``_each.py``), where ``ROWWISE`` names the ops of which each row depends on its own inputs only, and ``EXACT`` what
+makes of a sample one that has an fp64 form (NF4 weights dense).
 """
 
 from __future__ import annotations

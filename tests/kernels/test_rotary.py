@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from fastft.compare import assert_within
+from fastft.judging import Wide
 from fastft.kernels._op import OPS
 from fastft.kernels.rotary import STYLES, reference, rotary, supported
 from tests.kernels._check import check_op
@@ -147,10 +149,11 @@ def test_transformers_spellings(i, device):
         angle = angle.repeat_interleave(2, dim=-1)
     elif not fn.__module__.endswith("gpt_oss"):
         angle = torch.cat((angle, angle), dim=-1)
-    for ours, theirs in zip(
-        rotary(q, k, angle.cos(), angle.sin(), **kwargs), fn(q, k, angle.cos(), angle.sin()), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    operands = [q, k, angle.cos(), angle.sin()]
+    with Wide(torch.float64, torch.float32):  # some cast to fp32 and back
+        exact = fn(*(t.double() for t in operands))
+    for name, a, s, e in zip("qk", rotary(*operands, **kwargs), fn(*operands), exact, strict=True):
+        assert_within(name, a, s, e)
 
 
 def test_complex_spelling(device):
@@ -159,9 +162,12 @@ def test_complex_spelling(device):
 
     q, k = (torch.randn(2, 5, n, 16, device=device) for n in (4, 2))
     angle = torch.randn(2, 5, 8, device=device)
-    theirs = apply_rotary_emb(q, k, torch.polar(torch.ones_like(angle), angle))
-    for a, b in zip(rotary(q, k, angle.cos(), angle.sin(), "interleaved", seq_dim=1), theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    cos, sin = angle.cos(), angle.sin()
+    same = apply_rotary_emb(q, k, torch.complex(cos, sin))
+    with Wide(torch.float64, torch.float32):  # it casts to fp32 and back
+        exact = apply_rotary_emb(q.double(), k.double(), torch.complex(cos.double(), sin.double()))
+    for name, a, s, e in zip("qk", rotary(q, k, cos, sin, "interleaved", seq_dim=1), same, exact, strict=True):
+        assert_within(name, a, s, e)
 
 
 @pytest.mark.parametrize(

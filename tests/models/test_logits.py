@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
+from fastft.compare import assert_within
+from fastft.judging import Wide
 from fastft.kernels import linear_cross_entropy as loss_op
 
 from ._families import VOCAB, batch, build
@@ -24,27 +29,35 @@ def compiled(model: torch.nn.Module, **options: object) -> torch.nn.Module:
     return torch.compile(model, backend="fastft", options={"residual": "eager", "strict": True, **options})
 
 
+def exactly(model: torch.nn.Module, **data: Any) -> Any:
+    """The model's output in fp64, and its weights left in it: also where transformers casts to fp32."""
+    with Wide(torch.float64, torch.float32):
+        return model.double()(**data)
+
+
 @pytest.mark.parametrize("name", ["llama3", "gemma2"])
 def test_read_logits_are_eagers(name: str) -> None:
     data = batch("padding")
-    wanted = build(name)(**data)
+    wanted, exact = build(name)(**data), exactly(build(name), **data)
     got = compiled(build(name))(**data)
-    torch.testing.assert_close(got.loss, wanted.loss, rtol=1e-5, atol=0)
+    assert_within("loss", got.loss, wanted.loss, exact.loss, length=VOCAB)
     assert got.logits.shape == wanted.logits.shape and got.logits.dtype == wanted.logits.dtype
-    torch.testing.assert_close(got.logits + 0, wanted.logits, rtol=1e-4, atol=1e-5)
+    assert_within("logits", got.logits + 0, wanted.logits, exact.logits, length=VOCAB)
     assert torch.equal(got.logits.argmax(-1), wanted.logits.argmax(-1))
 
 
 def test_a_loss_of_the_users_on_read_logits_has_eagers_gradients() -> None:
     data = batch("plain")
     gradients = []
-    for model in (build("llama3"), build("llama3")):
-        call = compiled(model) if gradients else model
-        out = call(**data)
-        (out.loss + 0.1 * out.logits.float().logsumexp(-1).square().mean()).backward()
+    for call in (compiled, lambda model: model, lambda model: partial(exactly, model)):
+        model = build("llama3")
+        out = call(model)(**data)
+        logits = out.logits if out.logits.dtype == torch.float64 else out.logits.float()
+        (out.loss + 0.1 * logits.logsumexp(-1).square().mean()).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
-    for name, wanted in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], wanted, rtol=1e-4, atol=1e-6, msg=name)
+    ours, eager, exact = gradients
+    for name, wanted in eager.items():
+        assert_within(name, ours[name], wanted, exact[name], length=VOCAB)
 
 
 @pytest.mark.parametrize("lora", [None, 0.0], ids=["full", "lora"])
@@ -80,9 +93,10 @@ def test_without_gradients_logits_are_real() -> None:
     with torch.no_grad():
         got = compiled(model)(**data)
         wanted = model(**data)
+        exact = exactly(model, **data)
     assert type(got.logits) is torch.Tensor
-    torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.loss, wanted.loss, rtol=1e-5, atol=0)
+    assert_within("logits", got.logits, wanted.logits, exact.logits, length=VOCAB)
+    assert_within("loss", got.loss, wanted.loss, exact.loss, length=VOCAB)
 
 
 def test_lazy_logits_can_be_switched_off() -> None:

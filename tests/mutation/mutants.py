@@ -754,6 +754,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "backend/bridges/compiled_wrapper.py",
         "    _lay(owner, refused)\n",
         "",
-        "tests/backend/test_bridges.py -k stayed_out",
+        "tests/backend/test_bridges.py -k what_is_refused",
     ),
 )

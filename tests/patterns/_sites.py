@@ -1,5 +1,4 @@
-"""Run a function of tensors through the rules alone, and compare what the rewritten graph computes with the function
-itself."""
+"""Run a function of tensors through the rules alone, and hold what the rewritten graph computes to the error rule."""
 
 from __future__ import annotations
 
@@ -9,6 +8,8 @@ from typing import Any
 import torch
 
 from fastft import _torch_compat as compat
+from fastft.compare import assert_within
+from fastft.judging import Wide, widened
 from fastft.normalise import normalise
 from fastft.options import Options
 from fastft.reporting import Report
@@ -34,22 +35,57 @@ def rewritten(fn: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, 
     return result, report, graphs[0]
 
 
+def _widened(x: Any) -> Any:
+    """Floating-point tensors in fp64, complex ones in two of it."""
+    if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or x.is_complex()):
+        return x
+    return widened(x, torch.complex128 if x.is_complex() else torch.float64)
+
+
+def exactly(fn: Callable[..., Any], *args: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What ``fn(*args)`` means, with fp64 in place of every narrower dtype that it names; and the arguments in fp64."""
+    wide = tuple(_widened(a) for a in args)
+    with Wide(torch.float64, torch.float32):
+        return fn(*wide), wide
+
+
+def _values(
+    outputs: Any, args: tuple[Any, ...], grads: list[torch.Tensor] | None = None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Outputs, then the gradient of every argument that requires one; and the outputs' gradients (drawn, if none are
+    given).
+    """
+    values = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    if grads is None:
+        grads = [torch.randn_like(t) for t in values]
+    if leaves:
+        given = [g.to(t.dtype) for g, t in zip(grads, values, strict=True)]
+        values += torch.autograd.grad(values, leaves, given)
+    return values, grads
+
+
 def check_site(
-    fn: Callable[..., Any], *args: Any, counts: dict[str, int], tolerance: float = 1e-5
+    fn: Callable[..., Any], *args: Any, counts: dict[str, int], exact: Callable[..., Any] | None = None
 ) -> torch.fx.GraphModule:
-    """These sites and no others are replaced, and result and gradients are as ``fn``'s own, relative to their norm."""
+    """These sites and no others are replaced; outputs and gradients keep the error rule, beside ``fn``'s own.
+
+    ``exact``: ``fn`` for fp64 arguments, where it calls code that has none in fp64. Else ``fn`` itself, with fp64 in
+    place of every narrower dtype that it names.
+    """
     result, report, graph = rewritten(fn, *args)
     assert report.counts == counts, str(report)
     assert not report.missed, str(report)
-    expected = fn(*args)
-    ours, theirs = (r if isinstance(r, tuple) else (r,) for r in (result, expected))
-    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
-    if leaves:
-        grads = [torch.randn_like(t) for t in theirs]
-        ours = (*ours, *torch.autograd.grad(ours, leaves, grads))
-        theirs = (*theirs, *torch.autograd.grad(theirs, leaves, grads))
-    for a, e in zip(ours, theirs, strict=True):
-        assert (a.dtype, a.shape) == (e.dtype, e.shape)
-        error = (a.double() - e.double()).norm() / e.double().norm().clamp_min(1e-30)
-        assert error <= tolerance, f"relative error {error:.2e}"
+    same, grads = _values(fn(*args), args)
+    ours, _ = _values(result, args, grads)
+    if exact is None:
+        outputs, wide = exactly(fn, *args)
+    else:
+        wide = tuple(_widened(a) for a in args)
+        outputs = exact(*wide)
+    true, _ = _values(outputs, wide, grads)
+    length = max(n for t in (*args, *same) if isinstance(t, torch.Tensor) for n in (1, *t.shape))
+    for i, (a, s, e) in enumerate(zip(ours, same, true, strict=True)):
+        assert (a.dtype, a.shape) == (s.dtype, s.shape)
+        assert_within(f"value {i}", a, s, e, length=length)
     return graph

@@ -33,15 +33,15 @@ def weights(*shapes, dtype=torch.float32):
     return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("order", ORDERS)
-def test_two_projections(order, activation, dtype, tolerance):
+def test_two_projections(order, activation, dtype):
     def mlp(x, w_gate, w_up):
         return ORDERS[order](ACTIVATIONS[activation], F.linear(x, w_gate), F.linear(x, w_up))
 
     x, w_gate, w_up = weights((2, 3, 8), (12, 8), (12, 8), dtype=dtype)
-    graph = check_site(mlp, x, w_gate, w_up, counts={"mlp": 1}, tolerance=tolerance)
+    graph = check_site(mlp, x, w_gate, w_up, counts={"mlp": 1})
     assert glu in {n.target for n in graph.graph.nodes}
 
 

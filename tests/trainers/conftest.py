@@ -32,12 +32,18 @@ class Calls:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    """fastft under its own name, with a count of calls, and nothing left of what other tests compiled."""
+def fresh() -> Iterator[None]:
+    """Nothing left of what other tests compiled."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     reporting.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def calls(fresh: None, monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """fastft under its own name, with a count of calls, and nothing left of what other tests compiled."""
     counting = Calls()
     monkeypatch.setitem(_COMPILER_FNS, "fastft", counting.backend)
-    yield counting
-    torch._dynamo.reset()
+    return counting
