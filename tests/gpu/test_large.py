@@ -30,8 +30,8 @@ from fastft.kernels import (
     nf4,
     rms_norm,
     rotary,
-    squared_relu,
 )
+from tests.kernels._each import tables
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -117,15 +117,22 @@ def check(
             rounded(f"value {i}", value, s, e)
 
 
+#: Op → a function of the op (or its reference) and of x [rows, N], each row of which is computed by itself: what ops'
+#: own tests have in their table ``MANY_ROWS``.
+MANY_ROWS: dict[str, Callable[..., torch.Tensor]] = {
+    name: of for table in tables("MANY_ROWS").values() for name, of in table.items()
+}
+
+
 def test_every_op_has_a_test():
-    """A test of an op names it as ``file.op``."""
+    """A test of an op names it as ``file.op``; or the op's own tests have it in their table ``MANY_ROWS``."""
     tests = {name: inspect.getsource(t) for name, t in globals().items() if name.startswith("test_")}
     del tests["test_every_op_has_a_test"]
-    for op in load().values():
+    for op in (op for op in load().values() if op.name not in MANY_ROWS):
         spelled = f"{op.call.__module__.rpartition('.')[2]}.{op.name}"
         assert any(re.search(rf"\b{re.escape(spelled)}\b", text) for text in tests.values()), (
-            f"no test here calls {spelled}: add one, which gives check() an input of more than LIMIT elements, the op, "
-            "its reference, and the rows to look at"
+            f"no test here calls {spelled}: give its own tests a table MANY_ROWS, or add a test here, which gives "
+            "check() an input of more than LIMIT elements, the op, its reference, and the rows to look at"
         )
 
 
@@ -165,9 +172,10 @@ def test_glu_packed():
     check(call, of, [new(count, N)], [], picked(count, N))
 
 
-def test_squared_relu():
-    count = LIMIT // N + 37
-    check(squared_relu.squared_relu, squared_relu.reference, [new(count, N)], [], picked(count, N))
+@pytest.mark.parametrize("name", MANY_ROWS)
+def test_of_rows(name):
+    op, of, count = load()[name], MANY_ROWS[name], LIMIT // N + 37
+    check(lambda x: of(op.call, x), lambda x: of(op.reference, x), [new(count, N)], [], picked(count, N))
 
 
 @pytest.mark.parametrize("which", ["q", "k"])

@@ -168,6 +168,8 @@ def _case(d: Draw) -> Sample:
 FUZZ = {"squared_relu": _case}
 ROWWISE = ("squared_relu",)
 
+MANY_ROWS = {"squared_relu": lambda fn, x: fn(x)}
+
 
 def _derivations() -> list[Derivation]:
     def formula(x):  # type: ignore[no-untyped-def]
