@@ -17,12 +17,13 @@ import torch._dynamo
 import torch._inductor.config as inductor_config
 from torch._guards import CompileContext
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "PREFER_RECOMPUTE", "autocast_nodes", "backend_in_trace", "cache_stamp", "compile_with_aot_eager",
-    "compile_with_inductor", "control_flow", "copy_graph", "dynamo_counters", "fake_mode_of", "forget_loaded_code",
+    "compile_with_inductor", "control_flow", "copy_graph", "dynamo_counters", "fake_mode", "fake_mode_of",
+    "forget_loaded_code",
     "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
     "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "process_group_store",
     "qualified_name", "registered_backend", "size_hint", "storage_of", "tree_map", "version", "whole_cache_entries",
@@ -61,6 +62,11 @@ def grad_mode_at(node: torch.fx.Node) -> bool:
         if node.target is torch._C._set_grad_enabled:
             return bool(node.args[0])
     return torch.is_grad_enabled()
+
+
+def fake_mode() -> FakeTensorMode:
+    """A new one: within, calls give shapes and strides, and compute nothing."""
+    return FakeTensorMode()
 
 
 def fake_mode_of(gm: torch.fx.GraphModule) -> Any:

@@ -229,6 +229,7 @@ def report() -> Report:
     merged.errors += [f"no tuned configuration of {name}: {why}" for name, why in _config.FAILED.items()]
     merged.errors += [f"file not used: {line}" for line in store.problems()]
     merged.errors += variants.problems()
+    merged.errors += bridges.problems()
     return merged
 
 

@@ -24,13 +24,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastft.kernels
 from bench import measure
 from bench.shapes import SHAPES, Shape, shapes
 from bench.specialists import plainly_causal, specialists
-from fastft.kernels._inputs import New
+from fastft import _torch_compat as compat
+from fastft.kernels._inputs import Inputs, New
 from fastft.kernels._op import Op
 
 CUDA = torch.cuda.is_available()
@@ -84,7 +84,7 @@ def plain(op: Op, s: Shape) -> Case:
     gradients and every tensor in, the wanted gradients out.
     """
     inputs = op.inputs(New(DTYPE, DEVICE, int(torch.randint(2**62, ()))), **s.dims)
-    mode = FakeTensorMode()
+    mode = compat.fake_mode()
     fake = inputs.mapped(mode.from_tensor)
     with mode:
         results = op.call(*fake.args, **fake.kwargs)
@@ -277,7 +277,7 @@ def check_same(runs: Mapping[str, Callable[..., Any]], op: Op, case: Case, found
     """Put an error in the place of the times of what does not compute what the op's reference computes. False where
     the reference does not fit the device.
     """
-    inputs = measure.Inputs(case.args, case.kwargs)
+    inputs = Inputs(case.args, case.kwargs)
 
     def result(run: Callable[..., Any]) -> list[torch.Tensor]:
         copied = inputs.copy()  # some write to their inputs
@@ -313,7 +313,7 @@ def _off(found: torch.Tensor, exact: torch.Tensor) -> float:
 def measure_case(name: str, label: str, shape: Shape, case: Case, ceilings: Mapping[str, float] | None) -> Row:
     """One row of a result file."""
     runs = implementations(label, name, shape, case)
-    found = measure.compare(runs, measure.Inputs(case.args, case.kwargs, case.wanted))
+    found = measure.compare(runs, Inputs(case.args, case.kwargs, case.wanted))
     checked = check_same(runs, OPS[name], case, found)
     costs = {"forward": (case.bytes_moved, case.flops)}
     if case.backward_bytes:

@@ -23,13 +23,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from bench.files import spread
+from fastft.kernels._inputs import Inputs
 
 #: A sample of a shorter phase than this many µs repeats the call, at most so many times, on copies of so many bytes.
 SAMPLE_US = 400.0
@@ -81,38 +81,6 @@ def interleave(
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Inputs:
-    """The arguments of a call, and those of its tensors whose gradients are wanted."""
-
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    wanted: Sequence[torch.Tensor] = ()
-
-    def copy(self) -> Inputs:
-        """The same values in other memory, strides and shared tensors as they are."""
-        made: dict[int, torch.Tensor] = {}
-
-        def one(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor):
-                return x
-            if id(x) not in made:
-                copied = x.detach().clone(memory_format=torch.preserve_format)
-                made[id(x)] = copied.requires_grad_(x.requires_grad)
-            return made[id(x)]
-
-        args, kwargs = tree_map(one, list(self.args)), tree_map(one, dict(self.kwargs))
-        return Inputs(args, kwargs, [one(x) for x in self.wanted])
-
-    def tensors(self) -> list[torch.Tensor]:
-        found: dict[int, torch.Tensor] = {}
-        tree_map(
-            lambda x: found.setdefault(id(x), x) if isinstance(x, torch.Tensor) else x,
-            [list(self.args), dict(self.kwargs)],
-        )
-        return list(found.values())
 
 
 def differentiable(result: Any) -> list[torch.Tensor]:

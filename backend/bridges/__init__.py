@@ -22,6 +22,7 @@ from fastft.autoload import when_imported
 from fastft.bridges._bridge import (
     INSTALLED,
     NOT_NEEDED,
+    PROBLEMS,
     STAYED_OUT,
     SWITCHED_OFF,
     Bridge,
@@ -29,10 +30,11 @@ from fastft.bridges._bridge import (
     Spec,
     StayOut,
     check_version,
+    note,
     switched_off,
 )
 
-__all__ = ["TABLE", "Bridge", "install", "rows"]
+__all__ = ["TABLE", "Bridge", "install", "problems", "rows"]
 
 TABLE: tuple[Spec, ...] = (
     Spec(
@@ -144,7 +146,9 @@ def _refuse(spec: Spec, module: ModuleType, why: str) -> None:
         if hasattr(bridge, "refuse"):
             bridge.refuse(module, why)
     except Exception as error:
-        _log.warning("bridge %s: what cannot work without it is no error: %s", spec.name, error, exc_info=True)
+        said = f"bridge {spec.name}: what cannot work without it is no error: {type(error).__name__}: {error}"
+        _log.warning(said, exc_info=True)
+        note(said)
 
 
 @contextlib.contextmanager
@@ -160,6 +164,11 @@ def _same_random_numbers() -> Iterator[None]:
     finally:
         if state is not None:
             sys.modules["torch"].set_rng_state(state)
+
+
+def problems() -> list[str]:
+    """What bridges could not do, one line each."""
+    return [*PROBLEMS]
 
 
 def rows() -> list[Bridge]:

@@ -12,6 +12,15 @@ from types import ModuleType
 INSTALLED, STAYED_OUT, SWITCHED_OFF, NOT_NEEDED = "installed", "stayed out", "switched off", "not needed"
 
 
+#: What a bridge could not do, for the report.
+PROBLEMS: dict[str, None] = {}
+
+
+def note(problem: str) -> None:
+    """Enter a line in the report, once."""
+    PROBLEMS[" ".join(problem.split())] = None
+
+
 @dataclass(frozen=True)
 class Bridge:
     """A row of the report. ``status`` is ``"installed"``, ``"stayed out"``, ``"switched off"`` or ``"not needed"``;

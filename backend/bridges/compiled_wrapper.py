@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastft import _torch_compat as compat
-from fastft.bridges._bridge import StayOut, attribute
+from fastft.bridges._bridge import StayOut, attribute, note
 from fastft.bridges._tracing import is_fastft
 
 _log = logging.getLogger("fastft")
@@ -37,8 +37,9 @@ def unwrap(value: Any) -> Any:
     try:
         return _unwrap(value)
     except Exception as error:  # inside of a trainer's constructor
-        what = "a compiled model stays in its wrapper: use model.compile(backend='fastft'), which makes none: %s: %s"
-        _log.warning(what, type(error).__name__, error, exc_info=True)
+        what = "a compiled model stays in its wrapper: use model.compile(backend='fastft'), which makes none"
+        _log.warning("%s: %s: %s", what, type(error).__name__, error, exc_info=True)
+        note(f"bridge compiled_wrapper: {what}: {type(error).__name__}: {error}")
         return value
 
 
@@ -71,10 +72,6 @@ def apply(module: ModuleType) -> None:
     if "__init_subclass__" in owner.__dict__:
         raise StayOut(f"{owner.__name__} has an __init_subclass__ of its own")
     _lay(owner, unwrap)
-    if hasattr(owner, "call_model_init"):
-        # Trainer(model_init=...): the model comes from this method.
-        stock = owner.call_model_init
-        owner.call_model_init = functools.wraps(stock)(lambda *args, **kwargs: unwrap(stock(*args, **kwargs)))
 
 
 def refuse(module: ModuleType, why: str) -> None:
@@ -82,7 +79,10 @@ def refuse(module: ModuleType, why: str) -> None:
     owner: Any = attribute(module, OWNERS[module.__name__])
 
     def refused(value: Any) -> Any:
-        if _context(value) is not None:
+        if type(value) in (list, tuple):
+            for one in value:
+                refused(one)
+        elif _context(value) is not None:
             raise RuntimeError(
                 f"{owner.__name__} was given a torch.compile wrapper, which it would train uncompiled or not at all "
                 f"(fastft's bridge compiled_wrapper is not there: {why}). Compile the model in place: "
@@ -103,6 +103,10 @@ def _lay(owner: Any, change: Callable[[Any], Any]) -> None:
 
     if "__init_subclass__" not in owner.__dict__:
         owner.__init_subclass__ = classmethod(__init_subclass__)
+    if hasattr(owner, "call_model_init"):
+        # Trainer(model_init=...): the model comes from this method.
+        stock = owner.call_model_init
+        owner.call_model_init = functools.wraps(stock)(lambda *args, **kwargs: change(stock(*args, **kwargs)))
 
 
 def _wrap_tree(cls: Any, change: Callable[[Any], Any]) -> None:

@@ -189,6 +189,9 @@ def test_what_is_refused() -> None:
         def __init__(self, model: Any, ref_model: Any = None) -> None:
             self.model = model
 
+        def call_model_init(self, make: Any) -> Any:
+            return make()
+
     library = ModuleType("transformers.trainer")
     library.Trainer = Trainer  # type: ignore[attr-defined]
     compiled_wrapper.refuse(library, "it is gone")
@@ -198,10 +201,27 @@ def test_what_is_refused() -> None:
             raise AssertionError("it is refused before anything is done with it")
 
     ours, others = (torch.compile(torch.nn.Linear(2, 2), backend=b) for b in ("fastft", "eager"))
-    for make in (lambda: Trainer(ours), lambda: Trainer(others, ref_model=ours), lambda: Later(model=ours)):
+    for make in (
+        lambda: Trainer(ours),
+        lambda: Trainer(others, ref_model=ours),
+        lambda: Trainer([others, (ours,)]),
+        lambda: Later(model=ours),
+        lambda: Trainer(others).call_model_init(lambda: ours),
+    ):
         with pytest.raises(RuntimeError, match=r"it is gone.*model.compile\(backend='fastft'\)"):
             make()
     assert Trainer(others).model is others and Trainer(ours._orig_mod).model is ours._orig_mod
+
+
+def test_a_refusal_that_fails_is_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastft import reporting
+
+    monkeypatch.setattr(_bridge, "PROBLEMS", problems := {})
+    monkeypatch.setattr(bridges, "PROBLEMS", problems)
+    spec = next(s for s in bridges.TABLE if s.name == "compiled_wrapper")
+    bridges._refuse(spec, ModuleType("transformers.trainer"), "it is gone")
+    (line,) = reporting.report().errors
+    assert line.startswith("bridge compiled_wrapper: what cannot work without it is no error: StayOut:")
 
 
 @pytest.mark.parametrize("value", ["-trl_hed", "trl_head", "-trl_head;"])

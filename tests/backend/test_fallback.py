@@ -28,7 +28,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 import fastft
 from fastft import _torch_compat as compat
 from fastft import bridges, caches, fallback, reporting, rewrite
-from fastft.bridges import _tracing
+from fastft.bridges import _bridge, _tracing
 from fastft.compare import assert_within
 from fastft.compiler import transform
 from fastft.fallback import Attempt, InternalError, causes
@@ -549,3 +549,5 @@ def test_a_wrapper_that_cannot_be_taken_off(monkeypatch: Patch, caplog: pytest.L
     wrapper = torch.compile(torch.nn.Linear(2, 2), backend="fastft")
     assert compiled_wrapper.unwrap(wrapper) is wrapper
     assert any("Boom" in message and "model.compile" in message for message in caplog.messages)
+    assert any("a compiled model stays in its wrapper" in line for line in fastft.report().errors)
+    _bridge.PROBLEMS.clear()
