@@ -179,15 +179,29 @@ def crowded(elements: float, warps: int, most: int = REGISTERS) -> str | None:
     return f"{each} values for each thread; {most} registers" if each > most else None
 
 
-def row_space(kernel: str, heuristic: Callable[..., Config], *, values_per_element: int, programs: bool = False) -> Any:
+def row_space(
+    kernel: str,
+    heuristic: Callable[..., Config],
+    *,
+    values_per_element: int,
+    programs: bool = False,
+    pieces: bool = False,
+) -> Any:
     """The space of a kernel that keeps tiles of whole rows (``BLOCK_M`` of them) in registers, as norms do.
 
     ``values_per_element``: how many fp32 values of the tile are alive at once. ``programs``: with how many programs for
-    each processor share the rows where partial sums are written. Sizes: rows, N.
+    each processor share the rows where partial sums are written. ``pieces``: with rows in two pieces, each a power of
+    two, where that is less than one power of two. Sizes: rows, N.
     """
 
     def legal(config: Config, device: torch.device, dtype: torch.dtype, rows: int, n: int) -> str | None:
-        tile = config["BLOCK_M"] * config["BLOCK_N"]
+        columns = config["BLOCK_N"]
+        if config.get("PIECES", 1) == 2:
+            head = 1 << (n.bit_length() - 1)
+            columns = head + (1 << (n - head - 1).bit_length() if n > head else head)
+            if columns >= config["BLOCK_N"]:
+                return f"two pieces of {n} are no less than {config['BLOCK_N']}"
+        tile = config["BLOCK_M"] * columns
         if tile < 32 * config["num_warps"]:
             return f"{tile} elements for {32 * config['num_warps']} threads"
         return crowded(values_per_element * tile, config["num_warps"])
@@ -195,6 +209,8 @@ def row_space(kernel: str, heuristic: Callable[..., Config], *, values_per_eleme
     values: dict[str, tuple[int, ...]] = {"BLOCK_M": (1, 2, 4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8, 16)}
     if programs:
         values["PROGRAMS"] = (1, 2, 4, 8)
+    if pieces:
+        values["PIECES"] = (1, 2)
     space = Space(kernel, values, heuristic, tokens=("rows",), sizes=("n",), legal=legal)
     space.file = Path(sys._getframe(1).f_code.co_filename)
     return space

@@ -58,14 +58,48 @@ def _tile(device: torch.device, dtype: torch.dtype, rows: int, n: int) -> Config
     enough that summing those is cheap, enough to fill the GPU.
     """
     block_m, block_n, warps = row_tile(n)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "PROGRAMS": 4}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "PIECES": 1, "num_warps": warps, "PROGRAMS": 4}
 
 
-FORWARD = row_space("layer_norm.forward", _tile, values_per_element=2)
-BACKWARD = row_space("layer_norm.backward", _tile, values_per_element=3, programs=True)
+def _pieces(n: int, tile: Config) -> Config:
+    """A row in one piece, or in two powers of two: 4608 = 4096 + 512, of which 8192 would be nearly half empty."""
+    head = 1 << (n.bit_length() - 1)
+    if tile["PIECES"] == 1 or head == n:
+        return {"BLOCK_N": tile["BLOCK_N"], "TAIL": 0}
+    return {"BLOCK_N": head, "TAIL": triton.next_power_of_2(n - head)}
+
+
+FORWARD = row_space("layer_norm.forward", _tile, values_per_element=2, pieces=True)
+BACKWARD = row_space("layer_norm.backward", _tile, values_per_element=3, programs=True, pieces=True)
 
 
 # ---------------------------------------------------------------- forward kernel
+
+
+@jit
+def _load(ptr, row, col, mask, inner, outer_stride, inner_stride):
+    return tl.load(tile_at(ptr, row, col, inner, outer_stride, inner_stride), mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _mean(head, tail, N: tl.constexpr, TAIL: tl.constexpr):
+    """Of each row, which is in one piece, or in two of different sizes."""
+    total = tl.sum(head, axis=1)
+    if TAIL:
+        total = total + tl.sum(tail, axis=1)
+    return (total / N)[:, None]
+
+
+@jit
+def _store_affine(
+    w_ptr, b_ptr, y_ptr, x, row, col, mask, inner, y_outer, y_inner,
+    N: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    if HAS_WEIGHT:
+        x = x * tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        x = x + tl.load(b_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(tile_at(y_ptr, row, col, inner, y_outer, y_inner), x.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -73,29 +107,48 @@ def _forward_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr,
     rows, inner, x_outer, x_inner, y_outer, y_inner, r_outer, r_inner,
     N: tl.constexpr, EPS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_N)
     mask = (row < rows)[:, None] & (col < N)[None, :]
-    x = tl.load(tile_at(x_ptr, row, col, inner, x_outer, x_inner), mask=mask, other=0.0).to(tl.float32)
-    m = tl.sum(x, axis=1) / N
+    x = _load(x_ptr, row, col, mask, inner, x_outer, x_inner)
+    x_t = x
+    if TAIL:
+        col_t = BLOCK_N + tl.arange(0, TAIL)
+        mask_t = (row < rows)[:, None] & (col_t < N)[None, :]
+        x_t = _load(x_ptr, row, col_t, mask_t, inner, x_outer, x_inner)
+    m = _mean(x, x_t, N, TAIL)
     # The row is in registers: the variance is taken around the mean, not from mean(x²) − m², which cancels. Where the
     # mean is large it is itself rounded; what it misses is the mean of the differences.
-    x = tl.where(mask, x - m[:, None], 0.0)
-    x = tl.where(mask, x - (tl.sum(x, axis=1) / N)[:, None], 0.0)
-    r = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + EPS)
-    y = x * r[:, None]
-    if HAS_WEIGHT:
-        y = y * tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        y = y + tl.load(b_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(m_ptr + row_offset(row, inner, r_outer, r_inner), m, mask=row < rows)
-    tl.store(r_ptr + row_offset(row, inner, r_outer, r_inner), r, mask=row < rows)
-    tl.store(tile_at(y_ptr, row, col, inner, y_outer, y_inner), y.to(y_ptr.dtype.element_ty), mask=mask)
+    x = tl.where(mask, x - m, 0.0)
+    if TAIL:
+        x_t = tl.where(mask_t, x_t - m, 0.0)
+    missed = _mean(x, x_t, N, TAIL)
+    x = tl.where(mask, x - missed, 0.0)
+    if TAIL:
+        x_t = tl.where(mask_t, x_t - missed, 0.0)
+    r = 1.0 / tl.sqrt_rn(_mean(x * x, x_t * x_t, N, TAIL) + EPS)
+    at = row_offset(row, inner, r_outer, r_inner)[:, None]
+    tl.store(m_ptr + at, m, mask=(row < rows)[:, None])
+    tl.store(r_ptr + at, r, mask=(row < rows)[:, None])
+    _store_affine(
+        w_ptr, b_ptr, y_ptr, x * r, row, col, mask, inner, y_outer, y_inner, N, HAS_WEIGHT, HAS_BIAS
+    )  # fmt: skip
+    if TAIL:
+        _store_affine(
+            w_ptr, b_ptr, y_ptr, x_t * r, row, col_t, mask_t, inner, y_outer, y_inner, N, HAS_WEIGHT, HAS_BIAS
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- backward kernel
+
+
+@jit
+def _store_dx(dx_ptr, z_ptr, dx, row, col, mask, inner, z_outer, z_inner, dx_outer, dx_inner, HAS_Z: tl.constexpr):
+    if HAS_Z:
+        dx = dx + _load(z_ptr, row, col, mask, inner, z_outer, z_inner)
+    tl.store(tile_at(dx_ptr, row, col, inner, dx_outer, dx_inner), dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -104,45 +157,73 @@ def _backward_kernel(
     rows, inner, dy_outer, dy_inner, x_outer, x_inner, r_outer, r_inner, z_outer, z_inner, dx_outer, dx_inner,
     N: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_Z: tl.constexpr,
     WANT_DX: tl.constexpr, WANT_DWEIGHT: tl.constexpr, WANT_DBIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, BLOCK_N)
+    if TAIL:
+        col_t = BLOCK_N + tl.arange(0, TAIL)
     if HAS_WEIGHT:
         w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+        if TAIL:
+            w_t = tl.load(w_ptr + col_t, mask=col_t < N, other=0.0).to(tl.float32)
     # One partial row of dweight and dbias a program, over the same rows in the same order each time: no atomics.
     if WANT_DWEIGHT:
         dw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if TAIL:
+            dw_t = tl.zeros([BLOCK_M, TAIL], tl.float32)
     if WANT_DBIAS:
         db = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if TAIL:
+            db_t = tl.zeros([BLOCK_M, TAIL], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (row < rows)[:, None] & (col < N)[None, :]
-        dy = tl.load(tile_at(dy_ptr, row, col, inner, dy_outer, dy_inner), mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(tile_at(x_ptr, row, col, inner, x_outer, x_inner), mask=mask, other=0.0).to(tl.float32)
+        dy = _load(dy_ptr, row, col, mask, inner, dy_outer, dy_inner)
+        x = _load(x_ptr, row, col, mask, inner, x_outer, x_inner)
+        dy_t, x_t = dy, x
+        if TAIL:
+            mask_t = (row < rows)[:, None] & (col_t < N)[None, :]
+            dy_t = _load(dy_ptr, row, col_t, mask_t, inner, dy_outer, dy_inner)
+            x_t = _load(x_ptr, row, col_t, mask_t, inner, x_outer, x_inner)
         m = tl.load(m_ptr + row_offset(row, inner, r_outer, r_inner), mask=row < rows, other=0.0)[:, None]
         r = tl.load(r_ptr + row_offset(row, inner, r_outer, r_inner), mask=row < rows, other=0.0)[:, None]
         # As in the forward: what the rounding of a large mean missed is the mean of the differences.
         x = tl.where(mask, x - m, 0.0)
-        x = tl.where(mask, x - (tl.sum(x, axis=1) / N)[:, None], 0.0) * r
+        if TAIL:
+            x_t = tl.where(mask_t, x_t - m, 0.0)
+        missed = _mean(x, x_t, N, TAIL)
+        x = tl.where(mask, x - missed, 0.0) * r
+        if TAIL:
+            x_t = tl.where(mask_t, x_t - missed, 0.0) * r
         if WANT_DWEIGHT:
             dw += dy * x
+            if TAIL:
+                dw_t += dy_t * x_t
         if WANT_DBIAS:
             db += dy
+            if TAIL:
+                db_t += dy_t
         if WANT_DX:
-            g = dy
+            g, g_t = dy, dy_t
             if HAS_WEIGHT:
                 g = dy * w[None, :]
-            dx = r * (g - (tl.sum(g, axis=1) / N)[:, None] - x * (tl.sum(g * x, axis=1) / N)[:, None])
-            if HAS_Z:
-                z_at = tile_at(z_ptr, row, col, inner, z_outer, z_inner)
-                dx = dx + tl.load(z_at, mask=mask, other=0.0).to(tl.float32)
-            dx_at = tile_at(dx_ptr, row, col, inner, dx_outer, dx_inner)
-            tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    partial = tl.program_id(0).to(tl.int64) * N + col
+                if TAIL:
+                    g_t = dy_t * w_t[None, :]
+            mean, slope = _mean(g, g_t, N, TAIL), _mean(g * x, g_t * x_t, N, TAIL)
+            dx = r * (g - mean - x * slope)
+            _store_dx(dx_ptr, z_ptr, dx, row, col, mask, inner, z_outer, z_inner, dx_outer, dx_inner, HAS_Z)
+            if TAIL:
+                dx_t = r * (g_t - mean - x_t * slope)
+                _store_dx(dx_ptr, z_ptr, dx_t, row, col_t, mask_t, inner, z_outer, z_inner, dx_outer, dx_inner, HAS_Z)
+    first = tl.program_id(0).to(tl.int64) * N
     if WANT_DWEIGHT:
-        tl.store(dw_ptr + partial, tl.sum(dw, axis=0), mask=col < N)
+        tl.store(dw_ptr + first + col, tl.sum(dw, axis=0), mask=col < N)
+        if TAIL:
+            tl.store(dw_ptr + first + col_t, tl.sum(dw_t, axis=0), mask=col_t < N)
     if WANT_DBIAS:
-        tl.store(db_ptr + partial, tl.sum(db, axis=0), mask=col < N)
+        tl.store(db_ptr + first + col, tl.sum(db, axis=0), mask=col < N)
+        if TAIL:
+            tl.store(db_ptr + first + col_t, tl.sum(db_t, axis=0), mask=col_t < N)
 
 
 # ---------------------------------------------------------------- launchers
@@ -183,7 +264,7 @@ def _forward(
         x, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(), y, m, r,
         walk.count, walk.inner, x_outer, x_inner, y_outer, y_inner, r_outer, r_inner,
         N=n, EPS=eps, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=tile["num_warps"], **SAME_SUMS,
+        BLOCK_M=tile["BLOCK_M"], **_pieces(n, tile), num_warps=tile["num_warps"], **SAME_SUMS,
     )  # fmt: skip
     return y, m, r
 
@@ -242,7 +323,7 @@ def _backward(
         walk.count, walk.inner, *dy_strides, *x_strides, *r_strides, *z_strides, *dx_strides,
         N=n, HAS_WEIGHT=weight is not None, HAS_Z=z is not None,
         WANT_DX=want_dx, WANT_DWEIGHT=want_dweight, WANT_DBIAS=want_dbias,
-        BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=tile["num_warps"],
+        BLOCK_M=tile["BLOCK_M"], **_pieces(n, tile), num_warps=tile["num_warps"],
         # And w · g contracted into its difference from its mean is not rounded as the mean is: no zero where N is 1.
         **SAME_SUMS,
     )  # fmt: skip

@@ -13,6 +13,7 @@ launched.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -24,6 +25,8 @@ from unittest import mock
 import torch
 
 import fastft.kernels
+from fastft.kernels import layer_norm
+from fastft.kernels._config import Space
 from fastft.kernels._op import Op
 from fastft.kernels._triton import jit, tl, triton
 
@@ -116,13 +119,27 @@ def calls(dtypes: Sequence[torch.dtype], device: str, sizes: Sequence[int] = (1,
                 yield from ((op, sample) for sample in SAMPLES.samples(op, dtype, device, n))
             for args, kwargs in _wide(name, SAMPLES.New(dtype, device)):
                 yield op, SAMPLES.Sample("wide", args, kwargs)
+                if name in OTHERWISE:
+                    yield op, SAMPLES.Sample(OTHER, args, kwargs)
+
+
+#: Op → spaces and a configuration with which its kernels are other programs than with the heuristic's.
+OTHERWISE: dict[str, tuple[Sequence[Space], dict[str, int]]] = {
+    "layer_norm": ((layer_norm.FORWARD, layer_norm.BACKWARD), {"PIECES": 2}),
+}
+OTHER = "wide, another configuration"
 
 
 def call(op: Op, sample: Any) -> None:
     """Forward and backward, with random gradients of all outputs."""
-    outs = [o for o in sample.outputs(op.call) if o.requires_grad]
-    if outs:
-        torch.autograd.grad(outs, sample.leaves(), [torch.randn_like(o) for o in outs], allow_unused=True)
+    with contextlib.ExitStack() as stack:
+        if sample.name == OTHER:
+            spaces, config = OTHERWISE[op.name]
+            for space in spaces:
+                stack.enter_context(space.using(config))
+        outs = [o for o in sample.outputs(op.call) if o.requires_grad]
+        if outs:
+            torch.autograd.grad(outs, sample.leaves(), [torch.randn_like(o) for o in outs], allow_unused=True)
 
 
 def launched() -> tuple[Any, set[str]]:

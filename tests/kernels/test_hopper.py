@@ -37,6 +37,11 @@ def run_layer_norm(n, stream=True):
     return layer_norm
 
 
+def run_layer_norm_in_two_pieces(n, stream=True):
+    with layer_norm.FORWARD.using({"PIECES": 2}), layer_norm.BACKWARD.using({"PIECES": 2}):
+        return run_layer_norm(n, stream)
+
+
 def run_glu(kind):
     both = random(4, 2 * 14336)
     ops.glu_packed(both, kind, True)
@@ -57,6 +62,7 @@ def run_rotary(style):
     [
         *[(rms_norm, run_rms_norm, n) for n in (128, 4096, 8192)],
         *[(layer_norm, run_layer_norm, n) for n in (768, 8192)],
+        (layer_norm, run_layer_norm_in_two_pieces, 4608),
         *[(glu, run_glu, kind) for kind in glu.KINDS],
         *[(rotary, run_rotary, style) for style in rotary.STYLES],
     ],
@@ -89,7 +95,11 @@ def contracted(ptx):
 
 @pytest.mark.parametrize(
     "run, n",
-    [*((run, n) for run in (run_rms_norm, run_layer_norm) for n in (4, 5, 65, 128, 4096)), (run_attention, 5)],
+    [
+        *((run, n) for run in (run_rms_norm, run_layer_norm) for n in (4, 5, 65, 128, 4096)),
+        *((run_layer_norm_in_two_pieces, n) for n in (65, 300, 4608)),
+        (run_attention, 5),
+    ],
 )
 def test_all_threads_of_a_row_have_the_same_sum(run, n):
     """Else which thread's value of a row is stored would be a race, and the last bit a matter of luck:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from fastft.kernels._op import OPS
-from fastft.kernels.layer_norm import MAX_N, layer_norm, reference, supported
+from fastft.kernels.layer_norm import BACKWARD, FORWARD, MAX_N, _pieces, layer_norm, reference, supported
 from tests.kernels._check import check_op
 from tests.kernels._derivations import BOTH, EPS, ROW_TILES, Array, Derivation, over_rows
 from tests.kernels._expressions import ratio
@@ -32,6 +32,30 @@ def inputs(shape, dtype, device, weight=True, bias=True, shift=0.0):
 @pytest.mark.parametrize("shape", [(2, 5, 64), (3, 7, 4, 96), (65, 1), (1, 3, 4100), (300, 33)])
 def test_matches_reference(shape, dtype, device):
     check_op(OP, inputs(shape, dtype, device), 1e-5, length=max(shape[-1], 700))
+
+
+@pytest.fixture
+def in_two_pieces():
+    with FORWARD.using({"PIECES": 2}), BACKWARD.using({"PIECES": 2}):
+        yield
+
+
+@pytest.mark.usefixtures("in_two_pieces")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [3, 5, 48, 1100, 64])
+def test_rows_in_two_pieces(n, dtype, device):
+    """2 + 1, 4 + 1, 32 + 16 elements, 1024 + 76 in 128; a power of two stays in one."""
+    check_op(OP, inputs((3, 7, n), dtype, device), 1e-5, length=max(n, 700))
+    check_op(OP, (*inputs((9, n), dtype, device, bias=False), 1e-5, None, True), length=max(n, 700))
+    check_op(OP, inputs((9, n), dtype, device, weight=False, shift=30.0), 1e-5, length=max(n, 700))
+
+
+def test_two_pieces_are_offered_where_they_are_less():
+    found = {n: 2 in {c["PIECES"] for c in FORWARD.candidates(torch.device("cuda"), torch.bfloat16, 8192, n)[0]}
+             for n in (1024, 1025, 1536, 1537, 2560, 3584, 4096, 4608)}  # fmt: skip
+    assert found == {1024: False, 1025: True, 1536: True, 1537: False, 2560: True, 3584: False, 4096: False, 4608: True}
+    assert _pieces(4608, {"BLOCK_N": 8192, "PIECES": 2}) == {"BLOCK_N": 4096, "TAIL": 512}
+    assert _pieces(4096, {"BLOCK_N": 4096, "PIECES": 2}) == {"BLOCK_N": 4096, "TAIL": 0}
 
 
 def test_large_mean_does_not_cancel(device):
@@ -183,6 +207,12 @@ def _layer_norm_derivations() -> list[Derivation]:
         ),
         Derivation("plain", {"x": (3, 3)}, lambda fn, x: fn(x, None, None, EPS), lambda x: [normed(x)]),
         Derivation(
+            "one piece",
+            {"x": (5, 2), "w": (2,), "b": (2,)},
+            lambda fn, x, w, b: fn(x, w, b, EPS),
+            lambda x, w, b: [normed(x) * w + b],
+        ),
+        Derivation(
             "residual stream",
             {"x": (3, 3)},
             lambda fn, x: fn(x, None, None, EPS, pass_through=True),
@@ -194,14 +224,18 @@ def _layer_norm_derivations() -> list[Derivation]:
 
 DERIVATIONS = {"layer_norm": _layer_norm_derivations}
 
-SMALL_TILES = ROW_TILES
+#: Rows of three in two pieces.
+SMALL_TILES = {
+    **ROW_TILES,
+    "_pieces": lambda n, tile: {"BLOCK_N": 2, "TAIL": 1} if n == 3 else {"BLOCK_N": tile["BLOCK_N"], "TAIL": 0},
+}
 
 MUTANTS = (
     Mutant(
         "layer_norm: dx without the mean of g",
         "kernels/layer_norm.py",
-        "dx = r * (g - (tl.sum(g, axis=1) / N)[:, None] - x",
-        "dx = r * (g - x",
+        "dx = r * (g - mean - x * slope)",
+        "dx = r * (g - x * slope)",
         'tests/kernels/test_layer_norm.py -k "matches_reference"',
         interpret=True,
     ),
@@ -216,8 +250,8 @@ MUTANTS = (
     Mutant(
         "layer_norm: backward around a rounded mean",
         "kernels/layer_norm.py",
-        "x = tl.where(mask, x - (tl.sum(x, axis=1) / N)[:, None], 0.0) * r\n",
-        "x = x * r\n",
+        "        x = tl.where(mask, x - missed, 0.0) * r\n",
+        "        x = x * r\n",
         "tests/kernels/test_layer_norm.py -k large_mean",
         interpret=True,
     ),
@@ -231,8 +265,8 @@ MUTANTS = (
     Mutant(
         "layer_norm: variance over N - 1",
         "kernels/layer_norm.py",
-        "tl.sum(x * x, axis=1) / N + EPS)",
-        "tl.sum(x * x, axis=1) / (N - 0.5) + EPS)",
+        "_mean(x * x, x_t * x_t, N, TAIL) + EPS)",
+        "_mean(x * x, x_t * x_t, N - 0.5, TAIL) + EPS)",
         'tests/kernels/test_layer_norm.py -k "matches_reference"',
         interpret=True,
     ),
@@ -246,9 +280,33 @@ MUTANTS = (
     Mutant(
         "layer_norm: the stream's gradient has dy's place in memory",
         "kernels/layer_norm.py",
-        "                z_at = tile_at(z_ptr, row, col, inner, z_outer, z_inner)\n",
-        "                z_at = tile_at(z_ptr, row, col, inner, dx_outer + 1, dx_inner)\n",
+        "dx = dx + _load(z_ptr, row, col, mask, inner, z_outer, z_inner)\n",
+        "dx = dx + _load(z_ptr, row, col, mask, inner, dx_outer + 1, dx_inner)\n",
         "tests/kernels/test_layer_norm.py -k passes_x_on",
+        interpret=True,
+    ),
+    Mutant(
+        "layer_norm: the tail is not in the sums",
+        "kernels/layer_norm.py",
+        "        total = total + tl.sum(tail, axis=1)\n",
+        "        total = total + 0.0 * tl.sum(tail, axis=1)\n",
+        "tests/kernels/test_layer_norm.py -k rows_in_two_pieces",
+        interpret=True,
+    ),
+    Mutant(
+        "layer_norm: dx of the tail by the head's mean alone",
+        "kernels/layer_norm.py",
+        "dx_t = r * (g_t - mean - x_t * slope)",
+        "dx_t = r * (g_t - x_t * slope)",
+        "tests/kernels/test_layer_norm.py -k rows_in_two_pieces",
+        interpret=True,
+    ),
+    Mutant(
+        "layer_norm: dw of the tail in the head's place",
+        "kernels/layer_norm.py",
+        "dw_ptr + first + col_t, tl.sum(dw_t",
+        "dw_ptr + first + col_t - BLOCK_N, tl.sum(dw_t",
+        "tests/kernels/test_layer_norm.py -k rows_in_two_pieces",
         interpret=True,
     ),
 )
