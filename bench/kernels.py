@@ -334,6 +334,12 @@ def measure_case(name: str, label: str, shape: Shape, case: Case, ceilings: Mapp
         reached = {p: round(us / figures[f"{p}_us"]["median"], 4) for p, us in floors.items() if f"{p}_us" in figures}
         if reached:
             figures["roofline"] = reached
+    # What memory binds is also held against copies of as many bytes.
+    copies = {} if compute or not ceilings else {p: measure.copy_us(moved) for p, (moved, _) in costs.items()}
+    if not all(copies.values()):
+        copies = {}
+    elif "backward" in copies:
+        copies["full"] = copies["forward"] + copies["backward"]
     return {
         "op": label,
         "shape": str(shape).split("-", 1)[-1],
@@ -344,6 +350,7 @@ def measure_case(name: str, label: str, shape: Shape, case: Case, ceilings: Mapp
         **{f"{p}_{what}": cost[i] for p, cost in costs.items() for i, what in enumerate(("bytes", "flops"))},
         "checked": checked,
         "floor_us": {p: round(us, 3) for p, us in floors.items()},
+        "copy_us": {p: round(us, 3) for p, us in copies.items()},
         "implementations": found,
     }
 

@@ -498,6 +498,16 @@ def ceilings() -> dict[str, float] | None:
     return {"copy_GBps": round(2 * size / copy / 1e3, 1), "matmul_TFLOPps": round(2 * n**3 / product / 1e6, 1)}
 
 
+def copy_us(bytes_moved: float) -> float | None:
+    """Microseconds of a copy that reads and writes so many bytes together, sampled as :func:`compare` samples. A small
+    one does not come near the rate of :func:`ceilings`: it is as long as the GPU needs to get going and to drain. None
+    where it does not fit.
+    """
+    source = torch.empty(max(1, int(bytes_moved) // 2), dtype=torch.uint8, device="cuda")
+    found = compare({"copy": torch.clone}, Inputs((source,)), rounds=(5, 15), seconds=0.3)["copy"]
+    return None if "error" in found else float(found["forward_us"]["median"])
+
+
 def _median_us(run: Callable[[], Any], repeats: int = 15) -> float:
     times = []
     for i in range(repeats + 3):

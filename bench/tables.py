@@ -112,6 +112,7 @@ DETAILS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], str]] = {
     "forward at": lambda row, f: _rate(row, f, "forward"),
     "backward at": lambda row, f: _rate(row, f, "backward"),
     "% of roofline": lambda row, f: _roofline(f),
+    "% of a copy": lambda row, f: _percent(_of_copy(row, f)),
     "moved MiB": lambda row, f: _mib(row.get("forward_bytes")) if time_of(f) else "",
     "kept MiB": lambda row, f: _mib(f.get("kept_bytes")),
     "first call s": lambda row, f: f"{f['first_call_s']:.2f}" if "first_call_s" in f else "",
@@ -164,12 +165,16 @@ def details(op: str, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any
     return grid.trimmed()
 
 
+#: The last columns of :func:`overview`.
+BEST = ("best other", "its time / ours")
+
+
 def overview(op: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
     """A line for each shape, a column for each implementation; the times of what failed are its error's kind."""
     names = implementations(rows)
     backward = any("full_us" in f for row in rows for f in row["implementations"].values())
     what = "forward and backward" if backward else "forward"
-    grid = Grid(f"{op}: µs, {what}", ["shape", *names, "% of roofline", "best other", "its time / ours"], [])
+    grid = Grid(f"{op}: µs, {what}", ["shape", *names, "% of roofline", "% of a copy", *BEST], [])
     grid.left = frozenset({"shape", "best other"})
     for row in rows:
         cells = []
@@ -180,8 +185,9 @@ def overview(op: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
         best = best_other(row)
         ours = row["implementations"].get(OURS, {})
         grid.rows.append(
-            [row["shape"], *cells, _roofline(ours), best[0] if best else "", f"{best[1]:.2f}" if best else ""]
-        )
+            [row["shape"], *cells, _roofline(ours), _percent(_of_copy(row, ours)), best[0] if best else "",
+             f"{best[1]:.2f}" if best else ""]
+        )  # fmt: skip
     return grid.trimmed()
 
 
@@ -197,18 +203,20 @@ def summary(rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> Gri
         "least",
         "most",
         "% of roofline",
+        "% of a copy",
     ]
     grid = Grid("fastft beside the best other of each shape", columns, [], notes, frozenset({"op"}))
     for op, of in by_op(rows).items():
         ratios = [best[1] for row in of if (best := best_other(row))]
         reached = [f["roofline"] for row in of if "roofline" in (f := row["implementations"].get(OURS, {}))]
         shares = [100 * r.get("full", r["forward"]) for r in reached]
+        copied = [100 * s for row in of if (s := _of_copy(row, row["implementations"].get(OURS, {})))]
         grid.rows.append([
             op,
             str(len(of)),
             f"{sum(r > 1 for r in ratios)} of {len(ratios)}" if ratios else "",
             *(f"{f(ratios):.2f}" if ratios else "" for f in (statistics.median, min, max)),
-            f"{min(shares):.0f}–{max(shares):.0f}" if shares else "",
+            *(f"{min(of_all):.0f}–{max(of_all):.0f}" if of_all else "" for of_all in (shares, copied)),
         ])  # fmt: skip
     return grid.trimmed()
 
@@ -232,6 +240,18 @@ def _rate(row: Mapping[str, Any], figures: Mapping[str, Any], phase: str) -> str
 def _roofline(figures: Mapping[str, Any]) -> str:
     reached = figures.get("roofline")
     return f"{100 * reached.get('full', reached['forward']):.0f}" if reached else ""
+
+
+def _of_copy(row: Mapping[str, Any], figures: Mapping[str, Any]) -> float | None:
+    """The time of copying as many bytes over this one's; None where no copy was timed (bound by arithmetic, a CPU)."""
+    copies, us = row.get("copy_us"), time_of(figures)
+    if not copies or not us:
+        return None
+    return float(copies["full" if "full_us" in figures else "forward"] / us["median"])
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f}"
 
 
 def _mib(size: float | None) -> str:

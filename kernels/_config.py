@@ -179,6 +179,13 @@ def crowded(elements: float, warps: int, most: int = REGISTERS) -> str | None:
     return f"{each} values for each thread; {most} registers" if each > most else None
 
 
+def two_pieces(n: int) -> tuple[int, int]:
+    """A row's columns in two powers of two: 4608 = 4096 + 512, where one power of two, 8192, would be nearly half
+    empty. The second is 0 where n is a power of two."""
+    head = 1 << (n.bit_length() - 1)
+    return head, 1 << (n - head - 1).bit_length() if n > head else 0
+
+
 def row_space(
     kernel: str,
     heuristic: Callable[..., Config],
@@ -197,8 +204,7 @@ def row_space(
     def legal(config: Config, device: torch.device, dtype: torch.dtype, rows: int, n: int) -> str | None:
         columns = config["BLOCK_N"]
         if config.get("PIECES", 1) == 2:
-            head = 1 << (n.bit_length() - 1)
-            columns = head + (1 << (n - head - 1).bit_length() if n > head else head)
+            columns = sum(two_pieces(n))
             if columns >= config["BLOCK_N"]:
                 return f"two pieces of {n} are no less than {config['BLOCK_N']}"
         tile = config["BLOCK_M"] * columns

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastft.kernels._config import Config, row_space
+from fastft.kernels._config import Config, row_space, two_pieces
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import SAME_SUMS, processors, row_offset, row_tile, row_values, rows_of, size, tile_at
@@ -58,15 +58,16 @@ def _tile(device: torch.device, dtype: torch.dtype, rows: int, n: int) -> Config
     enough that summing those is cheap, enough to fill the GPU.
     """
     block_m, block_n, warps = row_tile(n)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "PIECES": 1, "num_warps": warps, "PROGRAMS": 4}
+    pieces = 2 if block_m == 1 and sum(two_pieces(n)) < block_n else 1
+    if pieces == 2:  # as many elements for each thread as in one piece, or up to twice as many
+        warps = min(warps, 1 << (sum(two_pieces(n)) // 512).bit_length() - 1)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "PIECES": pieces, "num_warps": warps, "PROGRAMS": 4}
 
 
 def _pieces(n: int, tile: Config) -> Config:
-    """A row in one piece, or in two powers of two: 4608 = 4096 + 512, of which 8192 would be nearly half empty."""
-    head = 1 << (n.bit_length() - 1)
-    if tile["PIECES"] == 1 or head == n:
-        return {"BLOCK_N": tile["BLOCK_N"], "TAIL": 0}
-    return {"BLOCK_N": head, "TAIL": triton.next_power_of_2(n - head)}
+    """Columns of a row's first piece and of its second, of which there may be none."""
+    head, tail = two_pieces(n)
+    return {"BLOCK_N": head, "TAIL": tail} if tile["PIECES"] == 2 else {"BLOCK_N": tile["BLOCK_N"], "TAIL": 0}
 
 
 FORWARD = row_space("layer_norm.forward", _tile, values_per_element=2, pieces=True)

@@ -150,37 +150,50 @@ def _store_pairs(
 
 
 @jit
-def _turn_heads(
-    x_ptr, y_ptr, heads, x_h, y_h, c1, s1, c2, s2,
-    D: tl.constexpr, HALF: tl.constexpr, LOAD_PAIRS: tl.constexpr, STORE_PAIRS: tl.constexpr, TRANSPOSE: tl.constexpr,
+def _load_heads(
+    x_ptr, start, stride,
+    HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token, BLOCK_H at a time."""
-    for start in range(0, heads, BLOCK_H):
-        head = start + tl.arange(0, BLOCK_H)
-        mask = head < heads
-        x_at, y_at = head.to(tl.int64) * x_h, head.to(tl.int64) * y_h
-        first, second = _load_pairs(x_ptr, x_at, mask, HALF, LOAD_PAIRS, BLOCK_H, BLOCK)
-        if TRANSPOSE:
-            turned_first = first * c1[None, :] + second * s2[None, :]
-            turned_second = second * c2[None, :] - first * s1[None, :]
-        else:
-            turned_first = first * c1[None, :] - second * s1[None, :]
-            turned_second = second * c2[None, :] + first * s2[None, :]
-        _store_pairs(y_ptr, y_at, mask, turned_first, turned_second, HALF, STORE_PAIRS, BLOCK_H, BLOCK)
-        if D > 2 * HALF:
-            col = 2 * HALF + tl.arange(0, BLOCK_REST)
-            both = mask[:, None] & (col < D)[None, :]
-            rest = tl.load(x_ptr + x_at[:, None] + col[None, :], mask=both, other=0.0)
-            tl.store(y_ptr + y_at[:, None] + col[None, :], rest.to(tl.float32).to(y_ptr.dtype.element_ty), mask=both)
+    """BLOCK_H heads of one token: the pairs, and the elements that are passed on (if there are any)."""
+    head = start + tl.arange(0, BLOCK_H)
+    mask, at = head < HEADS, head.to(tl.int64) * stride
+    first, second = _load_pairs(x_ptr, at, mask, HALF, PAIRS, BLOCK_H, BLOCK)
+    rest = first
+    if D > 2 * HALF:
+        col = 2 * HALF + tl.arange(0, BLOCK_REST)
+        rest = tl.load(x_ptr + at[:, None] + col[None, :], mask=mask[:, None] & (col < D)[None, :], other=0.0)
+    return first, second, rest.to(tl.float32)
+
+
+@jit
+def _store_heads(
+    y_ptr, start, stride, first, second, rest, c1, s1, c2, s2,
+    HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, TRANSPOSE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """Turn BLOCK_H heads of one token, and store them."""
+    head = start + tl.arange(0, BLOCK_H)
+    mask, at = head < HEADS, head.to(tl.int64) * stride
+    if TRANSPOSE:
+        turned_first = first * c1[None, :] + second * s2[None, :]
+        turned_second = second * c2[None, :] - first * s1[None, :]
+    else:
+        turned_first = first * c1[None, :] - second * s1[None, :]
+        turned_second = second * c2[None, :] + first * s2[None, :]
+    _store_pairs(y_ptr, at, mask, turned_first, turned_second, HALF, PAIRS, BLOCK_H, BLOCK)
+    if D > 2 * HALF:
+        col = 2 * HALF + tl.arange(0, BLOCK_REST)
+        both = mask[:, None] & (col < D)[None, :]
+        tl.store(y_ptr + at[:, None] + col[None, :], rest.to(y_ptr.dtype.element_ty), mask=both)
 
 
 @jit
 def _kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr,
-    seq, q_heads, k_heads,
+    seq,
     q_b, q_h, q_s, k_b, k_h, k_s, qo_b, qo_h, qo_s, ko_b, ko_h, ko_s, cos_b, cos_s, cos_d, sin_b, sin_s, sin_d,
-    D: tl.constexpr, HALF: tl.constexpr, FULL_TABLES: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, FULL_TABLES: tl.constexpr,
     X_PAIRS: tl.constexpr, Y_PAIRS: tl.constexpr, TRANSPOSE: tl.constexpr, HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
@@ -202,35 +215,66 @@ def _kernel(
     s2 = tl.load(sin_ptr + at2 * sin_d, mask=pair < HALF, other=0.0).to(tl.float32)
     LOAD_PAIRS: tl.constexpr = Y_PAIRS if TRANSPOSE else X_PAIRS
     STORE_PAIRS: tl.constexpr = X_PAIRS if TRANSPOSE else Y_PAIRS
-    if HAS_Q:
-        _turn_heads(
-            q_ptr + b * q_b + s * q_s, q_out_ptr + b * qo_b + s * qo_s, q_heads, q_h, qo_h, c1, s1, c2, s2,
-            D, HALF, LOAD_PAIRS, STORE_PAIRS, TRANSPOSE, BLOCK_Q, BLOCK, BLOCK_REST,
-        )  # fmt: skip
+    q_ptr += b * q_b + s * q_s
+    q_out_ptr += b * qo_b + s * qo_s
+    k_ptr += b * k_b + s * k_s
+    k_out_ptr += b * ko_b + s * ko_s
+    # k is loaded before q is stored: the compiler cannot know that the one does not write the other.
     if HAS_K:
-        _turn_heads(
-            k_ptr + b * k_b + s * k_s, k_out_ptr + b * ko_b + s * ko_s, k_heads, k_h, ko_h, c1, s1, c2, s2,
-            D, HALF, LOAD_PAIRS, STORE_PAIRS, TRANSPOSE, BLOCK_K, BLOCK, BLOCK_REST,
+        k1, k2, k_rest = _load_heads(k_ptr, 0, k_h, K_HEADS, D, HALF, LOAD_PAIRS, BLOCK_K, BLOCK, BLOCK_REST)
+    if HAS_Q:
+        for start in range(0, Q_HEADS, BLOCK_Q):
+            q1, q2, q_rest = _load_heads(q_ptr, start, q_h, Q_HEADS, D, HALF, LOAD_PAIRS, BLOCK_Q, BLOCK, BLOCK_REST)
+            _store_heads(
+                q_out_ptr, start, qo_h, q1, q2, q_rest, c1, s1, c2, s2,
+                Q_HEADS, D, HALF, STORE_PAIRS, TRANSPOSE, BLOCK_Q, BLOCK, BLOCK_REST,
+            )  # fmt: skip
+    if HAS_K:
+        _store_heads(
+            k_out_ptr, 0, ko_h, k1, k2, k_rest, c1, s1, c2, s2,
+            K_HEADS, D, HALF, STORE_PAIRS, TRANSPOSE, BLOCK_K, BLOCK, BLOCK_REST,
         )  # fmt: skip
+        for start in range(BLOCK_K, K_HEADS, BLOCK_K):
+            k1, k2, k_rest = _load_heads(k_ptr, start, k_h, K_HEADS, D, HALF, LOAD_PAIRS, BLOCK_K, BLOCK, BLOCK_REST)
+            _store_heads(
+                k_out_ptr, start, ko_h, k1, k2, k_rest, c1, s1, c2, s2,
+                K_HEADS, D, HALF, STORE_PAIRS, TRANSPOSE, BLOCK_K, BLOCK, BLOCK_REST,
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------- launcher
 
-#: Elements of q that one program holds at a time: 32 heads of 128.
-TILE = 4096
+#: Elements of q that one program holds at a time, at most: 32 heads of 128. And that each of its threads does: four
+#: loads of 16 bytes in bf16, so that a few heads (Gemma 3 1B: four) do not wait for one load in many threads.
+TILE, EACH = 4096, 32
+LEAST = 512
 
 
-def _tile(device: torch.device, dtype: torch.dtype, *sizes: int) -> Config:
-    return {"TILE": TILE, "num_warps": 4}
+def _held(q_heads: int, rotary_dim: int) -> int:
+    """Elements of all heads of q that are turned, in tiles of powers of two."""
+    return max(LEAST, triton.next_power_of_2(q_heads) * triton.next_power_of_2(rotary_dim))
 
 
-def _legal(config: Config, device: torch.device, dtype: torch.dtype, *sizes: int) -> str | None:
+def _tile(
+    device: torch.device, dtype: torch.dtype, tokens: int, q_heads: int, k_heads: int, head_dim: int, rotary_dim: int,
+    *how: Any,
+) -> Config:  # fmt: skip
+    held = min(TILE, _held(q_heads, rotary_dim))
+    return {"TILE": held, "num_warps": min(4, max(1, held // (32 * EACH)))}
+
+
+def _legal(
+    config: Config, device: torch.device, dtype: torch.dtype, tokens: int, q_heads: int, k_heads: int, head_dim: int,
+    rotary_dim: int, *how: Any,
+) -> str | None:  # fmt: skip
+    if config["TILE"] > (most := _held(q_heads, rotary_dim)):
+        return f"all heads are {most} elements"
     return crowded(3 * config["TILE"], config["num_warps"])
 
 
 CONFIG = Space(
     "rotary.turn",
-    {"TILE": (512, 1024, 2048, 4096, 8192), "num_warps": (1, 2, 4, 8)},
+    {"TILE": (LEAST, 1024, 2048, 4096, 8192), "num_warps": (1, 2, 4, 8)},
     _tile,
     tokens=("tokens",),
     sizes=("q_heads", "k_heads", "head_dim", "rotary_dim", "style", "transpose"),
@@ -270,10 +314,11 @@ def _launch(
     x_pairs, y_pairs = STYLES[style]
     _kernel[(batch * seq,)](
         q_in, k_in, q_out, k_out, cos, sin,
-        seq, *heads,
+        seq,
         *strides(q_in), *strides(k_in), *strides(q_out), *strides(k_out),
         *table_strides(cos), *table_strides(sin),
-        D=width, HALF=half, FULL_TABLES=cos.shape[-1] == rotary_dim, X_PAIRS=x_pairs, Y_PAIRS=y_pairs,
+        Q_HEADS=heads[0], K_HEADS=heads[1], D=width, HALF=half, FULL_TABLES=cos.shape[-1] == rotary_dim,
+        X_PAIRS=x_pairs, Y_PAIRS=y_pairs,
         TRANSPOSE=transpose, HAS_Q=q is not None, HAS_K=k is not None,
         BLOCK_Q=tiles[0], BLOCK_K=tiles[1], BLOCK=block, BLOCK_REST=triton.next_power_of_2(max(width - rotary_dim, 1)),
         num_warps=config["num_warps"],

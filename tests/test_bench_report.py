@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import fastft.cli
-from bench import cli, files, gate, report, train
+from bench import cli, files, gate, report, tables, train
 from bench.tables import OURS
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -32,6 +32,7 @@ def kernels(times: dict[str, float | str], spread: float = 0.0, **more: Any) -> 
     for key, us in times.items():
         op, shape, name = key.split(" ", 2)
         new = {"op": op, "shape": shape, "dtype": "bfloat16", "implementations": {}, "floor_us": {"full": 80.0}}
+        new |= {"copy_us": {"forward": 36.0, "backward": 54.0, "full": 90.0}}
         new |= {"bound": "memory", "forward_bytes": 2e8, "backward_bytes": 3e8, "forward_flops": 0.0}
         found: dict[str, Any] = {"error": us}
         if not isinstance(us, str):
@@ -269,6 +270,17 @@ def test_report_without_a_page_prints_the_tables(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "k.json")]) == 0
     said = capsys.readouterr().out
     assert "rms_norm: µs, forward and backward" in said and "2.00" in said and "% of roofline" in said
+
+
+def test_what_memory_binds_is_held_against_a_copy_of_as_many_bytes():
+    """BASE's ours takes 100 µs, the copies of its bytes 90; without copies there is no such column."""
+    result = kernels({"rms_norm a fastft": 100.0, "rms_norm a eager": 200.0})
+    for grid in tables.kernel_tables(result):
+        i = list(grid.columns).index("% of a copy")
+        assert {cells[i] for cells in grid.rows} in ({"90", "45"}, {"90"}, {"90–90"})
+    for row in result["rows"]:
+        row["copy_us"] = {}
+    assert not any("% of a copy" in grid.columns for grid in tables.kernel_tables(result))
 
 
 def test_a_run_without_any_result_has_a_report(tmp_path):

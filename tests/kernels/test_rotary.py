@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastft.compare import assert_within
 from fastft.judging import Wide
 from fastft.kernels._op import OPS
-from fastft.kernels.rotary import STYLES, reference, rotary, supported
+from fastft.kernels.rotary import CONFIG, STYLES, reference, rotary, supported
 from tests.kernels._check import check_op
 from tests.kernels._derivations import BOTH, Array, Derivation
 from tests.kernels._fuzz import Draw, flags
@@ -49,6 +49,22 @@ def test_heads_that_fill_no_tile(style, device):
 def test_more_heads_than_a_tile(device):
     q, k = heads(1, 37, 2, 128, device=device), heads(1, 3, 2, 128, device=device)
     check_op(OP, (q, k, *tables(1, 2, 128, device=device)), "half")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_several_tiles_of_q_and_of_k(style, device):
+    q, k = heads(1, 9, 3, 136, device=device), heads(1, 6, 3, 136, device=device)
+    with CONFIG.using({"TILE": 512}):  # four heads
+        check_op(OP, (q, k, *tables(1, 3, 128, device=device)), style, None, 128)
+
+
+def test_heuristic_gives_each_thread_enough_to_load():
+    """(q heads, k heads, head size, rotated): warps. Gemma 3 1B has four heads, Phi-2 rotates 32 of 80 elements."""
+    found = {
+        key: CONFIG.heuristic(torch.device("cuda"), torch.bfloat16, 8192, *key, "half", False)["num_warps"]
+        for key in [(32, 8, 128, 128), (28, 4, 128, 128), (32, 8, 64, 64), (4, 1, 256, 256), (32, 32, 80, 32)]
+    }
+    assert [*found.values()] == [4, 4, 2, 1, 1]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -340,12 +356,12 @@ MUTANTS = (
     Mutant(
         "rotary: backward is the forward",
         "kernels/rotary.py",
-        "        if TRANSPOSE:\n"
-        "            turned_first = first * c1[None, :] + second * s2[None, :]\n"
-        "            turned_second = second * c2[None, :] - first * s1[None, :]",
-        "        if TRANSPOSE:\n"
-        "            turned_first = first * c1[None, :] - second * s2[None, :]\n"
-        "            turned_second = second * c2[None, :] + first * s1[None, :]",
+        "    if TRANSPOSE:\n"
+        "        turned_first = first * c1[None, :] + second * s2[None, :]\n"
+        "        turned_second = second * c2[None, :] - first * s1[None, :]",
+        "    if TRANSPOSE:\n"
+        "        turned_first = first * c1[None, :] - second * s2[None, :]\n"
+        "        turned_second = second * c2[None, :] + first * s1[None, :]",
         'tests/kernels/test_rotary.py -k "matches_reference"',
         interpret=True,
     ),
@@ -359,10 +375,17 @@ MUTANTS = (
     Mutant(
         "rotary: the passed part is lost",
         "kernels/rotary.py",
-        "tl.store(y_ptr + y_at[:, None] + col[None, :], rest.to(tl.float32).to(y_ptr.dtype.element_ty), mask=both)",
-        "tl.store(y_ptr + y_at[:, None] + col[None, :], 0.0 * "
-        "rest.to(tl.float32).to(y_ptr.dtype.element_ty), mask=both)",
+        "tl.store(y_ptr + at[:, None] + col[None, :], rest.to(y_ptr.dtype.element_ty), mask=both)",
+        "tl.store(y_ptr + at[:, None] + col[None, :], (0.0 * rest).to(y_ptr.dtype.element_ty), mask=both)",
         'tests/kernels/test_rotary.py -k "matches_reference"',
+        interpret=True,
+    ),
+    Mutant(
+        "rotary: every tile of k is its first",
+        "kernels/rotary.py",
+        "_load_heads(k_ptr, start, k_h",
+        "_load_heads(k_ptr, 0, k_h",
+        "tests/kernels/test_rotary.py -k several_tiles",
         interpret=True,
     ),
     Mutant(
