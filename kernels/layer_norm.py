@@ -18,6 +18,7 @@ fp32, one number each a row.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,14 +54,14 @@ def reference(
 MAX_N = 32768
 
 
-def _tile(device: torch.device, dtype: torch.dtype, rows: int, n: int) -> Config:
+def _tile(each: int, device: torch.device, dtype: torch.dtype, rows: int, n: int) -> Config:
     """A program's tile, and its warps. ``PROGRAMS``: programs for each processor, where they write partial rows: few
     enough that summing those is cheap, enough to fill the GPU.
     """
-    block_m, block_n, warps = row_tile(n)
-    pieces = 2 if block_m == 1 and sum(two_pieces(n)) < block_n else 1
-    if pieces == 2:  # as many elements for each thread as in one piece, or up to twice as many
-        warps = min(warps, 1 << (sum(two_pieces(n)) // 512).bit_length() - 1)
+    block_m, block_n, warps = row_tile(n, each)
+    pieces = 1
+    if block_m == 1 and sum(two_pieces(n)) < 0.6 * block_n:
+        pieces, warps = 2, row_tile(n, each, sum(two_pieces(n)))[2]
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "PIECES": pieces, "num_warps": warps, "PROGRAMS": 4}
 
 
@@ -70,8 +71,8 @@ def _pieces(n: int, tile: Config) -> Config:
     return {"BLOCK_N": head, "TAIL": tail} if tile["PIECES"] == 2 else {"BLOCK_N": tile["BLOCK_N"], "TAIL": 0}
 
 
-FORWARD = row_space("layer_norm.forward", _tile, values_per_element=2, pieces=True)
-BACKWARD = row_space("layer_norm.backward", _tile, values_per_element=3, programs=True, pieces=True)
+FORWARD = row_space("layer_norm.forward", partial(_tile, 16), values_per_element=2, pieces=True)
+BACKWARD = row_space("layer_norm.backward", partial(_tile, 32), values_per_element=3, programs=True, pieces=True)
 
 
 # ---------------------------------------------------------------- forward kernel

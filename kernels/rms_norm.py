@@ -22,6 +22,7 @@ w`` in fp32, cast then swapped operands); rounding once is at least as exact as 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,16 +60,16 @@ def reference(
 MAX_N = 32768
 
 
-def _tile(device: torch.device, dtype: torch.dtype, rows: int, n: int) -> Config:
+def _tile(each: int, device: torch.device, dtype: torch.dtype, rows: int, n: int) -> Config:
     """A program's tile, and its warps. ``PROGRAMS``: programs for each processor, where they write partial rows: few
     enough that summing those is cheap, enough to fill the GPU.
     """
-    block_m, block_n, warps = row_tile(n)
+    block_m, block_n, warps = row_tile(n, each)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "PROGRAMS": 4}
 
 
-FORWARD = row_space("rms_norm.forward", _tile, values_per_element=2)
-BACKWARD = row_space("rms_norm.backward", _tile, values_per_element=3, programs=True)
+FORWARD = row_space("rms_norm.forward", partial(_tile, 16), values_per_element=2)
+BACKWARD = row_space("rms_norm.backward", partial(_tile, 32), values_per_element=3, programs=True)
 
 
 # ---------------------------------------------------------------- forward kernel

@@ -21,7 +21,7 @@ BOTH = ("PyTorch", "Triton")
 EPS = 0.001
 #: Small tiles of kernels over rows: two rows a tile, and one processor.
 ROW_TILES: dict[str, Callable[..., Any]] = {
-    "row_tile": lambda n: (2, 1 << (n - 1).bit_length(), 1),
+    "row_tile": lambda n, *each: (2, 1 << (n - 1).bit_length(), 1),
     "processors": lambda device: 1,
 }
 

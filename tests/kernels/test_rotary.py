@@ -59,12 +59,12 @@ def test_several_tiles_of_q_and_of_k(style, device):
 
 
 def test_heuristic_gives_each_thread_enough_to_load():
-    """(q heads, k heads, head size, rotated): warps. Gemma 3 1B has four heads, Phi-2 rotates 32 of 80 elements."""
-    found = {
-        key: CONFIG.heuristic(torch.device("cuda"), torch.bfloat16, 8192, *key, "half", False)["num_warps"]
-        for key in [(32, 8, 128, 128), (28, 4, 128, 128), (32, 8, 64, 64), (4, 1, 256, 256), (32, 32, 80, 32)]
-    }
-    assert [*found.values()] == [4, 4, 2, 1, 1]
+    """(q heads, k heads, head size, rotated). Gemma 3 1B has four heads, Phi-2 rotates 32 of 80 elements."""
+    found = [
+        [*CONFIG.heuristic(torch.device("cuda"), torch.bfloat16, 8192, *key, "half", False).values()]
+        for key in [(32, 8, 128, 128), (16, 8, 256, 256), (32, 8, 64, 64), (4, 1, 256, 256), (32, 32, 80, 32)]
+    ]
+    assert found == [[2048, 4], [2048, 8], [2048, 4], [1024, 1], [1024, 4]]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
