@@ -70,23 +70,26 @@ def row_tile(n: int, each: int, held: int | None = None) -> tuple[int, int, int]
     """Rows and columns of the tile of a program that keeps whole rows of N = ``n`` in registers, and its warps.
 
     Short rows: about 4096 elements, so that a norm over 64-wide heads fills its program too. Long ones: one row, with
-    ``each`` of its elements or more for each thread, and so many warps that none of them idles at the row's end (4608
-    columns are a warp's 18 times: two warps take nine each, where of four some would take five, and all wait). Measured
-    on an H100 at 1152 to 6144 columns: 16 elements where little is held beside the row, 32 where much is. ``held``:
-    columns that a row's registers are for, where they are less than the next power of two.
+    ``each`` of its elements or more for each thread, and so many warps that few of them idle at the row's end (5120
+    columns are a warp's 20 times: four warps take five each, where eight would wait for those that take three, and two
+    would do). ``held``: columns that a row's registers are for, where they are less than the next power of two.
     """
     columns = triton.next_power_of_2(n)
     if columns < 2048:
         rows = 4096 // columns
         return rows, columns, min(16, max(4, rows * columns // 512))
+    turns, idle = triton.cdiv(n, WARP_COLUMNS), 0.0 if held else 0.15
     warps = 1
     while warps < 16 and (
         (held or columns) > MOST_COLUMNS * 32 * warps
-        or (n >= 2 * each * 32 * warps and triton.cdiv(n, WARP_COLUMNS) % (2 * warps) == 0)
+        or (n >= 2 * each * 32 * warps and 2 * warps * triton.cdiv(turns, 2 * warps) <= (1.0 + idle) * turns)
     ):
         warps *= 2
     return 1, columns, warps
 
+
+#: Elements for each thread at least, where little is held beside the row, and where its sums are (an H100's best).
+FEW, MANY = 16, 28
 
 #: Launch option for kernels that sum products along a row and store the sum. A product that is contracted into the
 #: first addition across threads, fma(x, x, what the neighbour has), rounds differently in the two threads; every thread

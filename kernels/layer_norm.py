@@ -27,7 +27,18 @@ import torch.nn.functional as F
 from fastft.kernels._config import Config, row_space, two_pieces
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
-from fastft.kernels._rows import SAME_SUMS, processors, row_offset, row_tile, row_values, rows_of, size, tile_at
+from fastft.kernels._rows import (
+    FEW,
+    MANY,
+    SAME_SUMS,
+    processors,
+    row_offset,
+    row_tile,
+    row_values,
+    rows_of,
+    size,
+    tile_at,
+)
 from fastft.kernels._triton import jit, tl, triton
 
 # ---------------------------------------------------------------- reference
@@ -71,8 +82,8 @@ def _pieces(n: int, tile: Config) -> Config:
     return {"BLOCK_N": head, "TAIL": tail} if tile["PIECES"] == 2 else {"BLOCK_N": tile["BLOCK_N"], "TAIL": 0}
 
 
-FORWARD = row_space("layer_norm.forward", partial(_tile, 16), values_per_element=2, pieces=True)
-BACKWARD = row_space("layer_norm.backward", partial(_tile, 32), values_per_element=3, programs=True, pieces=True)
+FORWARD = row_space("layer_norm.forward", partial(_tile, FEW), values_per_element=2, pieces=True)
+BACKWARD = row_space("layer_norm.backward", partial(_tile, MANY), values_per_element=3, programs=True, pieces=True)
 
 
 # ---------------------------------------------------------------- forward kernel

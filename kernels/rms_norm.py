@@ -30,7 +30,18 @@ import torch
 from fastft.kernels._config import Config, row_space
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
-from fastft.kernels._rows import SAME_SUMS, processors, row_offset, row_tile, row_values, rows_of, size, tile_at
+from fastft.kernels._rows import (
+    FEW,
+    MANY,
+    SAME_SUMS,
+    processors,
+    row_offset,
+    row_tile,
+    row_values,
+    rows_of,
+    size,
+    tile_at,
+)
 from fastft.kernels._triton import jit, tl, triton
 
 # ---------------------------------------------------------------- reference
@@ -68,8 +79,8 @@ def _tile(each: int, device: torch.device, dtype: torch.dtype, rows: int, n: int
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "PROGRAMS": 4}
 
 
-FORWARD = row_space("rms_norm.forward", partial(_tile, 16), values_per_element=2)
-BACKWARD = row_space("rms_norm.backward", partial(_tile, 32), values_per_element=3, programs=True)
+FORWARD = row_space("rms_norm.forward", partial(_tile, FEW), values_per_element=2)
+BACKWARD = row_space("rms_norm.backward", partial(_tile, MANY), values_per_element=3, programs=True)
 
 
 # ---------------------------------------------------------------- forward kernel

@@ -244,9 +244,8 @@ def _kernel(
 
 # ---------------------------------------------------------------- launcher
 
-#: Elements of q that one program holds at a time, at most: 16 heads of 128.
-TILE = 2048
-LEAST = 512
+#: Heads of q that one program holds at a time, and their elements, at the least and at most.
+HEADS, LEAST, MOST = 16, 512, 2048
 
 
 def _held(q_heads: int, width: int) -> int:
@@ -261,7 +260,8 @@ def _tile(
     # Four heads (Gemma 3 1B) leave many threads with one load to wait for; wide heads are many registers. Measured on
     # an H100.
     warps = 1 if _held(q_heads, head_dim) <= 1024 else 8 if rotary_dim > 128 else 4
-    return {"TILE": min(TILE, _held(q_heads, rotary_dim)), "num_warps": warps}
+    tile = min(MOST, max(LEAST, HEADS * triton.next_power_of_2(rotary_dim)), _held(q_heads, rotary_dim))
+    return {"TILE": tile, "num_warps": warps}
 
 
 def _legal(

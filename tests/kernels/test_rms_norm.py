@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from fastft.kernels._op import OPS
-from fastft.kernels.rms_norm import MAX_N, reference, rms_norm, supported
+from fastft.kernels.rms_norm import BACKWARD, FORWARD, MAX_N, reference, rms_norm, supported
 from tests.kernels._check import check_op
 from tests.kernels._derivations import BOTH, EPS, ROW_TILES, Array, Derivation, over_rows
 from tests.kernels._expressions import ratio
@@ -210,6 +210,17 @@ def _rms_norm_derivations() -> list[Derivation]:
             outputs=2,
         ),
     ]
+
+
+def test_long_rows_have_so_many_warps_that_few_idle_at_the_end():
+    """N: warps of the forward, of the backward. 5120 are 20 times a warp's 256 columns: five for each of four."""
+    sizes = (1152, 2048, 2560, 3072, 3584, 4096, 4608, 5120, 6144, 8192, MAX_N)
+    found = {
+        n: tuple(s.heuristic(torch.device("cuda"), torch.bfloat16, 8192, n)["num_warps"] for s in (FORWARD, BACKWARD))
+        for n in sizes
+    }
+    expected = [(1, 1), (4, 2), (2, 2), (4, 2), (4, 4), (8, 4), (4, 4), (4, 4), (8, 4), (16, 8), (16, 16)]
+    assert found == dict(zip(sizes, expected, strict=True))
 
 
 DERIVATIONS = {"rms_norm": _rms_norm_derivations}
