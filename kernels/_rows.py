@@ -69,13 +69,13 @@ WARP_COLUMNS, MOST_COLUMNS = 256, 72
 def row_tile(n: int, each: int, held: int | None = None) -> tuple[int, int, int]:
     """Rows and columns of the tile of a program that keeps whole rows of N = ``n`` in registers, and its warps.
 
-    Short rows: about 4096 elements, so that a norm over 64-wide heads fills its program too. Long ones: one row, with
-    ``each`` of its elements or more for each thread, and so many warps that few of them idle at the row's end (5120
-    columns are a warp's 20 times: four warps take five each, where eight would wait for those that take three, and two
-    would do). ``held``: columns that a row's registers are for, where they are less than the next power of two.
+    Up to 1024 columns, and 2048: about 4096 elements, so that a norm over 64-wide heads fills its program too. Others:
+    one row, with ``each`` of its elements or more for each thread, and so many warps that few of them idle at the row's
+    end (5120 columns are a warp's 20 times: four warps take five each; of eight, four would take three and the others
+    wait). ``held``: columns that a row's registers are for, where they are less than the next power of two.
     """
     columns = triton.next_power_of_2(n)
-    if columns < 2048:
+    if columns < 2048 or n == 2048:
         rows = 4096 // columns
         return rows, columns, min(16, max(4, rows * columns // 512))
     turns, idle = triton.cdiv(n, WARP_COLUMNS), 0.0 if held else 0.15

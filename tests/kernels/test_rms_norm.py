@@ -219,7 +219,7 @@ def test_long_rows_have_so_many_warps_that_few_idle_at_the_end():
         n: tuple(s.heuristic(torch.device("cuda"), torch.bfloat16, 8192, n)["num_warps"] for s in (FORWARD, BACKWARD))
         for n in sizes
     }
-    expected = [(1, 1), (4, 2), (2, 2), (4, 2), (4, 4), (8, 4), (4, 4), (4, 4), (8, 4), (16, 8), (16, 16)]
+    expected = [(1, 1), (8, 8), (2, 2), (4, 2), (4, 4), (8, 4), (4, 4), (4, 4), (8, 4), (16, 8), (16, 16)]
     assert found == dict(zip(sizes, expected, strict=True))
 
 
