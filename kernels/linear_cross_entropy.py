@@ -307,6 +307,8 @@ def _forward_kernel(
         if LOG_SUM_SQ_PROBS:
             tl.store(log_sum_sq_probs_ptr + row, tl.log(sum_ee) - 2.0 * log_sum)
         if GRADIENT:
+            # The label's logit is overwritten too: not before every warp has read it.
+            tl.debug_barrier()
             for start in range(0, V, BLOCK):
                 offsets = start + tl.arange(0, BLOCK)
                 z, slope = _load_z(logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
