@@ -413,6 +413,34 @@ def test_report_of_committed_files(tmp_path):
     assert "11,818" in text and "15,476" in text and len(page.images) == len(COMPARED)
 
 
+@pytest.mark.parametrize("copies", [True, False])
+def test_rate_plot_is_points_by_model(monkeypatch, copies):
+    """Two shapes of one size stand in columns of their own, nothing joins them, and the ceiling's label is outside."""
+    drawn: list[Any] = []
+    axes = report._axes
+    monkeypatch.setattr(report, "_axes", lambda *a: drawn.append(axes(*a)) or drawn[-1])
+    data = kernels({"rms_norm a fastft": 90.0, "rms_norm a eager": 200.0, "rms_norm b fastft": 180.0})
+    for row in data["rows"] if not copies else ():
+        row["copy_us"] = {}
+    assert report._rate_plot("rms_norm", data["rows"], files.Result(Path("k.json"), "kernels", data))
+    ((_, (axis,)),) = drawn
+    points = [line for line in axis.lines if line.get_marker() == "o"]
+    assert len(points) == 2 and all(line.get_linestyle() == "None" for line in points)
+    assert [round(float(x)) for line in points for x in line.get_xdata()] == [0, 0, 1]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["model-a\n500.0 MB", "model-b\n500.0 MB"]
+    assert [list(line.get_ydata()) for line in points] == [
+        [pytest.approx(2500.0)],
+        pytest.approx([5555.6, 2777.8], 1e-3),
+    ]
+    # 500 MB of copies in 90 µs
+    heights = [segment[0][1] for collection in axis.collections for segment in collection.get_segments()]
+    assert heights == pytest.approx([5555.6] * 2 if copies else [], 1e-3)
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["eager", "fastft", *[report.COPY] * copies]
+    (label,) = axis.texts
+    assert label.get_text().startswith("a large copy") and label.xy[0] > 1
+
+
 @pytest.mark.parametrize(
     ("option", "path", "says"),
     [
