@@ -1,8 +1,9 @@
-"""``fastft bench``: kernels, training steps, the gate between two result files, the report.
+"""``fastft bench``: kernels, training steps, the gates (two result files; one and its targets), the report.
 
     fastft bench kernels --shapes-tag real --out kernels.json
     fastft bench train compare --impls eager,unsloth,fastft --out all.json
     fastft bench compare old.json new.json
+    fastft bench targets kernels.json
     fastft bench report kernels.json all.json --html report.html
 
 ``python bench/cli.py`` is the same, for a checkout that is not installed.
@@ -14,7 +15,9 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +50,19 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--empty-caches", action="store_true", help="first calls compile everything")
     kernels.add_argument("--out", type=Path, default=None, help="JSON file, written anew after every case")
     commands.add_parser("train", help="training steps: bench/train.py run | compare | checkpoint", add_help=False)
-    compare = commands.add_parser("compare", help="exit status 1 if anything of ours got slower, or is gone")
+    compare = commands.add_parser("compare", help="exit status 1 if anything of ours got slower or larger, or is gone")
     compare.add_argument("old", type=Path)
     compare.add_argument("new", type=Path)
-    compare.add_argument("--band", type=float, default=0.05, help="least noise band, a fraction (default 0.05)")
+    compare.add_argument("--band", type=float, default=0.05, help="least noise band of times (default 0.05: 5 %%)")
+    compare.add_argument(
+        "--memory-band", type=float, default=files.LEAST, help=f"least one of peak memory (default {files.LEAST})"
+    )
     compare.add_argument("--any-device", action="store_true", help="compare files of different devices")
     compare.add_argument("--all", action="store_true", help="show what did not change too")
+    targets = commands.add_parser(
+        "targets", help="exit status 1 if a kernel is slower than Inductor or below 90 %% of a copy's rate"
+    )
+    targets.add_argument("files", nargs="+", type=Path, metavar="FILE")
     report = commands.add_parser("report", help="tables of result files; with --html, a page with plots")
     report.add_argument("files", nargs="+", type=Path, metavar="FILE")
     report.add_argument("--html", type=Path, default=None, help="write one self-contained page")
@@ -78,11 +88,12 @@ def kernels(a: argparse.Namespace, more: Sequence[str]) -> int:
 
 
 def compare(a: argparse.Namespace) -> int:
-    if not 0 <= a.band < 1:
-        raise gate.NotComparable(f"--band is {a.band}; it is a fraction, 0.05 for 5 %")
+    for option, band in (("--band", a.band), ("--memory-band", a.memory_band)):
+        if not 0 <= band < 1:
+            raise gate.NotComparable(f"{option} is {band}; it is a fraction, 0.05 for 5 %")
     old, new = files.load(a.old), files.load(a.new)
-    found = gate.changes(old, new, a.band, a.any_device)
-    grid = gate.table(found, "µs" if old.kind == "kernels" else "ms", a.all)
+    found = gate.changes(old, new, a.band, a.memory_band, a.any_device)
+    grid = gate.table(found, a.all)
     if grid.rows:
         _print(grid.trimmed())
     else:
@@ -90,31 +101,76 @@ def compare(a: argparse.Namespace) -> int:
     bad = [c for c in found if c.bad]
     ours = [c for c in found if c.ours]
     if bad:
-        counts = [f"{sum(c.verdict == v for c in bad)} {v}" for v in (gate.SLOWER, gate.GONE)]
-        print(f"Regressed: of {len(ours)} rows of fastft, {', '.join(counts)}.")
+        counts = [f"{sum(c.verdict == v for c in bad)} {v}" for v in (gate.SLOWER, gate.MORE, gate.GONE)]
+        print(f"Regressed: of {len(ours)} figures of fastft, {', '.join(counts)}.")
         return 1
-    print(f"Nothing of fastft got slower than its noise band, and nothing is gone ({len(ours)} rows).")
+    print(f"Nothing of fastft got slower or larger by more than its noise band or is gone ({len(ours)} figures).")
     return 0
+
+
+def targets(a: argparse.Namespace) -> int:
+    judged = [gate.judge(files.load(path)) for path in a.files]
+    for each in judged:
+        for grid in gate.target_tables(each):
+            _print(grid)
+        for line in each.notes:
+            print(f"Note: {line}")
+        for line in each.failed:
+            print(f"Failed: {line}")
+        for line, shapes in Counter(each.unknown).items():
+            print(f"Not judged: {line} ({shapes} shape{'s' * (shapes > 1)})")
+        print(each.sentence())
+    met = all(each.met for each in judged)
+    print("Every target is met." if met else "Missed: a target above is not met, or was not measured.")
+    return 0 if met else 1
 
 
 def report(a: argparse.Namespace) -> int:
     from bench import report
 
     results = [files.load(path) for path in a.files]
+    if a.html is not None:  # before the plots are drawn, which takes a while
+        _writable(a.html)
+    if a.png is not None:
+        with _writing(a.png):
+            a.png.mkdir(parents=True, exist_ok=True)
     if a.html is None:
         for grid in (grid for result in results for grid in report.tables(result)):
             _print(grid)
     figures: list[Any] = list(report.figures(results)) if a.html or a.png else []
     if a.html is not None:
-        a.html.parent.mkdir(parents=True, exist_ok=True)
-        a.html.write_text(report.page(results, figures), encoding="utf-8")
+        with _writing(a.html):
+            a.html.write_text(report.page(results, figures), encoding="utf-8")
         print(f"{a.html}: {a.html.stat().st_size / 1024:,.0f} KiB, {len(figures)} plots")
     if a.png is not None:
-        a.png.mkdir(parents=True, exist_ok=True)
         for figure in figures:
-            (a.png / f"{figure.name}.png").write_bytes(figure.png)
+            file = a.png / f"{figure.name}.png"
+            with _writing(file):
+                file.write_bytes(figure.png)
         print(f"{a.png}: {len(figures)} plots")
     return 0
+
+
+class CannotWrite(Exception):
+    """The message names the file and says why."""
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror or error  # mkdir's
+        raise CannotWrite(f"cannot write {path}: {why}") from None
+
+
+def _writable(file: Path) -> None:
+    with _writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = not file.exists()
+        file.open("ab").close()
+        if new:
+            file.unlink()
 
 
 def _print(grid: Grid) -> None:
@@ -124,7 +180,7 @@ def _print(grid: Grid) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 (a kernel failed, no run worked, a regression), 2 for what the user can mend."""
+    """Exit status: 0, 1 (a kernel failed, no run worked, a regression, a missed target), 2 for what a user can mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["train"]:
         from bench import train
@@ -137,8 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if more:
         parser.error(f"unknown arguments: {' '.join(more)}")
     try:
-        return {"compare": compare, "report": report}[a.command](a)
-    except (files.NotAResult, gate.NotComparable) as error:
+        return {"compare": compare, "targets": targets, "report": report}[a.command](a)
+    except (files.NotAResult, gate.NotComparable, CannotWrite) as error:
         print(f"fastft bench: {error}", file=sys.stderr)
         return 2
 

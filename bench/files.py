@@ -18,6 +18,8 @@ from typing import Any
 from bench import train
 
 SCHEMA = 1
+#: Differences smaller than this share are none, however quiet the machine was; the tuner's too.
+LEAST = 0.01
 
 
 class NotAResult(ValueError):
@@ -62,6 +64,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def relative_spread(figure: Mapping[str, float]) -> float:
     """The distance between the quartiles over the median."""
     return (figure["q3"] - figure["q1"]) / figure["median"] if figure["median"] else 0.0
+
+
+def noise_band(*figures: Mapping[str, float], least: float = LEAST) -> float:
+    """The share by which medians must differ to be different: the widest of the figures' own spreads and ``least``."""
+    return max(least, *map(relative_spread, figures))
 
 
 def head(kind: str, argv: Sequence[str]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from bench.files import Result, relative_spread, spread
 from bench.tables import OURS, Grid, best_other, by_op, implementations, kernel_tables, time_of
 
 GIB = 2**30
+#: What the legend calls the times of ``copy_us``.
+COPY = "a copy of as\nmany bytes"
 #: One colour for an implementation everywhere; any other gets one of :data:`MORE`.
 COLORS = {
     OURS: "#c8385a",
@@ -29,6 +31,7 @@ COLORS = {
     "Liger": "#e8a33d",
     "liger_inductor_layers": "#b77a1c",
     "quack": "#7b5ea7",
+    "F.rms_norm": "#59a14f",
     "cut-cross-entropy": "#4a7c59",
     "bitsandbytes": "#a8765a",
 }
@@ -231,52 +234,71 @@ def _log_scale(axis: Any) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
 
 
-def _legend(axis: Any, names: Sequence[str]) -> None:
+def _legend(axis: Any, names: Sequence[str], loc: str = "center left", y: float = 0.5) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], marker="o", linestyle="", color=color_of(n), label=n) for n in names]
-    axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    handles = [
+        Line2D([], [], color="#333", linewidth=1.4, label=n)
+        if n == COPY
+        else Line2D([], [], marker="o", linestyle="", color=color_of(n), label=n)
+        for n in names
+    ]
+    axis.legend(handles=handles, loc=loc, bbox_to_anchor=(1.01, y), frameon=False, fontsize=9)
 
 
 def _rate_plot(op: str, rows: Sequence[Mapping[str, Any]], result: Result) -> Plot | None:
-    """What binds the op, over forward and backward, against how much of it there is."""
-    compute = rows[0]["bound"] == "compute"
-    kind, per, unit = ("flops", 1e6, "TFLOP/s") if compute else ("bytes", 1e3, "GB/s")
-    figure, (axis,) = _axes(8.5, 3.6)
-    shown: list[str] = []
-    rates: list[float] = []
-    for name in implementations(rows):
-        points = []
-        for row in rows:
-            time = time_of(row["implementations"].get(name, {}))
-            phases = ("forward", "backward") if "full_us" in row["implementations"].get(name, {}) else ("forward",)
-            amount = sum(row.get(f"{phase}_{kind}", 0.0) for phase in phases)
-            if time and amount:
-                points.append((amount, amount / time["median"] / per))
-        if points and not name.startswith("("):
-            xs, ys = zip(*sorted(points), strict=True)
-            ours = name == OURS
-            style = dict(linewidth=2.4 if ours else 1.4, markersize=6 if ours else 4.5, zorder=3 if ours else 2)
-            axis.plot(xs, ys, "o-", color=color_of(name), **style)
-            shown.append(name)
-            rates += ys
-    if not shown:
-        return None
-    top = result.data["ceilings"]["matmul_TFLOPps" if compute else "copy_GBps"]
-    what = "a large matrix product" if compute else "a large copy"
-    axis.axhline(top, color="#333", linewidth=1, linestyle="--")
-    axis.annotate(f"{what}: {top:,.0f} {unit}", (0.01, top), xycoords=("axes fraction", "data"), va="bottom", size=8)
+    """What binds the op, over forward and backward: a column for each shape, in order of size. Points without lines:
+    shapes of nearly one size may be other computations (other activations, many short rows).
+    """
     from matplotlib.ticker import EngFormatter
 
-    _log_scale(axis)
-    axis.xaxis.set_major_formatter(EngFormatter("FLOP" if compute else "B"))
-    axis.set_ylim(0, 1.12 * max(top, *rates))
+    compute = rows[0]["bound"] == "compute"
+    kind, per, unit = ("flops", 1e6, "TFLOP/s") if compute else ("bytes", 1e3, "GB/s")
+
+    def amount(row: Mapping[str, Any], *phases: str) -> float:
+        return sum(row.get(f"{phase}_{kind}", 0.0) for phase in phases or ("forward", "backward"))
+
+    rows = sorted(rows, key=amount)
+    points: dict[str, list[tuple[int, float]]] = {}
+    for name in implementations(rows):
+        for i, row in enumerate(rows):
+            figures = row["implementations"].get(name, {})
+            phases = ("forward", "backward") if "full_us" in figures else ("forward",)
+            if name.startswith("(") or not (time := time_of(figures)) or not (size := amount(row, *phases)):
+                continue
+            points.setdefault(name, []).append((i, size / time["median"] / per))
+    if not points:
+        return None
+    figure, (axis,) = _axes(max(9.5, 3 + 0.42 * len(rows)), 3.8)
+    for k, (name, of) in enumerate(points.items()):
+        aside = 0.12 * (k - (len(points) - 1) / 2)  # equal rates stand beside each other
+        style: dict[str, Any] = dict(markersize=8, zorder=3) if name == OURS else dict(markersize=6)
+        axis.plot([i + aside for i, _ in of], [rate for _, rate in of], "o", color=color_of(name), **style)
+    copied = {i: c.get("full", c["forward"]) for i, row in enumerate(rows) if not compute and (c := row.get("copy_us"))}
+    copies = [(i, amount(rows[i]) / us / per) for i, us in copied.items()]
+    for i, rate in copies:
+        axis.hlines(rate, i - 0.4, i + 0.4, color="#333", linewidth=1.4, zorder=1)
+    top = result.data["ceilings"]["matmul_TFLOPps" if compute else "copy_GBps"]
+    axis.axhline(top, color="#333", linewidth=1, linestyle="--", zorder=1)
+    what = "a large matrix product" if compute else "a large copy"
+    label = f"{what}:\n{top:,.0f} {unit}"
+    axis.annotate(label, (1.01, top), xycoords=("axes fraction", "data"), va="center", size=9, annotation_clip=False)
+    size_of = EngFormatter("FLOP" if compute else "B", places=1)
+    names = [f"{row['model']}\n{size_of(amount(row))}" for row in rows]
+    axis.set_xticks(range(len(rows)), names, fontsize=8, rotation=90 if len(rows) > 8 else 0)
+    axis.set_xlim(-0.6, len(rows) - 0.4)
+    axis.grid(False, axis="x")
+    most = 1.08 * max(top, *(rate for of in (*points.values(), copies) for _, rate in of))
+    axis.set_ylim(0, most)
     axis.set_ylabel(unit)
     phases = "forward and backward" if "backward_bytes" in rows[0] else "the forward"
-    axis.set_xlabel(f"least {'operations' if compute else 'bytes'} of {phases}")
+    least = "operations" if compute else "bytes"
+    axis.set_xlabel(f"model, least {least} of {phases}")
     axis.set_title(f"{op}, {rows[0]['dtype']}", loc="left", fontsize=11)
-    _legend(axis, shown)
-    caption = f"{op}: the least {'operations' if compute else 'bytes'} over the time taken, by size."
+    # Beside the ceiling's label, on its larger side.
+    loc, aside = ("upper left", -0.08) if top > most / 2 else ("lower left", 0.08)
+    _legend(axis, [*points, *[COPY] * bool(copies)], loc, top / most + aside)
+    caption = f"{op}: the least {least} over the time taken; a column for each shape, in order of size."
     return Plot(_slug(op), caption, _png(figure))
 
 

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.files import relative_spread
+from bench.files import noise_band, relative_spread
 
-OURS = "fastft"
+OURS, INDUCTOR = "fastft", "inductor"
+PHASES = ("forward", "backward", "full")
+#: What an op that memory binds is to reach of the rate of a copy of as many bytes.
+COPY_TARGET = 0.9
 
 
 @dataclass
@@ -87,6 +90,37 @@ def best_other(row: Mapping[str, Any]) -> tuple[str, float] | None:
     return name, others[name]["median"] / ours["median"]
 
 
+def beside_inductor(row: Mapping[str, Any], phase: str = "") -> tuple[float, float] | None:
+    """Our time of a phase over Inductor's, and the noise band of the two; None where either has none. Without a phase,
+    forward and backward together, as :func:`time_of` has it.
+    """
+    both = [row["implementations"].get(name, {}) for name in (OURS, INDUCTOR)]
+    ours, theirs = (f.get(f"{phase}_us") if phase else time_of(f) for f in both)
+    if not ours or not theirs:
+        return None
+    return ours["median"] / theirs["median"], noise_band(ours, theirs)
+
+
+def slower_than_inductor(row: Mapping[str, Any]) -> bool | None:
+    """By more than the noise band; None where it cannot be said."""
+    found = beside_inductor(row)
+    return None if found is None else found[0] > 1 + found[1]
+
+
+def bound_by_memory(row: Mapping[str, Any]) -> bool:
+    """On a device whose ceilings are known; the kernels are not for a CPU."""
+    return row["bound"] == "memory" and bool(row["floor_us"])
+
+
+def of_copy(row: Mapping[str, Any], figures: Mapping[str, Any], phase: str = "") -> float | None:
+    """The time of copying as many bytes over this one's, of a phase or (without one) as :func:`time_of` has it; None
+    where no copy was timed (bound by arithmetic, a CPU, an older file).
+    """
+    phase = phase or ("full" if "full_us" in figures else "forward")
+    copy, us = row.get("copy_us", {}).get(phase), figures.get(f"{phase}_us")
+    return float(copy / us["median"]) if copy and us else None
+
+
 def by_op(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -112,7 +146,7 @@ DETAILS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], str]] = {
     "forward at": lambda row, f: _rate(row, f, "forward"),
     "backward at": lambda row, f: _rate(row, f, "backward"),
     "% of roofline": lambda row, f: _roofline(f),
-    "% of a copy": lambda row, f: _percent(_of_copy(row, f)),
+    "% of a copy": lambda row, f: _percent(of_copy(row, f)),
     "moved MiB": lambda row, f: _mib(row.get("forward_bytes")) if time_of(f) else "",
     "kept MiB": lambda row, f: _mib(f.get("kept_bytes")),
     "first call s": lambda row, f: f"{f['first_call_s']:.2f}" if "first_call_s" in f else "",
@@ -185,14 +219,16 @@ def overview(op: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
         best = best_other(row)
         ours = row["implementations"].get(OURS, {})
         grid.rows.append(
-            [row["shape"], *cells, _roofline(ours), _percent(_of_copy(row, ours)), best[0] if best else "",
+            [row["shape"], *cells, _roofline(ours), _percent(of_copy(row, ours)), best[0] if best else "",
              f"{best[1]:.2f}" if best else ""]
         )  # fmt: skip
     return grid.trimmed()
 
 
 def summary(rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> Grid:
-    """A line for each op: over its shapes, how ours stands to the best other and to the ceilings."""
+    """A line for each op: over its shapes, how ours stands to the best other, to Inductor (slower: by more than the
+    noise band) and to the ceilings.
+    """
     import statistics
 
     columns = [
@@ -202,21 +238,27 @@ def summary(rows: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> Gri
         "its time / ours, median",
         "least",
         "most",
+        "slower than Inductor",
         "% of roofline",
         "% of a copy",
+        f"< {100 * COPY_TARGET:.0f} % of a copy",
     ]
     grid = Grid("fastft beside the best other of each shape", columns, [], notes, frozenset({"op"}))
     for op, of in by_op(rows).items():
         ratios = [best[1] for row in of if (best := best_other(row))]
         reached = [f["roofline"] for row in of if "roofline" in (f := row["implementations"].get(OURS, {}))]
         shares = [100 * r.get("full", r["forward"]) for r in reached]
-        copied = [100 * s for row in of if (s := _of_copy(row, row["implementations"].get(OURS, {})))]
+        judged = [s for row in of if (s := slower_than_inductor(row)) is not None]
+        copied = [100 * s for row in of if (s := of_copy(row, row["implementations"].get(OURS, {})))]
+        below = f"{sum(s < 100 * COPY_TARGET for s in copied)} of {len(copied)}"
         grid.rows.append([
             op,
             str(len(of)),
             f"{sum(r > 1 for r in ratios)} of {len(ratios)}" if ratios else "",
             *(f"{f(ratios):.2f}" if ratios else "" for f in (statistics.median, min, max)),
+            f"{sum(judged)} of {len(judged)}" if judged else "",
             *(f"{min(of_all):.0f}–{max(of_all):.0f}" if of_all else "" for of_all in (shares, copied)),
+            below if copied else "not measured" if any(map(bound_by_memory, of)) else "",
         ])  # fmt: skip
     return grid.trimmed()
 
@@ -240,14 +282,6 @@ def _rate(row: Mapping[str, Any], figures: Mapping[str, Any], phase: str) -> str
 def _roofline(figures: Mapping[str, Any]) -> str:
     reached = figures.get("roofline")
     return f"{100 * reached.get('full', reached['forward']):.0f}" if reached else ""
-
-
-def _of_copy(row: Mapping[str, Any], figures: Mapping[str, Any]) -> float | None:
-    """The time of copying as many bytes over this one's; None where no copy was timed (bound by arithmetic, a CPU)."""
-    copies, us = row.get("copy_us"), time_of(figures)
-    if not copies or not us:
-        return None
-    return float(copies["full" if "full_us" in figures else "forward"] / us["median"])
 
 
 def _percent(share: float | None) -> str:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import fastft.cli
 from bench import cli, files, gate, report, tables, train
 from bench.tables import OURS
+from fastft.autotune.search import LEAST
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 COMPARED = sorted(RESULTS.glob("*compare.json"))
@@ -31,13 +32,20 @@ def kernels(times: dict[str, float | str], spread: float = 0.0, **more: Any) -> 
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for key, us in times.items():
         op, shape, name = key.split(" ", 2)
-        new = {"op": op, "shape": shape, "dtype": "bfloat16", "implementations": {}, "floor_us": {"full": 80.0}}
+        new = {
+            "op": op,
+            "shape": shape,
+            "model": f"model-{shape}",
+            "dtype": "bfloat16",
+            "implementations": {},
+            "floor_us": {"full": 80.0},
+        }
         new |= {"copy_us": {"forward": 36.0, "backward": 54.0, "full": 90.0}}
         new |= {"bound": "memory", "forward_bytes": 2e8, "backward_bytes": 3e8, "forward_flops": 0.0}
         found: dict[str, Any] = {"error": us}
         if not isinstance(us, str):
-            found = {"forward_us": figure(0.4 * us), "backward_us": figure(0.6 * us), "timed": "graph"}
-            found |= {"full_us": figure(us, spread), "roofline": {"forward": 0.8, "full": 80 / us}}
+            found = {f"{p}_us": figure(k * us, spread) for p, k in (("forward", 0.4), ("backward", 0.6), ("full", 1.0))}
+            found |= {"timed": "graph", "roofline": {"forward": 0.8, "full": 80 / us}}
             found |= {"forward_GBps": 2500.0, "backward_GBps": 2400.0, "kept_bytes": 2**20, "first_call_s": 1.5}
         rows.setdefault((op, shape), new)["implementations"][name] = found
     head = {"schema": 1, "kind": "kernels", "device": {"name": "H100"}, "versions": {"torch": "2.11.0"}, "commit": "c"}
@@ -94,11 +102,11 @@ def compare(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changed", "status", "says"),
     [
-        ({}, 0, "3 same"),
-        ({"rms_norm a fastft": 104.0}, 0, "3 same"),
-        ({"rms_norm a fastft": 106.0}, 1, "1 slower"),
-        ({"rms_norm a fastft": 60.0}, 0, "1 faster"),
-        ({"rms_norm a eager": 400.0}, 0, "1 slower"),  # somebody else's
+        ({}, 0, "9 same"),  # forward, backward and both
+        ({"rms_norm a fastft": 104.0}, 0, "9 same"),
+        ({"rms_norm a fastft": 106.0}, 1, "3 slower"),
+        ({"rms_norm a fastft": 60.0}, 0, "3 faster"),
+        ({"rms_norm a eager": 400.0}, 0, "3 slower"),  # somebody else's
         ({"rms_norm a fastft": "OutOfMemoryError"}, 1, "1 gone"),
         ({"glu b fastft": 10.0}, 0, "1 new"),
     ],
@@ -127,6 +135,38 @@ def test_gate_allows_noise_that_the_files_have(compare):
     assert compare(kernels(BASE, spread=0.15), kernels(slower))[0] == 0
     assert compare(kernels(BASE), kernels(slower, spread=0.15))[0] == 0
     assert compare(kernels(BASE), kernels({**BASE, "rms_norm a fastft": 103.0}), "--band", "0.02")[0] == 1
+
+
+def test_gate_of_forward_and_backward_apart(compare):
+    """A forward that wins what the backward loses; each phase has a noise band of its own."""
+    old, new = kernels(BASE), kernels(BASE)
+    ours = new["rows"][0]["implementations"][OURS]
+    ours |= {"forward_us": figure(30.0), "backward_us": figure(70.0)}  # 40 and 60
+    status, said = compare(old, new)
+    assert status == 1 and "1 slower, 1 faster, 7 same" in said
+    assert "backward" in said and "70.0 µs" in said and "1.167" in said
+    ours["backward_us"] = figure(70.0, 0.2)
+    assert compare(old, new)[0] == 0
+    del ours["backward_us"]
+    status, said = compare(old, new)
+    assert status == 1 and "1 gone" in said
+
+
+def test_gate_of_peak_memory(compare):
+    """A step as fast as before that needs more memory; the band of peaks is not that of times."""
+    old, new = steps({"fastft": [60.0]}), steps({"fastft": [60.0]})
+    (run,) = new["rows"][0]["runs"]
+    run["peak_bytes"] = int(1.02 * 9 * 2**30)
+    status, said = compare(old, new)
+    assert status == 1 and "1 more memory" in said and "9.00 GiB" in said and "9.18 GiB" in said
+    assert compare(new, old)[0] == 0 and "1 less memory" in compare(new, old)[1]
+    assert compare(old, new, "--memory-band", "0.03")[0] == 0
+    assert compare(old, new, "--band", "0.5")[0] == 1
+    new["rows"][0]["runs"] += [{**run, "peak_bytes": 9 * 2**30}, {**run, "peak_bytes": int(9.4 * 2**30)}]
+    assert compare(old, new)[0] == 0  # runs that scatter by more
+    run["peak_bytes"] = None  # a CPU has none
+    new["rows"][0]["runs"] = [run]
+    assert compare(new, new)[0] == 0
 
 
 def test_gate_of_training_steps(compare):
@@ -163,7 +203,9 @@ def test_gate_compares_devices_when_asked(compare):
 
 def test_gate_arguments(compare, tmp_path, capsys):
     status, said = compare(kernels(BASE), kernels(BASE), "--band", "5")
-    assert status == 2 and "a fraction" in said
+    assert status == 2 and "--band is 5.0; it is a fraction" in said
+    status, said = compare(kernels(BASE), kernels(BASE), "--memory-band=-1")
+    assert status == 2 and "--memory-band is -1.0; it is a fraction" in said
     assert cli.main(["compare", str(tmp_path / "none.json"), str(tmp_path / "new.json")]) == 2
     assert "No such file" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
@@ -179,9 +221,115 @@ def test_gate_shows_what_did_not_change_when_asked(compare):
 def test_the_worst_of_ours_is_first():
     old, new = ({"a": 10.0, "b": 10.0, "c": 10.0}, {"a": 12.0, "b": 20.0, "c": 40.0})
     found = [
-        gate.Change(what, "eager" if what == "c" else OURS, old[what], new[what], 0.05, gate.SLOWER) for what in old
+        gate.Change(what, "eager" if what == "c" else OURS, "full", old[what], new[what], 0.05, gate.SLOWER)
+        for what in old
     ]
-    assert [row[0] for row in gate.table(found, "µs").rows] == ["b", "a", "c"]
+    assert [row[0] for row in gate.table(found).rows] == ["b", "a", "c"]
+
+
+# -- the targets
+
+
+@pytest.fixture
+def targets(tmp_path, capsys):
+    """Writes one file, judges it, gives the status and what was printed."""
+
+    def run(data: Any) -> tuple[int, str]:
+        (tmp_path / "k.json").write_text(json.dumps(data))
+        status = cli.main(["targets", str(tmp_path / "k.json")])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return run
+
+
+def test_the_least_noise_band_is_the_tuners():
+    assert files.LEAST == LEAST
+
+
+@pytest.mark.parametrize(
+    ("ours", "inductor", "spread", "status", "counts"),
+    [
+        (99.0, 100.0, 0.0, 0, "0 of 1"),
+        (100.9, 100.0, 0.0, 0, "0 of 1"),  # within 1 %
+        (101.1, 100.0, 0.0, 1, "1 of 1"),
+        (101.1, 100.0, 0.02, 0, "0 of 1"),  # within what the samples scatter
+        (103.0, 100.0, 0.02, 1, "1 of 1"),
+        (100.0, None, 0.0, 1, None),  # not measured is not met
+        (100.0, "OutOfMemoryError: no", 0.0, 0, None),  # nothing to be slower than
+        ("RuntimeError: no", 100.0, 0.0, 1, None),
+    ],
+)
+def test_target_none_slower_than_inductor(targets, ours, inductor, spread, status, counts):
+    times = {"rms_norm a fastft": ours, "rms_norm a eager": 500.0}
+    if inductor is not None:
+        times["rms_norm a inductor"] = inductor
+    data = kernels(times, spread=spread)
+    data["rows"][0]["copy_us"] = {"forward": 40.0, "backward": 60.0, "full": 100.0}  # as fast as ours
+    found, said = targets(data)
+    assert found == status and "Traceback" not in said
+    assert ("Every target is met" in said) == (status == 0)
+    if inductor is None:
+        assert "Not judged: rms_norm: no time of Inductor (1 shape)" in said
+    if isinstance(inductor, str):
+        assert "nothing to be slower than, Inductor failed: OutOfMemoryError" in said
+    if isinstance(ours, str):
+        assert "Failed: rms_norm a: RuntimeError: no" in said and "1 failed" in said
+    (grid,) = [g for g in tables.kernel_tables(data) if g.title.startswith("fastft beside")]
+    shown = dict(zip(grid.columns, grid.rows[0], strict=True))
+    assert shown.get("slower than Inductor") == counts
+    assert ("Slower than Inductor" in said) == (counts == "1 of 1")
+
+
+def test_targets_show_the_phases_of_what_misses_them(targets):
+    """Inductor takes 40 µs forward and 60 back, ours 30 and 90, of which copies of the bytes take 36 and 54."""
+    data = kernels({"rms_norm a fastft": 120.0, "rms_norm a inductor": 100.0, "glu b fastft": 80.0})
+    data["rows"][1]["implementations"]["inductor"] = {"error": "no"}
+    data["rows"][0]["implementations"][OURS] |= {"forward_us": figure(30.0), "backward_us": figure(90.0)}
+    status, said = targets(data)
+    assert status == 1 and "glu │" not in said
+    slower, far = (" ".join(line.split()) for line in said.splitlines() if line.startswith("│"))
+    assert slower == "│ rms_norm │ a │ 0.750 ± 0.010 │ 1.500 ± 0.010 │ 1.200 ± 0.010 │ 120.0 │"
+    assert far == "│ rms_norm │ a │ 120 │ 60 │ 75 │ 120.0 │"
+    assert "of 2 shapes, 1 slower than Inductor" in said and "of 2 that memory binds, 1 below 90 % of a copy" in said
+
+
+@pytest.mark.parametrize(("us", "status"), [(99.0, 0), (101.0, 1)])  # copies: 90 µs
+def test_target_of_a_copys_rate(targets, us, status):
+    data = kernels({"rms_norm a fastft": us, "rms_norm a inductor": 200.0})
+    assert targets(data)[0] == status
+    grid = list(tables.kernel_tables(data))[-1]
+    assert dict(zip(grid.columns, grid.rows[0], strict=True))["< 90 % of a copy"] == f"{status} of 1"
+    data["rows"][0]["bound"] = "compute"
+    data["rows"][0]["copy_us"] = {}
+    assert targets(data)[0] == 0
+    grid = list(tables.kernel_tables(data))[-1]
+    assert "< 90 % of a copy" not in grid.columns
+
+
+def test_targets_that_were_not_measured_are_not_met(targets):
+    data = kernels({"rms_norm a fastft": 50.0, "rms_norm a inductor": 100.0, "rms_norm b fastft": 50.0})
+    data["rows"][1]["implementations"]["inductor"] = {"error": "no"}
+    for row in data["rows"]:
+        del row["copy_us"]  # files before copies were timed
+    status, said = targets(data)
+    assert status == 1 and "Not judged: rms_norm: no copy of as many bytes was timed (2 shapes)" in said
+    grid = list(tables.kernel_tables(data))[-1]
+    assert dict(zip(grid.columns, grid.rows[0], strict=True))["< 90 % of a copy"] == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (kernels(BASE, ceilings=None), "the targets are those of a GPU"),
+        (kernels({}), "nothing to judge"),
+        (steps({"fastft": [1.0]}), "the targets are those of kernels"),
+        ({"a": 1}, "no schema"),
+    ],
+)
+def test_targets_refuse_what_says_nothing(targets, data, says):
+    status, said = targets(data)
+    assert status == 2 and says in said and "Traceback" not in said
 
 
 # -- committed files
@@ -263,6 +411,60 @@ def test_report_of_synthetic_files(tmp_path):
 def test_report_of_committed_files(tmp_path):
     text, page = render(tmp_path, *COMPARED)
     assert "11,818" in text and "15,476" in text and len(page.images) == len(COMPARED)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_rate_plot_is_points_by_model(monkeypatch, copies):
+    """Two shapes of one size stand in columns of their own, nothing joins them, and the ceiling's label is outside."""
+    drawn: list[Any] = []
+    axes = report._axes
+    monkeypatch.setattr(report, "_axes", lambda *a: drawn.append(axes(*a)) or drawn[-1])
+    data = kernels({"rms_norm a fastft": 90.0, "rms_norm a eager": 200.0, "rms_norm b fastft": 180.0})
+    for row in data["rows"] if not copies else ():
+        row["copy_us"] = {}
+    assert report._rate_plot("rms_norm", data["rows"], files.Result(Path("k.json"), "kernels", data))
+    ((_, (axis,)),) = drawn
+    points = [line for line in axis.lines if line.get_marker() == "o"]
+    assert len(points) == 2 and all(line.get_linestyle() == "None" for line in points)
+    assert [round(float(x)) for line in points for x in line.get_xdata()] == [0, 0, 1]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["model-a\n500.0 MB", "model-b\n500.0 MB"]
+    assert [list(line.get_ydata()) for line in points] == [
+        [pytest.approx(2500.0)],
+        pytest.approx([5555.6, 2777.8], 1e-3),
+    ]
+    # 500 MB of copies in 90 µs
+    heights = [segment[0][1] for collection in axis.collections for segment in collection.get_segments()]
+    assert heights == pytest.approx([5555.6] * 2 if copies else [], 1e-3)
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["eager", "fastft", *[report.COPY] * copies]
+    (label,) = axis.texts
+    assert label.get_text().startswith("a large copy") and label.xy[0] > 1
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "says"),
+    [
+        ("--html", "/proc/x/y.html", "No such file or directory"),
+        ("--html", "{tmp}", "Is a directory"),
+        ("--png", "/proc/x", "No such file or directory"),
+        ("--png", "{tmp}/k.json", "it is no folder"),
+        ("--png", "{tmp}/k.json/plots", "Not a directory"),
+    ],
+)
+def test_report_that_cannot_be_written(tmp_path, capsys, monkeypatch, option, path, says):
+    (tmp_path / "k.json").write_text(json.dumps(kernels(BASE)))
+    monkeypatch.setattr(report, "figures", lambda results: pytest.fail("it is said before anything is drawn"))
+    path = path.format(tmp=tmp_path)
+    assert cli.main(["report", str(tmp_path / "k.json"), option, path]) == 2
+    assert capsys.readouterr().err == f"fastft bench: cannot write {path}: {says}\n"
+
+
+def test_a_report_that_fails_leaves_no_empty_page(tmp_path, monkeypatch):
+    (tmp_path / "k.json").write_text(json.dumps(kernels(BASE)))
+    monkeypatch.setattr(report, "figures", lambda results: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["report", str(tmp_path / "k.json"), "--html", str(tmp_path / "r.html")])
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_report_without_a_page_prints_the_tables(tmp_path, capsys):
@@ -361,10 +563,13 @@ def test_fastft_bench_hands_over(tmp_path):
     assert fastft_bench("compare", old, old).exit_code == 0
     assert fastft_bench("compare", old, new).exit_code == 1
     assert fastft_bench("compare", old).exit_code == 2
+    assert fastft_bench("targets", old).exit_code == 1  # nobody measured Inductor
     assert fastft_bench("train", "run", "--impl", "nobody").exit_code == 2
     assert fastft_bench().exit_code == 2
     shown = fastft_bench("--help")
-    assert shown.exit_code == 0 and all(word in shown.output for word in ("kernels", "train", "compare", "report"))
+    assert shown.exit_code == 0 and all(
+        word in shown.output for word in ("kernels", "train", "compare", "targets", "report")
+    )
 
 
 def test_bench_without_the_repository_says_where_it_is(monkeypatch, tmp_path):
