@@ -129,7 +129,8 @@ def key_of(kernel: str, tokens: Iterable[str], sizes: Iterable[str], /, **argume
     for name in sizes:
         value = left.pop(name)
         parts.append(f"{name}={int(value) if isinstance(value, bool) else value}")
-    assert not left, f"not in the key of {kernel}: {', '.join(left)}"
+    if left:
+        raise ValueError(f"not in the key of {kernel}: {', '.join(left)}")
     key = f"{device}/{kernel}/{str(dtype).removeprefix('torch.')}/{' '.join(parts)}/{versions()}/{source[:12]}"
     # A store's keys are short. Sizes that make it long (many tensors) are hashed.
     return key if len(key) <= 200 else f"{key[:150]}…{hashlib.sha256(key.encode()).hexdigest()[:40]}"
