@@ -34,6 +34,7 @@ import torch
 
 from fastft.autotune import store
 from fastft.autotune.store import Store, StoreError, integer, listing, number, one_of, record, table, text
+from fastft.autotune.timing import said
 from fastft.kernels import _config
 from fastft.kernels._config import Config, Space
 
@@ -48,14 +49,17 @@ MAX_RECORDS = 20_000
 #: Candidates that failed of which a record says why.
 MAX_FAILURES = 100
 #: A rank waits for rank 0's records for so many seconds, then takes the heuristics.
-WAIT_S = 60.0
+WAIT_S = 10.0
 SHIPPED = Path(__file__).parent / "databases"
 
 #: One measurement's outcome. ``config``: the best configuration (empty: the heuristic's). ``variant``: the best variant
 #: of an op, ``source``: the beginning of its file's hash (both empty for kernels). ``us``: its time, ``heuristic_us``:
 #: the time of what is taken otherwise, median µs; ``noise``: the larger spread of the two, as a share. ``tried``:
-#: candidates that were measured; ``failures``: those that could not be, and why.
+#: candidates that were measured; ``failures``: those that could not be, and why. Records of before may lack the
+#: others: ``failed``, how many could not be measured (a file that is shipped says no more of them), and ``skipped``,
+#: how many were not tried, by why (:data:`fastft.autotune.search.SKIPPED`).
 RECORD = record(
+    {"failed": integer(0, 10**6), "skipped": table(integer(0, 10**6), 8)},
     config=table(integer(0, 2**20), 16),
     variant=text(60),
     source=text(64),
@@ -74,9 +78,9 @@ _FILE = record(
 _MANY = listing(record(key=text(), value=RECORD), MAX_RECORDS)
 
 
-def user_store(folder: Path | None = None) -> Store:
+def user_store(folder: Path | None = None, strict: bool = False) -> Store:
     """This user's records."""
-    return Store("tuned", RECORD, version=VERSION, folder=folder)
+    return Store("tuned", RECORD, version=VERSION, folder=folder, strict=strict)
 
 
 # ------------------------------------------------------------------------------------------------------------------ key
@@ -125,7 +129,8 @@ def key_of(kernel: str, tokens: Iterable[str], sizes: Iterable[str], /, **argume
     for name in sizes:
         value = left.pop(name)
         parts.append(f"{name}={int(value) if isinstance(value, bool) else value}")
-    assert not left, f"not in the key of {kernel}: {', '.join(left)}"
+    if left:
+        raise ValueError(f"not in the key of {kernel}: {', '.join(left)}")
     key = f"{device}/{kernel}/{str(dtype).removeprefix('torch.')}/{' '.join(parts)}/{versions()}/{source[:12]}"
     # A store's keys are short. Sizes that make it long (many tensors) are hashed.
     return key if len(key) <= 200 else f"{key[:150]}…{hashlib.sha256(key.encode()).hexdigest()[:40]}"
@@ -156,9 +161,16 @@ class Table:
         #: Of another rank; None: this process reads its own.
         self.given = given
         self.store = user_store()
+        self._found: dict[str, Found | None] = {}
         self.shipped = read_file(SHIPPED / f"{device}.json", device) if given is None else {}
 
     def find(self, key: str) -> Found | None:
+        """The record of ``key``, read once: a model's layers are alike."""
+        if key not in self._found:
+            self._found[key] = self._find(key)
+        return self._found[key]
+
+    def _find(self, key: str) -> Found | None:
         if self.given is not None:
             found = self.given.get(key)
             return None if found is None else Found(found["value"], found["source"])
@@ -171,7 +183,7 @@ class Table:
         """All that :meth:`find` could find, ready for another process."""
         mine = {k: v for k, v in self.store.items().items() if k.startswith(f"{self.device}/")}
         both = [(self.shipped, "shipped"), (mine, "tuned")]
-        return {k: {"value": v, "source": source} for records, source in both for k, v in records.items()}
+        return {k: {"value": _brief(v), "source": source} for records, source in both for k, v in records.items()}
 
 
 def read_file(path: Path, device: str) -> dict[str, Any]:
@@ -194,7 +206,7 @@ def read_file(path: Path, device: str) -> dict[str, Any]:
         if info.st_size > MAX_BYTES:
             raise StoreError(f"it is longer than {MAX_BYTES} bytes")
         with open(file, "rb", closefd=False) as opened:
-            body = json.loads(opened.read(MAX_BYTES))
+            body = store.parsed(opened.read(MAX_BYTES))
         return _checked(body, device)
     except (OSError, ValueError, RecursionError, StoreError) as error:
         store.refuse(path, str(error))
@@ -219,11 +231,17 @@ def _checked(body: Any, device: str) -> dict[str, Any]:
 
 def write_file(path: Path, device: str, records: Mapping[str, Any]) -> None:
     """Write the records of one kind of device as a file that can be put into ``databases/``, whole or not at all."""
-    body = {"database": "fastft tuned", "version": VERSION, "device": device, "records": dict(sorted(records.items()))}
+    brief = {key: _brief(value) for key, value in sorted(records.items())}
+    body = {"database": "fastft tuned", "version": VERSION, "device": device, "records": brief}
     _checked(body, device)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(body, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+def _brief(value: dict[str, Any]) -> dict[str, Any]:
+    """A record without what the candidates that failed said: every process would read it, and none needs it."""
+    return {**value, "failures": {}, "failed": value.get("failed", len(value["failures"]))}
 
 
 # ------------------------------------------------------------------------------------------------ one for a process
@@ -270,21 +288,32 @@ def _group() -> tuple[Any, int] | None:
 
 def _shared(device: str, group: Any, rank: int) -> Table:
     """Rank 0's records, on every rank."""
-    name = "fastft/tuned"
+    from fastft.autotune import variants  # it imports this file
+
+    name, mine = "fastft/tuned", variants.of_users()
     if rank == 0:
-        mine = Table(device)
-        records = mine.everything()
-        group.set(name, json.dumps([device, records]))
+        records = Table(device).everything()
+        group.set(name, json.dumps([device, mine, records]))
         return Table(device, records)
     try:
-        group.wait([name], timedelta(seconds=WAIT_S))
-        theirs, records = json.loads(group.get(name))
+        try:
+            group.wait([name], timedelta(seconds=WAIT_S))
+        except Exception as error:
+            raise StoreError(
+                f"this rank gave up after waiting {WAIT_S:g} s ({said(error)}): it takes the heuristics, and may "
+                "launch other kernels than rank 0"
+            ) from None
+        theirs, variants_there, records = json.loads(group.get(name))
         if theirs != device:
             raise StoreError(f"rank 0 has a {theirs}, this rank a {device}")
+        if variants_there != mine:
+            there, here = (", ".join(map(str, found)) or "none" for found in (variants_there, mine))
+            why = f"it has {there}; this rank has {here}. Where one of them was tuned, ranks compute it differently"
+            store.refuse("rank 0's list of users' variants", why)
         _MANY([{"key": key, "value": one["value"]} for key, one in records.items()])
         return Table(device, records)
     except Exception as error:
-        store.refuse("rank 0's tuned configurations", f"{type(error).__name__}: {error}".splitlines()[0])
+        store.refuse("rank 0's tuned configurations", str(error) if isinstance(error, StoreError) else said(error))
         return Table(device, {})
 
 

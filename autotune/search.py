@@ -27,8 +27,17 @@ FINALISTS = 6
 ROUNDS, SECONDS = (7, 31), 2.0
 #: Differences smaller than this share are nobody's win, however quiet the machine is.
 LEAST = 0.01
-#: Nothing is searched where the heuristic takes less than this many times what memory alone takes.
+#: Nothing is searched where the heuristic takes less than this many times what the roofline says; nor is a candidate
+#: tried of which the roofline says more than this many times what the heuristic takes. That much may be wrong with
+#: rates that were measured.
 NEAR_FLOOR = 1.05
+#: Why a declared candidate is not tried, and how that is said.
+SKIPPED = {
+    "illegal": "cannot run",
+    "roofline": "too slow by the roofline",
+    "cap": "too far from the heuristic",
+    "floor": "not tried: the heuristic is near the roofline",
+}
 
 
 class TuningError(RuntimeError):
@@ -47,14 +56,17 @@ class Bench(Protocol):
     def sample(self, label: str) -> float:
         """µs of a run."""
 
-    def floor_us(self) -> float | None:
-        """µs that the run takes at the least on this device, by its cost; None where nobody can tell."""
+    def floor_us(self, label: str) -> float | None:
+        """µs that a run takes at the least on this device, by its cost and what its tiles pad; of the default, that
+        whatever is chosen takes. None where nobody can tell.
+        """
 
 
 @dataclass
 class Race:
     """Who won: ``best`` is empty where nobody beat the default by more than the noise. Times are median µs; ``noise``
-    is a share. ``default_us`` is 0 where the default failed.
+    is a share. ``default_us`` is 0 where the default failed. ``skipped``: how many were not tried, by the reasons of
+    :data:`SKIPPED`.
     """
 
     best: str
@@ -63,6 +75,7 @@ class Race:
     noise: float
     tried: int
     failures: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 def race(
@@ -73,8 +86,11 @@ def race(
     seconds: float = SECONDS,
     clock: Clock = time.perf_counter,
 ) -> Race:
-    """Race the candidates against the default. :class:`TuningError` where all of them fail."""
+    """Race the candidates, those to be preferred first, against the default. :class:`TuningError` where all of them
+    fail.
+    """
     failures: dict[str, str] = {}
+    skipped: dict[str, int] = {}
 
     def runs(label: str) -> bool:
         try:
@@ -85,13 +101,17 @@ def race(
             failures[label] = wrong[:300]
         return wrong is None
 
-    # 1. The default, and whether it leaves anything to win.
+    # 1. The default: whether it leaves anything to win, and who cannot win by the roofline.
     default = runs("")
-    floor = bench.floor_us()
-    if default and floor is not None:
+    floors = {label: bench.floor_us(label) for label in ("", *labels)} if default else {}
+    if any(floor is not None for floor in floors.values()):
         found, _ = in_turns([""], bench.sample, rounds=(3, 3), seconds=0.0, clock=clock)
-        if found and (now := median_and_spread(found[""]))[0] <= NEAR_FLOOR * floor:
-            return Race("", now[0], now[0], now[1], 1)
+        us, spread = median_and_spread(found[""]) if found else (math.inf, 0.0)
+        if us <= NEAR_FLOOR * (floors[""] or 0.0):
+            return Race("", us, us, spread, 1, skipped={"floor": len(labels)})
+        able = [label for label in labels if (floors[label] or 0.0) <= NEAR_FLOOR * us]
+        skipped["roofline"], labels = len(labels) - len(able), able
+    skipped["cap"], labels = len(labels[MOST:]), labels[:MOST]
     # 2. Compile, and leave out what does not run or computes something else.
     bench.compile(labels)
     able = [label for label in labels if runs(label)]
@@ -116,7 +136,7 @@ def race(
     noise = max(LEAST, spread, default_spread)
     if "" in final and not us < default_us * (1.0 - noise):
         best, us = "", default_us
-    return Race(best, us, default_us, noise, len(entered), failures)
+    return Race(best, us, default_us, noise, len(entered), failures, {why: n for why, n in skipped.items() if n})
 
 
 def nearest_first(space: Space, key: tuple[Any, ...], candidates: Sequence[Config]) -> list[Config]:
@@ -131,9 +151,11 @@ def nearest_first(space: Space, key: tuple[Any, ...], candidates: Sequence[Confi
 
 def search(space: Space, key: tuple[Any, ...], bench: Bench, **limits: Any) -> dict[str, Any]:
     """The record for one kernel at one key. ``bench``'s labels are configurations, as ``shown``."""
-    legal, _ = space.candidates(*key)
-    found = {shown(config): config for config in nearest_first(space, key, legal)[:MOST]}
+    legal, refused = space.candidates(*key)
+    found = {shown(config): config for config in nearest_first(space, key, legal)}
     done = race([*found], bench, **limits)
+    if refused:
+        done.skipped["illegal"] = len(refused)
     return to_record(done, found.get(done.best, {}))
 
 
@@ -149,4 +171,6 @@ def to_record(done: Race, config: Mapping[str, int], variant: str = "", source: 
         "noise": round(done.noise, 4),
         "tried": done.tried,
         "failures": dict(list(failures.items())[:MAX_FAILURES]),
+        "failed": len(failures),
+        "skipped": done.skipped,
     }

@@ -26,7 +26,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,24 +160,34 @@ def listing(item: Check, most: int) -> Check:
 def table(item: Check, most: int) -> Check:
     """A mapping from at most ``most`` texts to values of one form."""
 
+    named = text()
+
     def check(value: Any) -> None:
         if not isinstance(value, dict) or len(value) > most:
             raise ValueError(f"{_short(value)} is no mapping of at most {most} entries")
         for name, one in value.items():
-            text()(name)
+            named(name)
             item(one)
 
     return check
 
 
-def record(**fields: Check) -> Check:
-    """A mapping with exactly these fields."""
+def record(optional: Mapping[str, Check] | None = None, /, **fields: Check) -> Check:
+    """A mapping with exactly these fields. With ``optional``: it may lack those, and may have others, which nobody
+    reads, so that the form can grow while what is written stays good.
+    """
+    more = optional or {}
 
     def check(value: Any) -> None:
-        if not isinstance(value, dict) or value.keys() != fields.keys():
+        if not isinstance(value, dict) or not fields.keys() <= value.keys():
+            raise ValueError(f"{_short(value)} does not have the fields {', '.join(fields)}")
+        if optional is None and value.keys() != fields.keys():
             raise ValueError(f"{_short(value)} does not have the fields {', '.join(fields)}, and no others")
         for name, one in fields.items():
             one(value[name])
+        for name, one in more.items():
+            if name in value:
+                one(value[name])
 
     return check
 
@@ -234,6 +244,18 @@ class Store:
                 _write(folder, path.name, body.encode())
                 return True
         return False
+
+    def refuses(self, key: str) -> str:
+        """Why :meth:`put` would not write the record of ``key``, said before anything is done for its sake; empty: it
+        would, unless the disk is full by then.
+        """
+        try:
+            with self._opened(make=True) as folder:
+                if folder is not None:
+                    self._refuse_newer(folder, self.path(key))
+                return "" if os.access(self.folder, os.W_OK | os.X_OK) else f"{self.folder}: it cannot be written to"
+        except (OSError, StoreError) as error:
+            return f"{self.path(key)}: {error}"
 
     def items(self) -> dict[str, Any]:
         """All records that can be believed, by key."""
@@ -317,7 +339,7 @@ class Store:
             content = os.read(file, MAX_BYTES)
         finally:
             os.close(file)
-        body = json.loads(content, parse_constant=_no_constant)
+        body = parsed(content)
         if not isinstance(body, dict) or body.keys() != {"store", "version", "key", "value"}:
             raise StoreError("it is no record of fastft's")
         if body["store"] != self.name:
@@ -334,6 +356,14 @@ class Store:
 
 
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+def parsed(content: bytes | str) -> Any:
+    """What a JSON text says; :class:`StoreError` where it is none."""
+    try:
+        return json.loads(content, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"it is not JSON: {error}") from None
 
 
 def _no_constant(name: str) -> None:

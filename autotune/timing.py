@@ -72,6 +72,17 @@ def said(error: BaseException) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+class Flush:
+    """Drives everything out of the level-2 cache, by reading: written lines would be written back on others' time."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.ones(3 * _l2_bytes() // 4, device="cuda")
+        self.sink = torch.empty((), device="cuda")
+
+    def __call__(self) -> None:
+        torch.sum(self.buffer, 0, out=self.sink)
+
+
 class Samples:
     """One run, sampled on a GPU: ``run(i)`` computes on the ``i``-th of ``copies`` copies of the inputs. ``pool``: the
     memory of its graph, which runs that are never looked at and never run at once can share.
@@ -79,15 +90,14 @@ class Samples:
 
     def __init__(self, run: Callable[[int], Any], copies: int, pool: Any = None) -> None:
         self.run, self.pool = run, pool
-        self.flush = torch.ones(3 * _l2_bytes() // 4, device="cuda")
-        self.sink = torch.empty((), device="cuda")
+        self.flush = Flush()
         for _ in range(2):
             once = self._timed(lambda: run(0))
         self.calls = max(1, min(math.ceil(SAMPLE_US / max(once, 1.0)), copies, MOST_CALLS))
         self.graph = self._captured() if once < GRAPH_US else None
 
     def __call__(self) -> float:
-        torch.sum(self.flush, 0, out=self.sink)  # by reading: written lines would be written back on others' time
+        self.flush()
         return self._timed(self._all if self.graph is None else self.graph.replay) / self.calls
 
     def _all(self) -> None:

@@ -27,7 +27,7 @@ import torch
 
 import fastft.kernels
 from fastft.autotune import database
-from fastft.autotune.store import Store, one_of, record, text
+from fastft.autotune.store import Store, StoreError, one_of, record, text
 from fastft.kernels._config import SPACES, Space
 from fastft.kernels._op import OPS, Cost, Op, Reason
 from fastft.options import nearest
@@ -45,8 +45,9 @@ _USERS: dict[tuple[str, str], Variant] = {}
 @dataclass(frozen=True)
 class Variant:
     """One way to compute an op. ``call``, ``supported`` and ``cost`` take the op's arguments (``supported`` and
-    ``cost`` fake tensors); ``spaces``: of its kernels' configurations; ``source``: sha256 of the file it is from, hex;
-    ``ours``: whether it comes with fastft.
+    ``cost`` fake tensors); ``cost``: of the forward, by which tuning knows the least time that it takes; ``spaces``:
+    of its kernels' configurations, which tuning searches; ``source``: sha256 of the file it is from, hex; ``ours``:
+    whether it comes with fastft.
     """
 
     op: str
@@ -82,7 +83,8 @@ def register(
     for. It stands in a module, under its own name, with its source: compiled graphs name it, and torch's caches are
     keyed by its file. ``supported``: same arguments, None or why a call cannot be computed (a :class:`Reason` or a
     sentence); None: every call that the op itself supports. ``space``: of its own kernels' configurations, which
-    ``fastft tune`` then searches.
+    ``fastft tune`` then searches. ``cost``: same arguments, the forward's FLOPs and bytes, where they are others than
+    the op's: no configuration is tried that cannot be fast enough by it.
     """
     ops = fastft.kernels.load()
     if op not in ops:
@@ -220,19 +222,31 @@ def stamp() -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def of_users() -> list[str]:
+    """All users' variants, ``op=name`` and the beginning of their source's hash: what ranks must have in common."""
+    _load()
+    return sorted(f"{op}={name} ({v.source[:12]})" for (op, name), v in _USERS.items())
+
+
 # ------------------------------------------------------------------------------------------------------- verified ones
 
 _VERIFIED = record(source=text(64), versions=text(60), device=text(60), passed=one_of(True, False))
 
 
-def _verified_store() -> Store:
-    return Store("verified", _VERIFIED, version=1)
+def _verified_store(strict: bool = False) -> Store:
+    return Store("verified", _VERIFIED, version=1, strict=strict)
 
 
-def note_verified(variant: Variant, device: str, passed: bool) -> None:
-    """Keep what ``fastft verify --variant`` found of a variant on a device of this kind (empty: CPU)."""
+def note_verified(variant: Variant, device: str, passed: bool) -> str:
+    """Keep what ``fastft verify --variant`` found of a variant on a device of this kind (empty: CPU). Why it could not
+    be kept; empty: it was.
+    """
     value = {"source": variant.source, "versions": database.versions(), "device": device, "passed": passed}
-    _verified_store().put(f"{variant.op}/{variant.name}/{device or 'cpu'}", value)
+    try:
+        _verified_store(strict=True).put(f"{variant.op}/{variant.name}/{device or 'cpu'}", value)
+    except StoreError as error:
+        return str(error)
+    return ""
 
 
 def verified(variant: Variant, device: str) -> bool:

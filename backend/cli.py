@@ -255,9 +255,10 @@ def _verify_variant(asked: str, as_json: bool) -> None:
             what = "; ".join(wrong) or f"{len(judged)} values, at most {worst:.2f} times PyTorch's error"
             rows.append({**row, "status": "wrong" if wrong else "ok", "what": what})
     passed = all(row["status"] in ("ok", "refused") for row in rows) and any(row["status"] == "ok" for row in rows)
-    variants.note_verified(found, database.device_kind(), passed)
+    lost = variants.note_verified(found, database.device_kind(), passed)
     if as_json:
-        typer.echo(json.dumps({"variant": asked, "device": device, "ok": passed, "cases": rows}, indent=1))
+        body = {"variant": asked, "device": device, "ok": passed, "kept": not lost, "cases": rows}
+        typer.echo(json.dumps(body, indent=1))
     else:
         from rich.console import Console
         from rich.table import Table
@@ -270,6 +271,10 @@ def _verify_variant(asked: str, as_json: bool) -> None:
             table.add_row(*(Text(str(row[column])) for column in ("case", "dtype", "status", "what")))
         Console().print(table)
         typer.echo("It passed." if passed else "It did not pass: fastft tune will not offer it.")
+    if lost:
+        typer.echo(
+            f"fastft: the verdict could not be kept, so fastft tune goes by what was known before: {lost}", err=True
+        )
     if not passed:
         raise typer.Exit(1)
 
@@ -290,6 +295,8 @@ def tune(
     """Find the fastest launch configurations for a model's sizes on this GPU. Training takes them from then on.
 
     What is found is kept at once: stop with Ctrl-C whenever you like, and start again to go on.
+
+    Example: fastft tune --model path/to/config.json --batch 4 --seq 2048 --budget 600
     """
     from fastft.autotune import database
 
@@ -342,15 +349,15 @@ def _tune(cases: list[Any], machine: Any, budget: float, again: bool) -> None:
     counts = {"tuned": 0, "known": 0, "failed": 0}
     try:
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-            task = bar.add_task("looking at what is launched", total=None)
+            task = bar.add_task("looking at what is launched", total=len(cases))
             for done in run(
-                cases, machine, budget=budget, again=again, started=lambda n: bar.update(task, total=n, description="")
+                cases, machine, budget=budget, again=again, reached=lambda n: bar.update(task, completed=n)
             ):
-                kernel = done.job.space.kernel if done.job.space else f"variants of {done.job.case.op}"
-                bar.update(task, advance=1, description=kernel)
+                kernel = done.job.title
+                bar.update(task, description=kernel)
                 if done.error:
                     counts["failed"] += 1
-                    bar.console.print(f"{kernel}: {done.error}", markup=False)
+                    bar.console.print(f"{kernel}: {done.error}", markup=False, soft_wrap=True)
                 elif done.record is None:
                     counts["known"] += 1
                 else:
@@ -358,7 +365,8 @@ def _tune(cases: list[Any], machine: Any, budget: float, again: bool) -> None:
                     found = done.record
                     best = shown(found["config"]) or found["variant"] or "the heuristic"
                     line = f"{kernel} ({done.job.case.name}): {best}, {found['us']:.1f} µs"
-                    typer.echo(f"{line}; heuristic {found['heuristic_us']:.1f} µs, noise {100 * found['noise']:.1f} %")
+                    line += f"; heuristic {found['heuristic_us']:.1f} µs, noise {100 * found['noise']:.1f} %"
+                    typer.echo(f"{line}; {_counted(found)}")
     except KeyboardInterrupt:
         typer.echo(f"Stopped. {counts['tuned']} tuned and kept; the same command goes on from here.", err=True)
         raise typer.Exit(130) from None
@@ -367,6 +375,15 @@ def _tune(cases: list[Any], machine: Any, budget: float, again: bool) -> None:
     typer.echo(f"{counts['tuned']} tuned, {counts['known']} known before, {counts['failed']} failed.")
     if counts["failed"]:
         raise typer.Exit(1)
+
+
+def _counted(found: dict[str, Any]) -> str:
+    """What became of a kernel's candidates: how many were timed, failed, and were not tried for which reason."""
+    from fastft.autotune.search import SKIPPED
+
+    skipped = [f"{n} {SKIPPED.get(why, why)}" for why, n in found.get("skipped", {}).items()]
+    failed = found.get("failed", len(found["failures"]))
+    return ", ".join([f"{found['tried']} timed", *([f"{failed} failed"] if failed else []), *skipped])
 
 
 def _show_tuned(kind: str, export: Path | None) -> None:
@@ -380,7 +397,11 @@ def _show_tuned(kind: str, export: Path | None) -> None:
     if export is not None:
         if not records:
             raise _fail(f"nothing is tuned for {kind}: run `fastft tune --model ...` on one first")
-        database.write_file(export, kind, records)
+        _writable(export)
+        try:
+            database.write_file(export, kind, records)
+        except OSError as error:
+            raise _cannot_write(export, error) from None
         typer.echo(f"{len(records)} records of {kind} are in {export}")
         return
     for key, found in sorted(records.items()):
@@ -394,7 +415,7 @@ def _fields(model: str) -> dict[str, Any]:
     from fastft.options import nearest
 
     path = Path(model)
-    if path.suffix == ".json" or path.is_dir():
+    if path.suffix == ".json" or path.exists():
         file = path / "config.json" if path.is_dir() else path
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
@@ -408,12 +429,18 @@ def _fields(model: str) -> dict[str, Any]:
         return dict(fields)
     folder = Path(__file__).resolve().parent.parent / "bench"
     if not (folder / "shapes.py").is_file():
-        raise _fail(f"--model {model}: names are known in a checkout of the repository only; give a config.json")
+        raise _fail(
+            f"--model {model}: no such file, and names are known in a checkout of the repository only; give a "
+            "config.json"
+        )
     _import_bench(folder)
     from bench.shapes import MODELS  # type: ignore[import-not-found]
 
     if model not in MODELS:
-        raise _fail(f"bench/shapes.py has no model {model!r}{nearest(model, MODELS)}; it has {', '.join(MODELS)}")
+        raise _fail(
+            f"--model {model}: no such file, and bench/shapes.py has no model {model!r}{nearest(model, MODELS)}; "
+            f"it has {', '.join(MODELS)}"
+        )
     return dict(MODELS[model])
 
 

@@ -51,7 +51,9 @@ class Space:
     the configuration where nothing is tuned; it may hold more than ``values`` names (what follows from the sizes).
     ``tokens``, ``sizes``: names of the sizes that a launch passes, in order, first those that differ from batch to
     batch (tuned for each power of two), then those that the model fixes (tuned for each). ``legal(config, device,
-    dtype, *sizes)``: None, or why a configuration cannot run, said before anything is compiled.
+    dtype, *sizes)``: None, or why a configuration cannot run, said before anything is compiled. ``waste(config, device,
+    dtype, *sizes)``: what the tiles pad, as the factors by which a kernel computes and moves more than its op's cost
+    says (a masked element is computed, and not moved). Tuning leaves out what is too slow by that; without it nothing.
     """
 
     def __init__(
@@ -63,11 +65,12 @@ class Space:
         tokens: tuple[str, ...] = (),
         sizes: tuple[str, ...] = (),
         legal: Callable[..., str | None] | None = None,
+        waste: Callable[..., tuple[float, float]] | None = None,
     ) -> None:
         if kernel in SPACES:
             raise ValueError(f"a space for {kernel!r} is registered already, by {SPACES[kernel].file}")
         self.kernel, self.values, self.heuristic, self.tokens, self.sizes = kernel, values, heuristic, tokens, sizes
-        self._legal = legal
+        self._legal, self._waste = legal, waste
         self.file: Path = Path(sys._getframe(1).f_code.co_filename)
         self.explicit: Config | None = None
         #: What was asked for while :func:`listening`, in order.
@@ -122,6 +125,11 @@ class Space:
             else:
                 refused[shown(config)] = why
         return found, refused
+
+    def waste(self, config: Mapping[str, int], *key: Any) -> tuple[float, float] | None:
+        """The factors by which this configuration's FLOPs and bytes exceed the op's cost; None where the space does not
+        say."""
+        return None if self._waste is None else self._waste({**self.heuristic(*key), **config}, *key)
 
     def chosen(self, *key: Any) -> Config:
         """The part of the heuristic's configuration that the space declares."""
@@ -179,6 +187,11 @@ def crowded(elements: float, warps: int, most: int = REGISTERS) -> str | None:
     return f"{each} values for each thread; {most} registers" if each > most else None
 
 
+def padded(size: int, block: int) -> float:
+    """By what factor tiles of ``block`` exceed ``size``."""
+    return math.ceil(size / block) * block / size if size else 1.0
+
+
 def two_pieces(n: int) -> tuple[int, int]:
     """A row's columns in two powers of two: 4608 = 4096 + 512, where one power of two, 8192, would be nearly half
     empty. The second is 0 where n is a power of two."""
@@ -212,11 +225,15 @@ def row_space(
             return f"{tile} elements for {32 * config['num_warps']} threads"
         return crowded(values_per_element * tile, config["num_warps"])
 
+    def waste(config: Config, device: torch.device, dtype: torch.dtype, rows: int, n: int) -> tuple[float, float]:
+        columns = sum(two_pieces(n)) if config.get("PIECES", 1) == 2 else config["BLOCK_N"]
+        return padded(rows, config["BLOCK_M"]) * columns / max(n, 1), 1.0
+
     values: dict[str, tuple[int, ...]] = {"BLOCK_M": (1, 2, 4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8, 16)}
     if programs:
         values["PROGRAMS"] = (1, 2, 4, 8)
     if pieces:
         values["PIECES"] = (1, 2)
-    space = Space(kernel, values, heuristic, tokens=("rows",), sizes=("n",), legal=legal)
+    space = Space(kernel, values, heuristic, tokens=("rows",), sizes=("n",), legal=legal, waste=waste)
     space.file = Path(sys._getframe(1).f_code.co_filename)
     return space

@@ -38,7 +38,12 @@ def h100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def of(**config: int) -> dict[str, Any]:
     one = dict(config=config, variant="", source="", us=1.0, heuristic_us=2.0, noise=0.01, tried=9)
-    return {**one, "failures": {"BLOCK_M=64 num_warps=1": "out of resources"}}
+    return {**one, "failures": {"BLOCK_M=64 num_warps=1": "out of resources"}, "failed": 1, "skipped": {"illegal": 3}}
+
+
+def brief(record: dict[str, Any]) -> dict[str, Any]:
+    """As a file has it that is shipped."""
+    return {**record, "failures": {}}
 
 
 def name(key: tuple[Any, ...] = KEY, space: _config.Space = rms_norm.FORWARD) -> str:
@@ -94,7 +99,7 @@ def test_every_argument_is_in_the_key() -> None:
 
 def test_an_argument_cannot_be_forgotten() -> None:
     given: dict[str, Any] = dict(device="h100", dtype=BF16, source="a" * 64, rows=8192, n=4096)
-    with pytest.raises(AssertionError, match=r"not in the key of rms_norm.forward: kind"):
+    with pytest.raises(ValueError, match=r"not in the key of rms_norm.forward: kind"):
         database.key_of("rms_norm.forward", ("rows",), ("n",), **given, kind="silu")
     with pytest.raises(KeyError):
         database.key_of("rms_norm.forward", ("rows",), ("n", "kind"), **given)
@@ -190,7 +195,7 @@ def test_another_device_has_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_written_is_read() -> None:
     records = {name(): of(BLOCK_M=2, num_warps=8), name(space=rms_norm.BACKWARD): of()}
-    assert database.read_file(ship(records), "h100") == records
+    assert database.read_file(ship(records), "h100") == {key: brief(record) for key, record in records.items()}
     assert store.problems() == []
     assert database.read_file(database.SHIPPED / "nope.json", "h100") == {} and store.problems() == []
 
@@ -237,6 +242,31 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     assert database.read_file(path, "h100") == {} and store.problems()
 
 
+def test_records_of_before_and_of_later_are_good() -> None:
+    before = {
+        field: value for field, value in of(BLOCK_M=4, num_warps=16).items() if field not in ("failed", "skipped")
+    }
+    tune(before)
+    assert rms_norm.FORWARD(*KEY)["BLOCK_M"] == 4
+    assert database.read_file(ship({name(): before}), "h100") == {name(): {**brief(before), "failed": 1}}
+    tune({**of(BLOCK_M=2, num_warps=8), "of a later fastft": [1, 2]})
+    assert rms_norm.FORWARD(*KEY)["BLOCK_M"] == 2 and store.problems() == []
+    for wrong in ({"skipped": {"illegal": "3"}}, {"failed": -1}):
+        with pytest.raises(ValueError, match="no whole number"):
+            database.RECORD({**of(), **wrong})
+    with pytest.raises(ValueError, match="does not have the fields"):
+        database.RECORD({field: value for field, value in of().items() if field != "us"})
+
+
+def test_a_file_that_is_no_json_is_named() -> None:
+    shipped, mine = ship({}), database.user_store().path(name())
+    tune(of(BLOCK_M=4, num_warps=16))
+    for path in (shipped, mine):
+        path.write_text("{")
+    assert rms_norm.FORWARD(*KEY) == rms_norm.FORWARD.heuristic(*KEY)
+    assert [line.partition(" JSON: ")[0] for line in store.problems()] == [f"{p}: it is not" for p in (shipped, mine)]
+
+
 def test_only_records_of_the_device_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(store.StoreError, match="another device"):
         database.write_file(tmp_path / "x.json", "h200", {name(): of()})
@@ -253,18 +283,33 @@ def test_the_files_that_come_with_the_package() -> None:
 
 
 def test_a_fresh_process_looks_a_model_up_in_50_ms(tmp_path: Path) -> None:
+    """32 layers, with a full file that is shipped: their launches' configurations, and their sites' variants."""
     mine, shipped = database.user_store(), {}
-    for n in range(200):
-        shipped[name((CPU, BF16, 8192, n + 1))] = of(BLOCK_M=2, num_warps=4)
+    why = "OutOfResources: out of resource: shared memory, Required: 262144, Hardware limit: 232448. " * 3
+    failures = {f"BLOCK_M={2**i % 61} num_warps={i} num_stages=4": why[:290] for i in range(15)}
+    for n in range(1500):
+        shipped[name((CPU, BF16, 8192, n + 1))] = {**of(BLOCK_M=2, num_warps=4), "failures": failures, "failed": 15}
     for n in range(40):
         mine.put(name((CPU, BF16, 8192, 4000 + n)), of(BLOCK_M=2, num_warps=8))
     mine.put(name(), of(BLOCK_M=4, num_warps=16))
-    ship(shipped)
+    assert why[:290] not in ship(shipped).read_text()
     code = f"""
-import time, torch, fastft.kernels
+import sys, time, torch, fastft.kernels
 from pathlib import Path
+from torch._subclasses.fake_tensor import FakeTensorMode
 fastft.kernels.load()
 from fastft.kernels import attention, glu, rms_norm, rotary
+from fastft.kernels._inputs import Model, New
+from fastft.kernels._op import OPS
+sizes = dict(
+    model_type="llama", hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128256, rms_norm_eps=1e-5,
+)
+model = Model.of(sizes, 4, 2048)
+ops = [OPS[op] for op in ("rms_norm", "glu", "attention", "rotary", "lora_linear", "lora_linears")]
+with FakeTensorMode():
+    calls = [(op, op.inputs(New(torch.bfloat16, "cpu"), **sizes)) for op in ops for sizes in op.sizes(model)]
+assert len(calls) == 7, calls  # q, k, v and gate, up are a site each
 start = time.perf_counter()
 from fastft.autotune import database
 database.SHIPPED, database.device_kind = Path({str(database.SHIPPED)!r}), lambda device=None: "h100"
@@ -278,15 +323,21 @@ for layer in range(32):
         rotary.CONFIG(*key, 8192, 32, 8, 128, 128, "half", transpose)
     for space in attention.CONFIGS.values():
         space(*key, 128, 2048, 2048, 128, 128, 4, True, 0, 0, False, False, False, 0, False)
-print(1e3 * (time.perf_counter() - start))
-assert found["BLOCK_M"] == 4
+launches = time.perf_counter()
+from fastft.autotune import variants  # a compiler has it before it looks anything up
+imported = time.perf_counter()
+for layer in range(32):
+    chosen = [variants.choose(op, None, one.args, one.kwargs) for op, one in calls]
+print(1e3 * (time.perf_counter() - imported + launches - start))
+assert found["BLOCK_M"] == 4 and [v.name for v in chosen] == [op.default for op, _ in calls]
+assert len(database.current("h100").shipped) == 1500
 """
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-        for _ in range(1)
-    ]
+    times: list[float] = []
+    while len(times) < 6 and min(times, default=50.0) >= 50.0:  # others may be busy on this machine
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        times.append(float(done.stdout))
     print(f"{min(times):.1f} ms")
-    assert min(times) < 50.0
+    assert min(times) < 50.0, times
 
 
 # ---------------------------------------------------------------------------------------------------------------- ranks
@@ -333,8 +384,8 @@ class Group:
     [
         (Group(), "wait timeout"),
         (Group(value="{"), "JSONDecodeError"),
-        (Group(value=json.dumps(["h200", {}])), "rank 0 has a h200, this rank a h100"),
-        (Group(value=json.dumps(["h100", {"k": {"value": {}, "source": "tuned"}}])), "does not have the fields"),
+        (Group(value=json.dumps(["h200", [], {}])), "rank 0 has a h200, this rank a h100"),
+        (Group(value=json.dumps(["h100", [], {"k": {"value": {}, "source": "tuned"}}])), "does not have the fields"),
     ],
 )
 def test_what_rank_0_says_is_checked(monkeypatch: pytest.MonkeyPatch, group: Group, why: str) -> None:
@@ -357,3 +408,47 @@ def test_rank_0_hands_both_kinds_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rms_norm.FORWARD(*KEY)["BLOCK_M"] == 4
     assert rms_norm.BACKWARD(*KEY)["PROGRAMS"] == 2
     assert glu.FORWARD(CPU, BF16, 8192, 14336, "silu")["BLOCK"] == 1024
+
+
+def test_a_rank_waits_10_s_at_the_most_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Group):
+        """Rank 0 never says anything."""
+
+        waited = 0.0
+
+        def wait(self, names: list[str], limit: Any) -> None:
+            self.waited += limit.total_seconds()
+            raise RuntimeError(f"wait timeout after {limit.total_seconds():g} s")
+
+    tune(of(BLOCK_M=4, num_warps=16))
+    slow = Slow()
+    monkeypatch.setattr(database, "_group", lambda: (slow, 1))
+    database.share()
+    for rows in (8192, 4096, 2048):
+        for space in (rms_norm.FORWARD, rms_norm.BACKWARD):
+            assert space(CPU, BF16, rows, 4096) == space.heuristic(CPU, BF16, rows, 4096)
+    assert 0.0 < slow.waited <= 10.0, "once, however much is looked up"
+    (line,) = [e for e in fastft.report().errors if "rank 0" in e]
+    assert "this rank gave up after waiting 10 s" in line and "may launch other kernels than rank 0" in line
+
+
+def test_ranks_with_other_variants_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastft.autotune import variants
+    from tests.autotune import _mine
+
+    monkeypatch.setattr(variants, "_USERS", {})
+    monkeypatch.setattr(variants, "_LOADED", True)
+    group = Group()
+    fastft.variants.register("glu", "mine")(_mine.glu)
+    monkeypatch.setattr(database, "_group", lambda: (group, 0))
+    tune(of(BLOCK_M=4, num_warps=16))
+    assert rms_norm.FORWARD(*KEY)["BLOCK_M"] == 4
+    for rank_has_it in (True, False):
+        if not rank_has_it:
+            monkeypatch.setattr(variants, "_USERS", {})
+        database.forget()
+        monkeypatch.setattr(database, "_group", lambda: (group, 1))
+        assert rms_norm.FORWARD(*KEY)["BLOCK_M"] == 4, "its records are good all the same"
+        said = [e for e in fastft.report().errors if "rank 0's list of users' variants" in e]
+        assert bool(said) is not rank_has_it
+    assert "it has glu=mine (" in said[0] and "this rank has none" in said[0]

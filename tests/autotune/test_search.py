@@ -51,7 +51,8 @@ class Made:
     (a string is a wrong result, an exception is raised)."""
 
     def __init__(self, times: dict[str, float], broken: dict[str, Any] | None = None, jitter: float = 0.0) -> None:
-        self.times, self.broken, self.floor = times, broken or {}, None
+        self.times, self.broken = times, broken or {}
+        self.floors: dict[str, float] = {}
         self.jitter = itertools.cycle([1.0, 1.0 + jitter, 1.0 - jitter])
         self.compiled: list[str] = []
         self.sampled: list[str] = []
@@ -69,8 +70,8 @@ class Made:
         self.sampled.append(label)
         return self.times[label] * next(self.jitter)
 
-    def floor_us(self) -> float | None:
-        return self.floor
+    def floor_us(self, label: str) -> float | None:
+        return self.floors.get(label)
 
 
 def test_the_fastest_wins() -> None:
@@ -116,10 +117,31 @@ def test_only_all_failing_is_an_error() -> None:
 
 def test_nothing_is_searched_near_the_floor() -> None:
     bench = Made({"": 10.0, "a": 1.0})
-    bench.floor = 9.8  # type: ignore[assignment]
-    assert race(["a"], bench, seconds=0.0) == Race("", 10.0, 10.0, 0.0, 1) and not bench.compiled
-    bench.floor = 5.0  # type: ignore[assignment]
+    bench.floors = {"": 9.8}
+    done = race(["a"], bench, seconds=0.0)
+    assert done == Race("", 10.0, 10.0, 0.0, 1, skipped={"floor": 1}) and not bench.compiled
+    bench.floors = {"": 5.0}
     assert race(["a"], bench, seconds=0.0).best == "a"
+
+
+def test_who_is_too_slow_by_the_roofline_is_not_compiled() -> None:
+    bench = Made({"": 10.0, "a": 1.0, "b": 2.0, "c": 3.0})
+    bench.floors = {"": 1.0, "a": 10.6, "b": 10.4}  # of c nobody knows
+    done = race(["a", "b", "c"], bench, seconds=0.0)
+    assert done.best == "b" and bench.compiled == ["b", "c"] and done.skipped == {"roofline": 1}
+    assert "a" not in bench.sampled
+    bench = Made({"a": 1.0, "b": 2.0}, {"": RuntimeError("no")})
+    bench.floors = {"a": 1e9}
+    assert race(["a", "b"], bench, seconds=0.0).best == "a", "with no time to compare with, nobody is left out"
+
+
+def test_those_that_are_too_many_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "MOST", 2)
+    bench = Made({label: 10.0 for label in ("", *"abcd")})
+    bench.floors = {"a": 20.0}
+    done = race([*"abcd"], bench, seconds=0.0)
+    assert bench.compiled == ["b", "c"], "whom the roofline leaves out takes nobody's place"
+    assert done.skipped == {"roofline": 1, "cap": 1}
 
 
 def test_only_the_fastest_go_into_the_long_race() -> None:
@@ -161,7 +183,8 @@ def test_a_search_of_a_real_space() -> None:
     record = search.search(rms_norm.FORWARD, KEY, Made(times, {shown(near[0]): "wrong"}), seconds=0.0)
     database.RECORD(record)
     assert record["config"] == best and record["us"] == 5.0 and record["heuristic_us"] == 10.0
-    assert record["failures"] == {shown(near[0]): "wrong"}
+    assert record["failures"] == {shown(near[0]): "wrong"} and record["failed"] == 1
+    assert record["skipped"] == {"illegal": len(refused)} and record["tried"] == len(legal) - 1
     assert tuning.parsed(shown(best)) == best and tuning.parsed("") is None
 
 
@@ -207,6 +230,8 @@ def test_what_is_tuned_is_launched(machine: Machine) -> None:
     found = tune("--model", "llama-3.1-8b", "--ops", "rms_norm")
     assert found.exit_code == 0, found.output
     assert "2 tuned, 0 known before, 0 failed." in found.output and "5.0 µs; heuristic 10.0 µs" in found.output
+    legal, refused = rms_norm.FORWARD.candidates(*KEY)
+    assert f"; {len(legal)} timed, {len(refused)} cannot run" in found.output
     near = search.nearest_first(rms_norm.FORWARD, KEY, rms_norm.FORWARD.candidates(*KEY)[0])
     assert rms_norm.FORWARD(*KEY) == {**before, **near[2]} != before
     again = tune("--model", "llama-3.1-8b")
@@ -221,8 +246,14 @@ def test_list_and_export(machine: Machine, tmp_path: Path) -> None:
     listed = tune("--list")
     assert listed.exit_code == 0 and "rms_norm.backward" in listed.output and "2 tuned in" in listed.output
     assert tune("--export", str(file)).exit_code == 0
-    assert database.read_file(file, "h100") == database.user_store().items()
+    mine = database.user_store().items()
+    assert len(mine) == 2 and database.read_file(file, "h100") == {
+        key: {**found, "failures": {}, "failed": 0} for key, found in mine.items()
+    }
     assert tune("--export", str(file), "--device", "h200").exit_code == 2
+    for bad, why in ((tmp_path / "nodir" / "x.json", "there is no folder"), (tmp_path, "Is a directory")):
+        found = tune("--export", str(bad))
+        assert found.exit_code == 2 and found.output.startswith(f"fastft: cannot write {bad}: {why}")
 
 
 def test_it_can_be_stopped_and_goes_on(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +288,79 @@ def test_a_kernel_of_which_nothing_runs_is_an_error_of_its_own(
     assert database.user_store().items() == {}
 
 
+def test_a_bench_that_raises_stops_no_other_kernel(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Machine.bench
+
+    def bench(self: Machine, job: tuning.Job) -> Any:
+        if job.space is rms_norm.FORWARD:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, job)
+
+    monkeypatch.setattr(Machine, "bench", bench)
+    found = tune("--model", "llama-3.1-8b")
+    assert found.exit_code == 1 and "1 tuned, 0 known before, 1 failed." in found.output
+    assert "rms_norm.forward: OutOfMemoryError: CUDA out of memory" in found.output
+
+
+def test_a_call_that_raises_stops_no_other(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Machine.jobs
+
+    def jobs(self: Machine, case: Case) -> Iterator[tuning.Job | tuning.Done]:
+        if case.op == "attention":
+            raise RuntimeError("out of resource: shared memory")
+        yield from whole(self, case)
+
+    monkeypatch.setattr(Machine, "jobs", jobs)
+    found = tune("--model", "llama-3.1-8b")
+    assert found.exit_code == 1 and "2 tuned, 0 known before, 1 failed." in found.output
+    assert "attention: RuntimeError: out of resource: shared memory" in found.output
+
+
+def test_a_call_is_looked_at_when_those_before_it_are_tuned(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, there = Machine.jobs, []
+
+    def jobs(self: Machine, case: Case) -> Iterator[tuning.Job | tuning.Done]:
+        for job in whole(self, case):
+            there.append(len(database.user_store().items()))
+            yield job
+
+    monkeypatch.setattr(Machine, "jobs", jobs)
+    reached: list[int] = []
+    calls = [case for case in cases(*SMALL[0]) if case.op in ("glu", "rms_norm")]
+    assert [d.error for d in tuning.tune(calls, machine, seconds=0.0, reached=reached.append)] == ["", ""]
+    assert there == [0, 1] and reached == [*range(len(calls) + 1)]
+
+
+def test_what_cannot_be_kept_is_not_tuned(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTFT_CACHE_DIR", str(tmp_path / "file"))
+    found = tune("--model", "llama-3.1-8b")
+    assert found.exit_code == 1 and "0 tuned, 0 known before, 2 failed." in found.output
+    said = " ".join(found.output.split())
+    assert "rms_norm.forward: not measured, for it could not be kept: " in said and "File exists" in said
+    assert machine.benches == [], "nobody waits for what is lost"
+
+
+def test_a_record_of_a_newer_fastft_is_not_replaced(machine: Machine) -> None:
+    assert tune("--model", "llama-3.1-8b").exit_code == 0
+    file = database.user_store().path(database.config_key(rms_norm.FORWARD, KEY, "h100"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": database.VERSION + 1}))
+    found = tune("--model", "llama-3.1-8b")
+    assert found.exit_code == 1 and "0 tuned, 1 known before, 1 failed." in found.output
+    assert f"it has version {database.VERSION + 1}" in " ".join(found.output.split())
+    assert json.loads(file.read_text())["version"] == database.VERSION + 1
+
+
+def test_a_disk_that_fills_up_meanwhile(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_write", full)
+    found = tune("--model", "llama-3.1-8b")
+    assert found.exit_code == 1 and "0 tuned, 0 known before, 2 failed." in found.output
+    assert "measured, and could not be kept: " in found.output and "No space left on device" in found.output
+
+
 #: A GPU without what only a GPU has: streams, graphs, its clock. Triton's interpreter runs the kernels.
 ON_A_CPU = """
 import contextlib, time, types
@@ -267,7 +371,7 @@ from fastft.autotune.cases import cases
 stream = types.SimpleNamespace(wait_stream=lambda other: None)
 for name, value in dict(
     is_available=True, synchronize=None, empty_cache=None, current_device=0, set_device=None, graph_pool_handle=None,
-    Stream=stream, current_stream=stream, stream=contextlib.nullcontext(),
+    Stream=stream, current_stream=stream, stream=contextlib.nullcontext(), get_device_name="",
 ).items():
     setattr(torch.cuda, name, lambda *_, value=value: value)
 database.device_kind = lambda device=None: "h100"
@@ -313,6 +417,7 @@ def test_without_a_gpu() -> None:
     [
         ([], "tune needs --model"),
         (["--model", "llama-3.1-8"], "did you mean 'llama-3.1-8b'?"),
+        (["--model", "/tmp/nothing"], "--model /tmp/nothing: no such file, and bench/shapes.py has no model"),
         (["--model", "nowhere/config.json"], "No such file"),
         (["--model", "llama-3.1-8b", "--ops", "rmsnorm"], "did you mean 'rms_norm'?"),
         (["--model", "llama-3.1-8b", "--dtype", "int8"], "it is bfloat16, float16 or float32"),
@@ -323,9 +428,15 @@ def test_bad_input(arguments: list[str], message: str) -> None:
     assert found.exit_code == 2 and message in " ".join(found.output.split())
 
 
+def test_the_help_has_an_example() -> None:
+    assert "Example: fastft tune --model" in tune("--help").output
+
+
 def test_a_config_file(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL[0][0]))
     assert tune("--model", str(tmp_path)).exit_code == 0
+    (tmp_path / "without_a_suffix").write_text(json.dumps(SMALL[0][0]))
+    assert tune("--model", str(tmp_path / "without_a_suffix")).exit_code == 0
     (tmp_path / "config.json").write_text("{}")
     assert tune("--model", str(tmp_path / "config.json")).exit_code == 2
     (tmp_path / "config.json").write_text("{")
@@ -362,6 +473,19 @@ def test_a_wrong_variant_does_not() -> None:
     body = json.loads(found.stdout)
     assert not body["ok"] and {row["status"] for row in body["cases"]} == {"wrong", "refused"}
     assert "mine" not in {v.name for v in tuning.offered("glu", database.device_kind())}
+
+
+def test_a_verdict_that_cannot_be_kept_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fastft.variants.register("rms_norm", "mine")(_mine.rms_norm)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTFT_CACHE_DIR", str(tmp_path / "file"))
+    found = verify("rms_norm=mine")
+    assert "It passed." in found.output and "the verdict could not be kept" in found.output
+    assert "File exists" in found.output
+    assert json.loads(verify("rms_norm=mine", "--json").stdout)["kept"] is False
+    monkeypatch.setenv("FASTFT_CACHE_DIR", str(tmp_path / "user"))
+    found = verify("rms_norm=mine", "--json")
+    assert json.loads(found.stdout)["kept"] is True and "could not be kept" not in found.output
 
 
 def test_variants_are_raced_too(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
