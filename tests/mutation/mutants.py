@@ -668,8 +668,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "database: an argument may be left out of the key",
         "autotune/database.py",
-        "    assert not left, ",
-        "    assert left is not None, ",
+        "    if left:\n        raise ValueError",
+        "    if False:\n        raise ValueError",
         "tests/autotune/test_database.py -k cannot_be_forgotten",
     ),
     Mutant(
