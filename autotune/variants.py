@@ -28,7 +28,7 @@ import torch
 import fastft.kernels
 from fastft.autotune import database
 from fastft.autotune.store import Store, one_of, record, text
-from fastft.kernels._config import SPACES, Space
+from fastft.kernels._config import SPACES, Space, source_of
 from fastft.kernels._op import OPS, Cost, Op, Reason
 from fastft.options import nearest
 
@@ -154,7 +154,7 @@ def _own(op: Op) -> dict[str, Variant]:
     """fastft's own, the default first."""
     if op.name not in _OWN or _OWN[op.name][op.default].call is not op.call:
         file = Path(inspect.getfile(op.call))
-        source = hashlib.sha256(file.read_bytes()).hexdigest()
+        source = source_of(file)
         spaces = tuple(s for s in SPACES.values() if s.file == file)
         found = {op.default: (op.call, op.supported), **op.variants, "reference": (op.reference, _any)}
         _OWN[op.name] = {

@@ -137,6 +137,29 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rms_norm.FORWARD._kept) <= 3
 
 
+@pytest.mark.parametrize("edited", ["rms_norm.py", "_config.py", "_rows.py", "_triton.py"])
+def test_an_edit_of_what_decides_a_launch_is_another_source(
+    edited: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The kernel's own file, and the helpers that it launches with."""
+    for file in (rms_norm.FORWARD.file, *_config.HELPERS):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(_config, "HELPERS", tuple(tmp_path / file.name for file in _config.HELPERS))
+
+    def source() -> str:
+        _config._helpers.cache_clear()
+        return _config.source_of(tmp_path / "rms_norm.py")
+
+    try:
+        before = source()
+        assert before == rms_norm.FORWARD.source
+        with (tmp_path / edited).open("a", encoding="utf-8") as file:
+            file.write("# edited\n")
+        assert source() != before
+    finally:
+        _config._helpers.cache_clear()
+
+
 def test_a_name_is_taken_once() -> None:
     with pytest.raises(ValueError, match="registered already"):
         Space("rms_norm.forward", {}, lambda *_: {})
