@@ -230,6 +230,9 @@ class Rewrite:
     ``passes`` is an operand that the op hands on, as its result after the outputs: whoever reads it later reads that
     instead, so that what they send back meets the op's own gradient inside of the op.
 
+    ``prepare`` is given where ``target`` prepares the operands before it calls the op: from the same arguments it makes
+    those of the op's own call, ``(args, kwargs)``.
+
     The op stands where the last output stood; ``early``: where the first did, for outputs that are used before the
     last one is computed. What it reads must be there by then.
     """
@@ -245,6 +248,7 @@ class Rewrite:
     kernel: Kernel | None = None
     early: bool = False
     passes: fx.Node | None = None
+    prepare: Callable[..., tuple[Sequence[Any], dict[str, Any]]] | None = None
 
 
 def use(kernel: str, *args: Any, **kwargs: Any) -> Rewrite | Reason:
