@@ -1318,8 +1318,8 @@ def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, windo
 
 
 def sizes(model: Model) -> Iterator[dict[str, Any]]:
-    """q, k and v of each kind of layer, causal. Scores have no cap: transformers' SDPA leaves a config's out, and its eager
-    attention is no site.
+    """q, k and v of each kind of layer, causal. No scores have a cap: transformers' SDPA leaves a config's out, and its
+    eager attention is no site.
     """
     heads = {"heads": model.heads, "kv_heads": model.kv_heads, "head_dim": model.head_dim}
     for window in model.windows:
