@@ -266,6 +266,12 @@ def choose(op: Op, explicit: str | None, args: Sequence[Any], kwargs: Mapping[st
     return variant_
 
 
+def called(op: Op, target: Any) -> Variant | None:
+    """The variant of ``op`` that a graph calls as ``target``; None where that is none."""
+    known = (*_own(op).values(), *(v for v in _USERS.values() if v.op == op.name))
+    return next((v for v in known if v.call is target), None)
+
+
 #: Arguments that no site's choice depends on.
 _NOT_KEYED = (
     {"eps", "scale", "scaling", "logit_scale", "temperature", "ignore_index", "reduction", "gate_first", "dropout_p"}
