@@ -275,7 +275,8 @@ def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterato
         if (out_features, in_features) not in seen:
             seen.add((out_features, in_features))
             yield shape("lora_linear", **tokens, in_features=in_features, out_features=out_features, rank=16)
-    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):  # what reads one input, where not fused
+    attention = ("q_proj", "k_proj", "v_proj")  # what reads one input, where not fused; in phi an MLP layer too
+    for group in (attention, (*attention, "fc1"), ("gate_proj", "up_proj")):
         widths = tuple(out_features for name, out_features, _ in linears(model) if name in group)
         if len(widths) == len(group):
             yield shape("lora_linears", **tokens, in_features=hidden, out_features=widths, rank=16)

@@ -159,6 +159,11 @@ class Model:
         return self.family == "phi3"
 
     @property
+    def parallel(self) -> bool:
+        """Whether the MLP reads what attention reads."""
+        return self.family == "phi"
+
+    @property
     def linears(self) -> list[tuple[int, int]]:
         """(out_features, in_features) of a decoder layer's linear layers, each size once."""
         q, kv, hidden, wide = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate

@@ -954,10 +954,17 @@ def sizes(model: Model) -> Iterator[dict[str, Any]]:
 
 
 def linears_sizes(model: Model) -> Iterator[dict[str, Any]]:
-    """q, k and v; gate and up. Dense layers without adapters are not joined."""
+    """q, k and v, with the MLP's first where that reads the same; gate and up. Dense layers without adapters are not
+    joined.
+    """
     if not model.fused:
         q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-        for widths in ((q, kv, kv), *([(model.intermediate,) * 2] if model.gated else [])):
+        groups: list[tuple[int, ...]] = [(q, kv, kv)]
+        if model.parallel:
+            groups.append((q, kv, kv, model.intermediate))
+        if model.gated:
+            groups.append((model.intermediate,) * 2)
+        for widths in groups:
             for form in _FORMS:
                 if form["nf4_weight"] or form["adapter"]:
                     call = {**model.tokens, "in_features": model.hidden, "out_features": widths, "rank": 16, **form}

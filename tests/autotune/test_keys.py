@@ -48,6 +48,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": _GEMMA,
     "phi3": dict(rope_parameters=_PARTIAL, partial_rotary_factor=0.5),
     "starcoder2": dict(sliding_window=8, use_bias=True),
+    "phi": dict(rope_parameters=_PARTIAL, partial_rotary_factor=0.5),
+    "stablelm": dict(rope_parameters=_PARTIAL, partial_rotary_factor=0.5),
     "nemotron": dict(rope_parameters=_PARTIAL, partial_rotary_factor=0.5),
 }
 
@@ -56,7 +58,9 @@ OPS_OF = {
     "mlp": {"glu", "glu_packed", "squared_relu"},
     "residual_norm": {"rms_norm", "layer_norm"},
     "joint_linears": {"lora_linears"},
-    **dict.fromkeys(("lora", "nf4", "residual"), {"lora_linear"}),
+    "lora": {"lora_linear"},
+    "nf4": {"lora_linear"},
+    "residual": {"lora_linear"},
 }
 
 Keys = set[str]
