@@ -34,7 +34,7 @@ def cases(config: Mapping[str, Any], batch: int, seq: int) -> list[Case]:
 
 
 def _case(op: Op, sizes: dict[str, Any]) -> Case:
-    shown = (str(v).replace(" ", "") for v in sizes.values() if v)
+    shown = (name if v is True else str(v).replace(" ", "") for name, v in sizes.items() if v)
     return Case(op.name, f"{op.name} {' x '.join(shown)}", lambda new: op.inputs(new, **sizes))
 
 

@@ -28,7 +28,7 @@ import torch
 import fastft.kernels
 from fastft.autotune import database
 from fastft.autotune.store import Store, StoreError, one_of, record, text
-from fastft.kernels._config import SPACES, Space
+from fastft.kernels._config import SPACES, Space, source_of
 from fastft.kernels._op import OPS, Cost, Op, Reason
 from fastft.options import nearest
 
@@ -156,7 +156,7 @@ def _own(op: Op) -> dict[str, Variant]:
     """fastft's own, the default first."""
     if op.name not in _OWN or _OWN[op.name][op.default].call is not op.call:
         file = Path(inspect.getfile(op.call))
-        source = hashlib.sha256(file.read_bytes()).hexdigest()
+        source = source_of(file)
         spaces = tuple(s for s in SPACES.values() if s.file == file)
         found = {op.default: (op.call, op.supported), **op.variants, "reference": (op.reference, _any)}
         _OWN[op.name] = {
@@ -280,42 +280,66 @@ def choose(op: Op, explicit: str | None, args: Sequence[Any], kwargs: Mapping[st
     return variant_
 
 
-#: Arguments that cost nothing, whatever they are.
-_NOT_KEYED = {"eps", "scale"}
+def called(op: Op, target: Any) -> Variant | None:
+    """The variant of ``op`` that a graph calls as ``target``; None where that is none."""
+    known = (*_own(op).values(), *(v for v in _USERS.values() if v.op == op.name))
+    return next((v for v in known if v.call is target), None)
+
+
+#: Arguments that no site's choice depends on.
+_NOT_KEYED = (
+    {"eps", "scale", "scaling", "logit_scale", "temperature", "ignore_index", "reduction", "gate_first", "dropout_p"}
+    # What is added, read, rounded to or handed on beside the work itself.
+    | {"bias", "b_bias", "residual", "x_lora", "out_dtype", "pass_through"}
+    | {"entropy", "entropy_gradient", "is_top1", "mean_logits", "log_sum_sq_probs"}
+    # What follows from other arguments, or nearly: the dtype is in every key.
+    | {"dtype", "b", "cos", "sin", "quant", "absmax", "absmax_offset", "absmax2", "blocksize", "blocksize2"}
+)
 
 
 def site_key(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, str]:
     """The device's kind and the key of a site's record; empty where nothing can be found (another device than a GPU,
     sizes that are not known yet).
+
+    Two calls that cost the same have one key, however they are spelled: what is at its default is left out, and a dtype
+    that is the one computed in, which ``dtype`` says, or else the first operand.
     """
-    bound = inspect.signature(op.call).bind(*args, **kwargs)
-    bound.apply_defaults()  # a site may spell out what another leaves to the default
-    leaves = _leaves([value for name, value in bound.arguments.items() if name not in _NOT_KEYED])
-    tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+    signature = inspect.signature(op.call)
+    given = signature.bind(*args, **kwargs).arguments
+    leaves: dict[str, Any] = {}
+    for name, value in given.items():
+        default = signature.parameters[name].default
+        usual = value is default or (isinstance(value, (bool, int, float, str)) and value == default)
+        if name not in _NOT_KEYED and not usual:
+            leaves |= {f"{name}{i or ''}": leaf for i, leaf in enumerate(_leaves(value)) if leaf is not None}
+    tensors = [t for t in leaves.values() if isinstance(t, torch.Tensor)]
     device = database.device_kind(tensors[0].device) if tensors else ""
     if not device or any(not isinstance(n, int) for t in tensors for n in t.shape):
         return "", ""
+    dtype = given.get("dtype") or tensors[0].dtype
     tokens: dict[str, int] = {}
     sizes: dict[str, Any] = {}
-    for i, leaf in enumerate(leaves):
+    for name, leaf in leaves.items():
         if isinstance(leaf, torch.Tensor):
-            # The first operand, what is integer and what has a batch has one row for each token; weights have not.
-            counted = leaf is tensors[0] or leaf.dim() > 2 or not leaf.dtype.is_floating_point
-            rows = leaf.shape[:-1] if leaf.dim() > 1 else leaf.shape if counted else ()
-            (tokens if counted else sizes)[f"t{i}"] = torch.Size(rows).numel()
-            if leaf.dim() > 1 or not counted:
-                sizes[f"n{i}"] = leaf.shape[-1] if leaf.dim() else 1
+            # The first operand and what has a batch has one row for each token; weights have not.
+            counted = leaf is tensors[0] or leaf.dim() > 2
+            if not leaf.dtype.is_floating_point:  # labels, masks, packed weights: their sizes follow from the others
+                sizes[name] = "given"
+                continue
+            if leaf.dim() > 1:
+                (tokens if counted else sizes)[f"{name}.rows"] = leaf.shape[:-1].numel()
+            sizes[name] = leaf.shape[-1] if leaf.dim() else 1
         elif isinstance(leaf, float):
-            sizes[f"s{i}"] = int(leaf != 0.0)
-        elif leaf is not None and leaf is not tensors[0].dtype:
-            sizes[f"s{i}"] = str(leaf)
+            sizes[name] = int(leaf != 0.0)
+        elif leaf is not dtype:
+            sizes[name] = str(leaf)
     named = {**tokens, **sizes}
     return device, database.key_of(
         f"variant of {op.name}",
         tokens,
         sizes,
         device=device,
-        dtype=tensors[0].dtype,
+        dtype=dtype,
         source=_own(op)[op.default].source,
         **named,
     )

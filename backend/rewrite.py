@@ -125,7 +125,7 @@ def _apply(gm: fx.GraphModule, table: Table, options: Options, fuel: Fuel, fake_
                 answer.inside = answer.inside or match.inside
                 other: Reason | None = None
                 with _trying(rule, "its variant", errors=done.errors, strict=options.strict) as attempt:
-                    other = _take_variant(answer, options)
+                    other = _take_variant(answer, options, fake_mode)
                 if attempt.failed is not None:
                     other = _failed(attempt.failed)
                 if table.name in options.disable:
@@ -210,25 +210,26 @@ def _answers(
                 yield rule, match, answer
 
 
-def _take_variant(answer: Rewrite, options: Options) -> Reason | None:
+def _take_variant(answer: Rewrite, options: Options, fake_mode: Any) -> Reason | None:
     """Let ``answer`` call the variant of its op that is chosen for it; why it cannot, if so."""
     op = answer.kernel
     if op is None:
         return None
     args, kwargs = fx.map_arg((answer.args, answer.kwargs), _see.value)
-    asked = options.variants.get(op.name)
-    if answer.target is op.call:
-        chosen = variants.choose(op, asked, args, kwargs)
-        if isinstance(chosen, Reason):
-            return chosen
-        answer.target, name = chosen.call, chosen.name
-    else:
-        # A function of ours that prepares the operands; whether the variant is legal shows when it runs on fake ones.
-        name = asked or op.default
-        if name != op.default:
-            answer.kwargs = {**answer.kwargs, "variant": name}
-    if name != op.default:
-        answer.notes = "; ".join(filter(None, (answer.notes, f"variant {name}")))
+    if answer.prepare is not None:
+        found = _on_fakes(answer.prepare, answer, fake_mode)
+        if isinstance(found, Reason):
+            return found
+        args, kwargs = found
+    chosen = variants.choose(op, options.variants.get(op.name), args, kwargs)
+    if isinstance(chosen, Reason):
+        return chosen
+    if answer.prepare is None:
+        answer.target = chosen.call
+    if chosen.name != op.default:
+        if answer.prepare is not None:
+            answer.kwargs = {**answer.kwargs, "variant": chosen.name}
+        answer.notes = "; ".join(filter(None, (answer.notes, f"variant {chosen.name}")))
     return None
 
 
@@ -381,7 +382,7 @@ def _replace(
     A result that is written to later is copied first: an op may have kept it for its backward, and may return a view.
     """
     place = _place(answer, order)
-    values = _run_fake(answer, fake_mode)
+    values = _on_fakes(answer.target, answer, fake_mode)
     if isinstance(values, Reason):
         return values
     olds = answer.outputs if answer.passes is None else (*answer.outputs, answer.passes)
@@ -460,20 +461,22 @@ def _relax_views(old: fx.Node, new: fx.Node) -> None:
             stack += user.users
 
 
-def _run_fake(answer: Rewrite, fake_mode: Any) -> Any:
-    """The op's result on the fake tensors of the trace, or the reason it could not run."""
+def _on_fakes(function: Any, answer: Rewrite, fake_mode: Any) -> Any:
+    """The result of the op (or of what prepares its operands) on the fake tensors of the trace, or the reason it could
+    not run.
+    """
     args, kwargs = fx.map_arg((answer.args, answer.kwargs), _see.value)
     guard = fake_mode if fake_mode is not None else contextlib.nullcontext()
     grad = any(_see.requires_grad(output) for output in answer.outputs)
     try:
         with guard, torch.set_grad_enabled(grad):
-            return answer.target(*args, **kwargs)
+            return function(*args, **kwargs)
     except variants.NotSupported as error:
         return Reason("variant", str(error))
     except Exception as error:  # any failure on fake tensors would be one at run time: the site stays as it was
         return Reason(
             "op_failed",
-            f"{getattr(answer.target, '__name__', answer.target)} on fake tensors: {type(error).__name__}: {error}",
+            f"{getattr(function, '__name__', function)} on fake tensors: {type(error).__name__}: {error}",
         )
 
 

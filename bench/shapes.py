@@ -41,6 +41,11 @@ LAYER_NORMS = {
 }
 
 
+#: The classes with a norm of each head of q and k, and those of which some layers see a window and others everything.
+HEAD_NORMS = ("qwen3", "gemma3_text")
+MIXED_WINDOWS = ("gemma2", "gemma3_text")
+
+
 def _model(
     model_type: str,
     hidden: int,
@@ -249,23 +254,29 @@ def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterato
     else:
         offset = 1.0 if family.startswith("gemma") else 0.0  # Gemma multiplies by 1 + weight
         yield shape("rms_norm", **tokens, hidden=hidden, eps=config["rms_norm_eps"], offset=offset)
+        if family in HEAD_NORMS:  # of each head of q, and of k: rows of head_dim
+            for count in dict.fromkeys((heads, kv_heads)):
+                rows = dict(batch=batch, seq=seq * count, hidden=head_dim)
+                yield shape("rms_norm", **rows, eps=config["rms_norm_eps"], offset=offset)
     if {name for name, *_ in linears(model)} & {"gate_proj", "gate_up_proj"}:
         yield shape("glu", **tokens, intermediate=config["intermediate_size"], activation=_activation(config))
     if family == "nemotron":
         yield shape("squared_relu", **tokens, intermediate=config["intermediate_size"])
-    if family == "qwen3":  # norm of each head of q: rows of head_dim
-        yield shape("rms_norm", batch=batch, seq=seq * heads, hidden=head_dim, eps=config["rms_norm_eps"], offset=0.0)
     fraction = config.get("rope_parameters", {}).get("partial_rotary_factor", 1.0)
     per_head = dict(**tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     yield shape("rotary", **per_head, rotary_dim=int(head_dim * fraction))
-    softcap = config.get("attn_logit_softcapping")
-    yield shape("attention", **per_head, window=config.get("sliding_window"), softcap=softcap)
+    window, softcap = config.get("sliding_window"), config.get("attn_logit_softcapping")
+    # transformers' SDPA leaves the cap out; whoever calls the op with it has it measured.
+    for cap in dict.fromkeys((softcap, None)):
+        for length in (window, None) if family in MIXED_WINDOWS else (window,):
+            yield shape("attention", **per_head, window=length, softcap=cap)
     seen = set()
     for _, out_features, in_features in linears(model):
         if (out_features, in_features) not in seen:
             seen.add((out_features, in_features))
             yield shape("lora_linear", **tokens, in_features=in_features, out_features=out_features, rank=16)
-    for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):  # what reads one input, where not fused
+    attention = ("q_proj", "k_proj", "v_proj")  # what reads one input, where not fused; in phi an MLP layer too
+    for group in (attention, (*attention, "fc1"), ("gate_proj", "up_proj")):
         widths = tuple(out_features for name, out_features, _ in linears(model) if name in group)
         if len(widths) == len(group):
             yield shape("lora_linears", **tokens, in_features=hidden, out_features=widths, rank=16)

@@ -149,8 +149,23 @@ class Space:
 
     @functools.cached_property
     def source(self) -> str:
-        """sha256 of the kernel's file, hex: an edit makes what was measured before void."""
-        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+        """:func:`source_of` the kernel's file: an edit makes what was measured before void."""
+        return source_of(self.file)
+
+
+#: Files that decide what is launched, and how, beside a kernel's own.
+HELPERS = tuple(Path(__file__).parent / name for name in ("_config.py", "_rows.py", "_triton.py"))
+
+
+@functools.cache
+def _helpers() -> bytes:
+    """sha256 of the helpers, which all kernels share: read once for a process."""
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in HELPERS)).digest()
+
+
+def source_of(file: Path) -> str:
+    """sha256 of a kernel's file and of the helpers that it launches with, hex."""
+    return hashlib.sha256(file.read_bytes() + _helpers()).hexdigest()
 
 
 SPACES: dict[str, Space] = {}

@@ -1,7 +1,9 @@
 """Calls of an op at a model's sizes, as its file makes them: what is timed, tuned, and verified on.
 
 An op's ``sizes`` gives the sizes with which training a model calls it, and its ``inputs`` makes the arguments of a call
-of such sizes. The names of sizes are those of ``bench/shapes.py``.
+of such sizes. The names of sizes are those of ``bench/shapes.py``. What ``inputs`` has a default for is no size but the
+form of a call (how a weight is stored, what a mask hides): benchmarks measure the default, tuning each that ``sizes``
+has.
 """
 
 from __future__ import annotations
@@ -82,6 +84,8 @@ class New:
 
 #: Classes whose MLP has no gate, and its activation where the config does not name it.
 _UNGATED = {"starcoder2": "gelu_tanh", "phi": "gelu_tanh", "nemotron": "relu2", "arcee": "relu2"}
+#: Classes of which only some layers see a window, where the config does not say which.
+_MIXED = {"gemma2", "gemma3_text", "cohere2", "qwen2", "qwen3"}
 #: The field of a config that holds its norms' ε.
 _EPS = ("rms_norm_eps", "norm_epsilon", "layer_norm_eps", "norm_eps")
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
@@ -104,8 +108,7 @@ class Model:
     activation: str
     rms_norm: bool
     eps: float
-    window: int
-    attention_softcap: float
+    windows: tuple[int, ...]
     logit_softcap: float | None
 
     @staticmethod
@@ -131,8 +134,7 @@ class Model:
             activation=_ACTIVATIONS.get(activation, activation),
             rms_norm="rms_norm_eps" in config,
             eps=next((config[name] for name in _EPS if name in config), 1e-6),
-            window=config.get("sliding_window") or 0,
-            attention_softcap=float(config.get("attn_logit_softcapping") or 0.0),
+            windows=_windows(config),
             logit_softcap=config.get("final_logit_softcapping"),
         )
 
@@ -147,9 +149,19 @@ class Model:
         return self.intermediate > 0 and self.family not in _UNGATED
 
     @property
+    def head_norms(self) -> bool:
+        """Whether each head of q and of k has a norm."""
+        return self.family.startswith(("qwen3", "gemma3"))
+
+    @property
     def fused(self) -> bool:
         """Whether q, k and v come from one projection, and gate and up too."""
         return self.family == "phi3"
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the MLP reads what attention reads."""
+        return self.family == "phi"
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -158,6 +170,16 @@ class Model:
         into = [q + 2 * kv, 2 * wide] if self.fused else [q, kv, wide]
         found = [*((n, hidden) for n in into), (hidden, q), (hidden, wide)]
         return [(n, k) for n, k in dict.fromkeys(found) if n and k]
+
+
+def _windows(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """How many tokens a query sees, of each kind of layer; 0: all before it."""
+    window = config.get("sliding_window") or 0
+    if not window or config.get("use_sliding_window") is False:  # Qwen's configs say how long one would be
+        return (0,)
+    if kinds := config.get("layer_types"):
+        return tuple(dict.fromkeys(window if "sliding" in kind else 0 for kind in kinds))
+    return (window, 0) if config.get("model_type") in _MIXED else (window,)
 
 
 __all__ = ["Inputs", "Model", "New"]

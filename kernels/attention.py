@@ -1318,10 +1318,13 @@ def stock(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, windo
 
 
 def sizes(model: Model) -> Iterator[dict[str, Any]]:
-    """q, k and v of a layer, causal."""
+    """q, k and v of each kind of layer, causal. No scores have a cap: transformers' SDPA leaves a config's out, and its
+    eager attention is no site.
+    """
     heads = {"heads": model.heads, "kv_heads": model.kv_heads, "head_dim": model.head_dim}
-    mask = {"window": model.window or None, "softcap": model.attention_softcap or None}
-    yield {**model.tokens, **heads, **mask}
+    for window in model.windows:
+        for hides in ("", "padding", "packing"):
+            yield {**model.tokens, **heads, "window": window or None, "softcap": None, "hides": hides}
 
 
 def inputs(
@@ -1334,10 +1337,21 @@ def inputs(
     head_dim: int,
     window: int | None,
     softcap: float | None,
+    hides: str = "",
 ) -> Inputs:
-    """q [batch, heads, seq, head_dim], k and v [batch, kv_heads, seq, head_dim]."""
+    """q [batch, heads, seq, head_dim], k and v [batch, kv_heads, seq, head_dim]. ``hides``: what else the mask hides:
+    "padding" at the end of the last sequence or, with "packing", the first document from the second.
+    """
     q, k, v = new.heads(batch, seq, head_dim, heads, kv_heads, kv_heads)
-    return Inputs((q, k, v), {"causal": True, "window": window or 0, "softcap": softcap or 0.0}, [q, k, v])
+    options: dict[str, Any] = {"causal": True, "window": window or 0, "softcap": softcap or 0.0}
+    order = torch.arange(seq, device=new.device)
+    if hides == "padding":
+        padding = torch.ones(batch, seq, dtype=torch.int64, device=new.device)
+        padding[-1] = order < max(seq - seq // 4, 1)
+        options["mask"] = attention_mask(padding, None)
+    elif hides == "packing":
+        options["mask"] = attention_mask(None, (order % max(seq // 2, 1)).expand(batch, seq).contiguous())
+    return Inputs((q, k, v), options, [q, k, v])
 
 
 OP = register(

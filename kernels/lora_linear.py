@@ -947,41 +947,104 @@ def linears_stock(x: torch.Tensor, weight: Any, bias: Any, a: Any, b: Any, scali
 
 
 def sizes(model: Model) -> Iterator[dict[str, Any]]:
-    """The output projection."""
-    width = model.heads * model.head_dim
-    yield {**model.tokens, "in_features": width, "out_features": model.hidden, "rank": 16}
+    """Every linear layer: a rule makes each of them a site before those that read one input are joined."""
+    for out_features, in_features in model.linears:
+        for form in _FORMS:
+            yield {**model.tokens, "in_features": in_features, "out_features": out_features, "rank": 16, **form}
 
 
 def linears_sizes(model: Model) -> Iterator[dict[str, Any]]:
-    """q, k and v; gate and up."""
+    """q, k and v, with the MLP's first where that reads the same; gate and up. Dense layers without adapters are not
+    joined.
+    """
     if not model.fused:
         q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-        for widths in ((q, kv, kv), *([(model.intermediate,) * 2] if model.gated else [])):
-            yield {**model.tokens, "in_features": model.hidden, "out_features": widths, "rank": 16}
+        groups: list[tuple[int, ...]] = [(q, kv, kv)]
+        if model.parallel:
+            groups.append((q, kv, kv, model.intermediate))
+        if model.gated:
+            groups.append((model.intermediate,) * 2)
+        for widths in groups:
+            for form in _FORMS:
+                if form["nf4_weight"] or form["adapter"]:
+                    call = {**model.tokens, "in_features": model.hidden, "out_features": widths, "rank": 16, **form}
+                    yield call
+                    if form["adapter"] and len(widths) == 3:  # PEFT's default: adapters on q and v
+                        yield {**call, "bare": 1}
 
 
-def _layer(new: New, out_features: int, in_features: int, rank: int) -> tuple[Any, ...]:
-    """Weight, A, B."""
-    weight = new(out_features, in_features, scale=in_features**-0.5)
-    down = new(rank, in_features, grad=True, scale=in_features**-0.5)
-    return weight, [down], [new(out_features, rank, grad=True, scale=rank**-0.5)]
+#: How a weight is stored, and its adapter: None; in x's dtype ("x"), as autocast makes it; in fp32, as PEFT keeps it.
+_FORMS = tuple({"nf4_weight": stored, "adapter": kind} for stored in (False, True) for kind in ("x", "float32", None))
 
 
-def inputs(new: New, *, batch: int, seq: int, in_features: int, out_features: int, rank: int) -> Inputs:
-    """x [batch, seq, in_features], the weight, and an adapter."""
+def _layer(
+    new: New, out_features: int, in_features: int, rank: int, nf4_weight: bool, adapter: str | None
+) -> tuple[Any, ...]:
+    """Weight, A, B, quant, shape."""
+    if nf4_weight:
+        weight, *quant = nf4.packed_weight(new, out_features, in_features)
+    else:
+        weight, quant = new(out_features, in_features, scale=in_features**-0.5), []
+    shape = [out_features, in_features] if nf4_weight else []
+    if adapter is None:
+        return weight, [], [], quant, shape
+    a, b = new(rank, in_features, scale=in_features**-0.5), new(out_features, rank, scale=rank**-0.5)
+    if adapter == "float32":
+        a, b = a.float(), b.float()
+    return weight, [a.requires_grad_()], [b.requires_grad_()], quant, shape
+
+
+def _dtypes(new: New, adapter: str | None) -> dict[str, torch.dtype]:
+    """Said only where it does not follow from x: an fp64 copy of a call is in fp64 then."""
+    return {"lora_dtype": torch.float32} if adapter == "float32" and new.dtype != torch.float32 else {}
+
+
+def inputs(
+    new: New,
+    *,
+    batch: int,
+    seq: int,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    nf4_weight: bool = False,
+    adapter: str | None = "x",
+) -> Inputs:
+    """x [batch, seq, in_features], the weight, and an adapter, or without one the residual stream."""
     x = new(batch, seq, in_features, grad=True)
-    weight, a, b = _layer(new, out_features, in_features, rank)
-    return Inputs((x, weight, None, a, b, [2.0]), wanted=[x, *a, *b])
+    weight, a, b, quant, shape = _layer(new, out_features, in_features, rank, nf4_weight, adapter)
+    more: dict[str, Any] = {"quant": quant, "shape": shape} if nf4_weight else {}
+    if adapter is None:
+        more["residual"] = new(batch, seq, out_features, grad=True)
+    wanted = [x, *a, *b, *([more["residual"]] if adapter is None else [])]
+    return Inputs((x, weight, None, a, b, [2.0] * len(a)), {**more, **_dtypes(new, adapter)}, wanted)
 
 
 def linears_inputs(
-    new: New, *, batch: int, seq: int, in_features: int, out_features: Sequence[int], rank: int
+    new: New,
+    *,
+    batch: int,
+    seq: int,
+    in_features: int,
+    out_features: Sequence[int],
+    rank: int,
+    nf4_weight: bool = False,
+    adapter: str | None = "x",
+    bare: int = 0,
 ) -> Inputs:
-    """x [batch, seq, in_features], a weight and an adapter for each of ``out_features``."""
+    """x [batch, seq, in_features], a weight and an adapter for each of ``out_features``. ``bare``: which of them has no
+    adapter, 0 for none; a dense layer without one is not joined with the others.
+    """
     x = new(batch, seq, in_features, grad=True)
-    weight, a, b = map(list, zip(*(_layer(new, n, in_features, rank) for n in out_features), strict=True))
-    scaling = [[2.0]] * len(weight)
-    return Inputs((x, weight, (), a, b, scaling), wanted=[x, *(t for thin in (*a, *b) for t in thin)])
+    layers = [
+        _layer(new, n, in_features, rank, nf4_weight, None if bare and i == bare else adapter)
+        for i, n in enumerate(out_features)
+        if nf4_weight or not bare or i != bare
+    ]
+    weight, a, b, quant, shape = map(list, zip(*layers, strict=True))
+    more = {"quant": quant, "shape": shape} if nf4_weight else {}
+    wanted = [x, *(t for thin in (*a, *b) for t in thin)]
+    return Inputs((x, weight, (), a, b, [[2.0] * len(thin) for thin in a]), {**more, **_dtypes(new, adapter)}, wanted)
 
 
 OP = register(

@@ -300,19 +300,28 @@ def cost(N: sympy.Expr, K: sympy.Expr, blocksize: int = 64, itemsize: int = 2) -
 
 
 def sizes(model: Model) -> Iterator[dict[str, Any]]:
-    """The weights of a layer."""
+    """The weights of a layer, with the scales quantised too and without (bitsandbytes' default)."""
     for out_features, in_features in model.linears:
-        yield {"out_features": out_features, "in_features": in_features}
+        for double in (True, False):
+            yield {"out_features": out_features, "in_features": in_features, "double": double}
 
 
-def inputs(new: New, *, out_features: int, in_features: int) -> Inputs:
-    """A packed weight [out_features, in_features] with double quantised scales."""
+def inputs(new: New, *, out_features: int, in_features: int, double: bool = True) -> Inputs:
+    """A packed weight [out_features, in_features] and its scales."""
+    packed, *scales = packed_weight(new, out_features, in_features, double)
+    scales += [None] * (4 - len(scales))
+    return Inputs((packed, *scales, 64, 256, (out_features, in_features), new.dtype))
+
+
+def packed_weight(new: New, out_features: int, in_features: int, double: bool = True) -> list[Any]:
+    """Packed bytes, and what decodes them: one tensor, or four of double quantisation. Random."""
     n = out_features * in_features
     blocks = -(-n // 64)
-    code, offset = torch.linspace(-1, 1, 256, device=new.device), torch.tensor(0.03, device=new.device)
-    scales = new.integers(256, blocks).to(torch.uint8), code, offset, new.uniform(-(-blocks // 256)) * 0.02
     packed = new.integers(256, (n + 1) // 2, 1).to(torch.uint8)
-    return Inputs((packed, *scales, 64, 256, (out_features, in_features), new.dtype))
+    if not double:
+        return [packed, new.uniform(blocks) * 0.02]
+    code, offset = torch.linspace(-1, 1, 256, device=new.device), torch.tensor(0.03, device=new.device)
+    return [packed, new.integers(256, blocks).to(torch.uint8), code, offset, new.uniform(-(-blocks // 256)) * 0.02]
 
 
 OP = register(

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import fx
 
+from fastft.autotune import variants
 from fastft.kernels._op import OPS, Reason
 from fastft.kernels._op import Op as Kernel
 from fastft.patterns._see import (
@@ -40,7 +41,7 @@ from fastft.patterns._see import (
 __all__ = [
     "Match", "Pattern", "Reason", "Rewrite", "Rule", "Seen", "Table", "Var", "alt", "cast", "const", "down", "dtype",
     "is_noop", "is_widening", "number", "op", "rank", "requires_grad", "row", "same_size", "see", "shape", "through",
-    "use", "value",
+    "use", "use_again", "value", "variant_of",
 ]  # fmt: skip
 
 COMMUTATIVE = {"mul", "add"}
@@ -230,6 +231,9 @@ class Rewrite:
     ``passes`` is an operand that the op hands on, as its result after the outputs: whoever reads it later reads that
     instead, so that what they send back meets the op's own gradient inside of the op.
 
+    ``prepare`` is given where ``target`` prepares the operands before it calls the op: from the same arguments it makes
+    those of the op's own call, ``(args, kwargs)``.
+
     The op stands where the last output stood; ``early``: where the first did, for outputs that are used before the
     last one is computed. What it reads must be there by then.
     """
@@ -245,6 +249,7 @@ class Rewrite:
     kernel: Kernel | None = None
     early: bool = False
     passes: fx.Node | None = None
+    prepare: Callable[..., tuple[Sequence[Any], dict[str, Any]]] | None = None
 
 
 def use(kernel: str, *args: Any, **kwargs: Any) -> Rewrite | Reason:
@@ -255,6 +260,25 @@ def use(kernel: str, *args: Any, **kwargs: Any) -> Rewrite | Reason:
     fake_args, fake_kwargs = fx.node.map_aggregate((args, kwargs), value)
     reason = record.supported(*fake_args, **fake_kwargs)
     return reason or Rewrite(record.call, args, kwargs, kernel=record)
+
+
+def variant_of(kernel: str, node: Any) -> variants.Variant | None:
+    """The variant of the op named ``kernel`` that ``node`` calls, its default among them; None: it calls none."""
+    return variants.called(OPS[kernel], node.target) if isinstance(node, fx.Node) else None
+
+
+def use_again(node: fx.Node, kernel: str, *args: Any, **kwargs: Any) -> Rewrite | Reason:
+    """:func:`use` in the place of ``node``, which calls this op already. The variant that was chosen for ``node`` stays
+    the one for its site: where it does not take the new arguments, that is the reason against it.
+    """
+    variant = variant_of(kernel, node)
+    if variant is not None and variant.name != OPS[kernel].default:
+        fake_args, fake_kwargs = fx.node.map_aggregate((args, kwargs), value)
+        if (why := variant.refuses(*fake_args, **fake_kwargs)) is not None:
+            return Reason(
+                "variant", f"variant {variant.name}, which was chosen for {node.name}, does not do that: {why}"
+            )
+    return use(kernel, *args, **kwargs)
 
 
 Build = Callable[[Match], "Rewrite | Reason | None"]

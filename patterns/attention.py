@@ -35,11 +35,16 @@ from fastft.patterns._match import (
 from fastft.patterns.masks import Structure, recover
 
 
-def rounded_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, to: torch.dtype, variant: str = "", **options: Any
-) -> torch.Tensor:
-    """:func:`attention` (or a variant of it) of q, k and v rounded to one dtype, as autocast rounds them."""
-    return run(ATTENTION.name, variant, q.to(to), k.to(to), v.to(to), **options)
+def _rounded(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, to: torch.dtype, **options: Any
+) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    return (q.to(to), k.to(to), v.to(to)), options
+
+
+def rounded_attention(*qkv: torch.Tensor, variant: str = "", **options: Any) -> torch.Tensor:
+    """:func:`attention` (or a variant of it) of q, k and v rounded to one dtype (``to``), as autocast rounds them."""
+    args, options = _rounded(*qkv, **options)
+    return run(ATTENTION.name, variant, *args, **options)
 
 
 def _sdpa(m: Match) -> Rewrite | Reason | None:
@@ -88,7 +93,8 @@ def _sdpa(m: Match) -> Rewrite | Reason | None:
         note += f"; {shape(q)[1]} query heads on {shape(k)[1]}"
     if all(dtype(t) == dtype(m.anchor) for t in (q, k, v)):
         return Rewrite(attention, (q, k, v), options, notes=note, kernel=ATTENTION)
-    return Rewrite(rounded_attention, (q, k, v), {"to": dtype(m.anchor), **options}, notes=note, kernel=ATTENTION)
+    options["to"] = dtype(m.anchor)
+    return Rewrite(rounded_attention, (q, k, v), options, notes=note, kernel=ATTENTION, prepare=_rounded)
 
 
 def _problem(m: Match, q: fx.Node, k: fx.Node, v: fx.Node, options: dict[str, Any]) -> Reason | None:

@@ -1,5 +1,7 @@
 """Linear layers that read the same input (q, k and v; gate and up), each of which the rules of ``lora`` or ``nf4`` have
 replaced already: one op instead of one for each, with the thin products and ∂x in common.
+
+That is another op, with variants of its own: a layer for which a variant of ``lora_linear`` was chosen stays alone.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from typing import Any
 
 from torch import fx
 
-from fastft.kernels.lora_linear import JOINT, lora_linear
-from fastft.patterns._match import Bindings, Match, Pattern, Reason, Rewrite, Table, dtype, row, use
+from fastft.kernels.lora_linear import JOINT, OP, lora_linear
+from fastft.patterns._match import Bindings, Match, Pattern, Reason, Rewrite, Table, dtype, row, use, variant_of
 
 
 class LoraLinear(Pattern):
@@ -24,7 +26,7 @@ class LoraLinear(Pattern):
 
 
 def _is_ours(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.target is not lora_linear:
+    if not isinstance(node, fx.Node) or variant_of(OP.name, node) is None:
         return False
     return node.kwargs.get("residual") is None and all(own is None for own in node.kwargs.get("x_lora", ()))
 
@@ -45,7 +47,12 @@ def _kind(node: fx.Node) -> tuple[Any, ...]:
 
 def _build(m: Match) -> Rewrite | Reason | None:
     x, last = m.anchor.args[0], m.anchor
-    nodes = sorted(n for n in x.users if _is_ours(n) and n.args and _kind(n) == _kind(last))  # type: ignore[union-attr]
+    every = sorted(n for n in x.users if _is_ours(n) and n.args and _kind(n) == _kind(last))  # type: ignore[union-attr]
+    nodes = [n for n in every if n.target is lora_linear]
+    others = sorted({v.name for n in every if n not in nodes and (v := variant_of(OP.name, n)) is not None})
+    apart = f"{len(every) - len(nodes)} with variant {' or '.join(others)}, which was chosen for lora_linear"
+    if others and len(nodes) < 2 <= len(every) and last is every[-1]:
+        return Reason("variant", f"of {len(every)} layers {apart}: what joins them is another op, lora_linears")
     if len(nodes) < 2 or last is not nodes[-1]:
         return None
     layers = [_arguments(n) for n in nodes]
@@ -62,7 +69,7 @@ def _build(m: Match) -> Rewrite | Reason | None:
         return answer
     # k's product comes after q's result is used.
     answer.outputs, answer.inside, answer.early = tuple(nodes), frozenset(nodes), True
-    answer.notes = f"{len(nodes)} layers"
+    answer.notes = f"{len(nodes)} layers" + (f"; not {apart}" if others else "")
     return answer
 
 

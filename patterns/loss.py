@@ -43,6 +43,14 @@ NAME = "linear_cross_entropy"
 FLAT = "flat"
 
 
+def _of_rows(
+    hidden: torch.Tensor, *others: Any, rows: tuple[Any, ...], out_dtype: torch.dtype, **options: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    for index in rows:
+        hidden = hidden.reshape(-1, hidden.shape[-1]) if index == FLAT else hidden[index]
+    return (hidden.reshape(-1, hidden.shape[-1]), *others), options
+
+
 def rows_linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -57,10 +65,8 @@ def rows_linear_cross_entropy(
     """``linear_cross_entropy`` (or a variant of it) of the rows ``hidden[rows[0]][rows[1]]...``, rounded to
     ``out_dtype`` (what the uncompiled loss has). :data:`FLAT` among ``rows``: all axes but the last become one there.
     """
-    for index in rows:
-        hidden = hidden.reshape(-1, hidden.shape[-1]) if index == FLAT else hidden[index]
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    return run(NAME, variant, hidden, weight, bias, labels, **options).to(out_dtype)
+    args, options = _of_rows(hidden, weight, bias, labels, rows=rows, out_dtype=out_dtype, **options)
+    return run(NAME, variant, *args, **options).to(out_dtype)
 
 
 @dataclass(frozen=True)
@@ -263,6 +269,7 @@ def _build(m: Match) -> Rewrite | Reason | None:
         lazy=lazy,
         notes="logits are computed when read" if lazy else "",
         kernel=kernel,
+        prepare=_of_rows,
     )
 
 
@@ -281,6 +288,21 @@ LOSS = Table(
 # are filled with 0. Told which labels are ignored, the op leaves them out of its GEMMs.
 
 
+def _ignoring(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    items: tuple[int, ...],
+    ignore_index: int,
+    **options: Any,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    flat = labels.reshape(-1)
+    flat = torch.where(flat == ignore_index, ignore_index, flat.clamp(min=0))
+    return (hidden, weight, bias, flat), {"ignore_index": ignore_index, **options}
+
+
 def ignoring_log_prob(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -295,9 +317,8 @@ def ignoring_log_prob(
     """The fields ``items`` of :func:`linear_log_prob` (or a variant of it) for ``labels`` of any shape: those equal to
     ``ignore_index`` are ignored, other negative ones count as 0. One field comes as itself, several as a tuple.
     """
-    flat = labels.reshape(-1)
-    flat = torch.where(flat == ignore_index, ignore_index, flat.clamp(min=0))
-    found = run("linear_log_prob", variant, hidden, weight, bias, flat, ignore_index=ignore_index, **options)
+    args, options = _ignoring(hidden, weight, bias, labels, items=items, ignore_index=ignore_index, **options)
+    found = run("linear_log_prob", variant, *args, **options)
     return found[items[0]] if len(items) == 1 else tuple(found[i] for i in items)
 
 
@@ -367,6 +388,7 @@ def _build_ignoring(m: Match) -> Rewrite | Reason | None:
         inside=frozenset((m.anchor, *fields)),
         notes="ignored tokens are left out",
         kernel=OPS["linear_log_prob"],
+        prepare=_ignoring,
     )
 
 

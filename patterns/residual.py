@@ -11,7 +11,6 @@ from typing import Any
 from torch import fx
 
 from fastft.kernels.lora_linear import OP as LORA_LINEAR
-from fastft.kernels.lora_linear import lora_linear
 from fastft.patterns._match import (
     Match,
     Reason,
@@ -27,6 +26,8 @@ from fastft.patterns._match import (
     shape,
     through,
     use,
+    use_again,
+    variant_of,
 )
 from fastft.patterns.nf4 import exact_source
 
@@ -38,7 +39,7 @@ def _layer(node: fx.Node) -> fx.Node | None:
     found = through(node, "noop")
     if not isinstance(found, fx.Node):
         return None
-    if found.target is lora_linear:
+    if variant_of(LORA_LINEAR.name, found) is not None:
         more = (*found.args[2:4], found.kwargs.get("residual"))  # bias, A
         return None if any(more) else found
     seen = see(found)
@@ -74,15 +75,16 @@ def _build(m: Match) -> Rewrite | Reason | None:
         return Reason("dtype", f"a result in {dtype(layer)} is added to {dtype(residual)}")
     if _tags(layer) != _tags(total):
         return Reason("checkpoint", "one of the layer and the sum is recomputed in backward, the other is not")
-    if layer.target is lora_linear:
-        answer = use(LORA_LINEAR.name, *layer.args, **{**layer.kwargs, "residual": residual})
+    ours = variant_of(LORA_LINEAR.name, layer) is not None
+    if ours:
+        answer = use_again(layer, LORA_LINEAR.name, *layer.args, **{**layer.kwargs, "residual": residual})
     else:
         x, weight, _ = see(layer).args
         to = dtype(layer)
         answer = use(LORA_LINEAR.name, exact_source(x, to), weight, dtype=to, out_dtype=to, residual=residual)
     if isinstance(answer, Rewrite):
         answer.inside = m.inside.union(path)
-        answer.notes = "" if layer.target is lora_linear else "plain linear layer"
+        answer.notes = "" if ours else "plain linear layer"
     return answer
 
 

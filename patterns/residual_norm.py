@@ -1,7 +1,8 @@
 """A norm and whoever else reads its input, the residual stream: what both send back is added in the norm's backward, in
 one rounding and without a pass over memory of its own.
 
-The norm is one that the rules of ``norm`` have replaced already. It hands its input on to those who read it later.
+The norm is one that the rules of ``norm`` have replaced already, by whatever variant. It hands its input on to those
+who read it later.
 """
 
 from __future__ import annotations
@@ -12,11 +13,27 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastft.kernels.layer_norm import layer_norm
-from fastft.kernels.rms_norm import rms_norm
-from fastft.patterns._match import Bindings, Match, Pattern, Reason, Rewrite, Table, requires_grad, row, see, use, value
+import fastft.kernels.layer_norm
+import fastft.kernels.rms_norm  # noqa: F401  (both register their ops)
+from fastft.patterns._match import (
+    Bindings,
+    Match,
+    Pattern,
+    Reason,
+    Rewrite,
+    Table,
+    requires_grad,
+    row,
+    see,
+    use_again,
+    value,
+    variant_of,
+)
 
-_OPS = {rms_norm: "rms_norm", layer_norm: "layer_norm"}
+
+def _op(node: Any) -> str | None:
+    """The norm that a node calls."""
+    return next((name for name in ("rms_norm", "layer_norm") if variant_of(name, node) is not None), None)
 
 
 class Norm(Pattern):
@@ -25,7 +42,7 @@ class Norm(Pattern):
     anchors = frozenset({"unknown"})
 
     def match(self, found: Any, bound: Bindings) -> Iterator[Bindings]:
-        if isinstance(found, fx.Node) and found.target in _OPS:
+        if _op(found) is not None:
             yield bound.take(found)
 
 
@@ -54,7 +71,7 @@ def _build(m: Match) -> Rewrite | Reason | None:
         return None
     if any(_region(u) != _region(norm) for u in later):
         return Reason("checkpoint", "what reads the norm's input later is not in the norm's checkpointed region")
-    answer = use(_OPS[norm.target], *norm.args, **norm.kwargs, pass_through=True)
+    answer = use_again(norm, str(_op(norm)), *norm.args, **norm.kwargs, pass_through=True)
     if isinstance(answer, Rewrite):
         answer.passes = x
     return answer

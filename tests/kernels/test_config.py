@@ -42,7 +42,7 @@ MODELS = ("llama-3.1-8b", "gemma-2-9b", "starcoder2-7b")
 #: sha256 of an op's launches at these models' shapes, bf16 and fp32: norms and rotary as measured on an H100 on
 #: 2026-11-25, the others as they were when each kernel's file computed them in its launcher.
 BEFORE = {
-    "attention": "7790f25d79824502c1bdd943c917c3376bee309439cb267cab5106c48914dec9",
+    "attention": "165388dd67b1cc57c85532a1570e4cb3570e5963a6394b682c974ea0a7752de9",
     "glu": "1c4146e040d85c68760b6a7b627864074fbcfae38881d8b7f2072172afe1b3cb",
     "layer_norm": "b06a3cddeb9bcb9705f5f427484bf283d00dc95eea2e1d579f018f7a640f0c51",
     "linear_cross_entropy": "9df26b804a113f14978fc969faacdb7e61f223eb1671dbf597dc5ce68490fe34",
@@ -135,6 +135,29 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in range(10):
         rms_norm.FORWARD(CPU, BF16, rows, 128)
     assert len(rms_norm.FORWARD._kept) <= 3
+
+
+@pytest.mark.parametrize("edited", ["rms_norm.py", "_config.py", "_rows.py", "_triton.py"])
+def test_an_edit_of_what_decides_a_launch_is_another_source(
+    edited: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The kernel's own file, and the helpers that it launches with."""
+    for file in (rms_norm.FORWARD.file, *_config.HELPERS):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(_config, "HELPERS", tuple(tmp_path / file.name for file in _config.HELPERS))
+
+    def source() -> str:
+        _config._helpers.cache_clear()
+        return _config.source_of(tmp_path / "rms_norm.py")
+
+    try:
+        before = source()
+        assert before == rms_norm.FORWARD.source
+        with (tmp_path / edited).open("a", encoding="utf-8") as file:
+            file.write("# edited\n")
+        assert source() != before
+    finally:
+        _config._helpers.cache_clear()
 
 
 def test_a_name_is_taken_once() -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastft.autotune import variants
 from fastft.compare import assert_bitwise
-from fastft.kernels.lora_linear import lora_linear, lora_linears
+from fastft.kernels.lora_linear import lora_linear, lora_linear_reference, lora_linears
 from tests.patterns._sites import check_site, rewritten
 
 
@@ -50,6 +51,37 @@ def test_the_note_says_how_many() -> None:
     _, report, _ = rewritten(qkv, *leaves(8, 4, 4))
     (site,) = (s for s in report.sites if s.pattern == "joint_linears")
     assert site.notes == "3 layers" and site.rule.startswith("joint_linears.py")
+
+
+def test_layers_by_another_variant_stay_alone_and_it_is_said() -> None:
+    """What joins them is another op: the variant that was chosen has no such form."""
+    inputs = leaves(8, 4, 4)
+    results, report, graph = rewritten(qkv, *inputs, variants={"lora_linear": "reference"})
+    assert report.counts == {"lora": 3}, str(report)
+    (missed,) = report.missed
+    assert missed.pattern == "joint_linears"
+    assert missed.reason.startswith("variant: of 3 layers 3 with variant reference, which was chosen for lora_linear")
+    calls = [n.target for n in graph.graph.nodes if n.target is lora_linear_reference]
+    assert len(calls) == 3
+    torch.testing.assert_close(results, qkv(*inputs))
+
+
+def test_the_others_are_joined_without_a_layer_by_another_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant that was measured to be faster for q's size alone."""
+    stock, reference = variants.choose, variants.get("lora_linear", "reference")
+
+    def choose(op: Any, explicit: Any, args: Any, kwargs: Any) -> Any:
+        q = op.name == "lora_linear" and args[1].shape[0] == 8
+        return reference if q else stock(op, explicit, args, kwargs)
+
+    monkeypatch.setattr(variants, "choose", choose)
+    inputs = leaves(8, 4, 4)
+    results, report, graph = rewritten(qkv, *inputs)
+    assert report.counts == {"lora": 3, "joint_linears": 1} and not report.missed, str(report)
+    (site,) = (s for s in report.sites if s.pattern == "joint_linears")
+    assert site.notes == "2 layers; not 1 with variant reference, which was chosen for lora_linear"
+    assert targets(graph) == [lora_linears]
+    torch.testing.assert_close(results, qkv(*inputs))
 
 
 def test_two_groups() -> None:

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 import fastft
 import fastft.bridges.trl_head  # lets Dynamo keep linear_log_prob as one call
+from fastft.autotune import variants
 from fastft.compare import assert_bitwise, assert_within, compare, rounding
+from fastft.kernels._op import OPS
 from fastft.kernels.linear_cross_entropy import linear_log_prob, linear_log_prob_reference
 from fastft.lazy_logits import LazyLogits
 from fastft.patterns.loss import ignoring_log_prob, rows_linear_cross_entropy
@@ -287,6 +289,20 @@ def test_ignored_tokens_are_left_out(outputs, mask):
     grads = [torch.autograd.grad(sum(o.square().sum() for o in out if o.requires_grad), leaves) for out, leaves in rows]
     for name, a, s, e in zip("hw", *grads, strict=True):
         assert_within(f"d{name}", a, s, e, length=V)
+
+
+def test_ignored_tokens_look_a_variant_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the op's own arguments: labels in one axis."""
+    asked = []
+    stock = variants.choose
+    monkeypatch.setattr(variants, "choose", lambda op, *rest: asked.append((op.name, *rest)) or stock(op, *rest))
+    h, w = operands()
+    _, report, _ = rewritten(lambda h, w: trl_head(h, w, LABELS), h, w)
+    assert report.counts == {"ignored_tokens": 1}
+    ((op, explicit, args, kwargs),) = asked
+    assert (op, explicit, kwargs["ignore_index"]) == ("linear_log_prob", None, -100)
+    assert [tuple(t.shape) for t in args if t is not None] == [(B * S, H), (V, H), (B * S,)]
+    assert OPS[op].supported(*args, **kwargs) is None
 
 
 SCORED = {

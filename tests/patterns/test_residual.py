@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import fastft
+from fastft.autotune import variants
 from fastft.kernels.lora_linear import lora_linear
+from tests.autotune import _mine
 from tests.patterns._sites import check_site, rewritten
 
 
@@ -34,6 +37,29 @@ def test_either_order(order: str, dtype: torch.dtype) -> None:
 
     graph = check_site(block, *leaves(X, W, Z, dtype=dtype), counts={"residual": 1})
     assert count(graph) == 1
+
+
+@pytest.mark.parametrize("weight", ["dense", "nf4"])
+def test_a_layer_by_another_variant(weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the residual stream up as the op does."""
+    monkeypatch.setattr(variants, "_USERS", {})
+    fastft.variants.register("lora_linear", "mine")(_mine.lora_linear)
+    w, z = (t.detach() for t in leaves((64, 64), (2, 5, 64)))
+    x = torch.linspace(-1, 2, 640).view(2, 5, 64)
+    if weight == "nf4":
+        functional = pytest.importorskip("bitsandbytes.functional")
+        w, state = functional.quantize_4bit(w, quant_type="nf4")
+
+    def block(x, w, z):
+        dense = functional.dequantize_4bit(w, state) if weight == "nf4" else w
+        return z + F.linear(x.sin(), dense)
+
+    result, report, graph = rewritten(block, x, w, z, variants={"lora_linear": "mine"})
+    assert report.counts == {"residual": 1, **({"nf4": 1} if weight == "nf4" else {})}, str(report)
+    assert not report.missed, str(report)
+    (node,) = (n for n in graph.graph.nodes if n.target is _mine.lora_linear)
+    assert node.kwargs["residual"] is not None
+    torch.testing.assert_close(result, block(x, w, z))
 
 
 def test_one_rounding() -> None:

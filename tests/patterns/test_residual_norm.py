@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import fastft
+from fastft.autotune import database, variants
+from fastft.kernels._op import OPS
 from fastft.kernels.layer_norm import layer_norm
 from fastft.kernels.rms_norm import rms_norm
+from tests.autotune import _mine
 from tests.patterns._sites import check_site, rewritten
 
 X, W = (2, 5, 16), (16,)
@@ -38,6 +43,59 @@ def test_a_block(kind: str) -> None:
     graph = check_site(block, *leaves(X, W), counts={kind: 1, "residual_norm": 1})
     (node,) = passing(graph)
     assert set(graph.graph.find_nodes(op="placeholder")[0].users) == {node}, "x is read through the norm alone"
+
+
+@pytest.mark.parametrize("kind", ["rms_norm", "layer_norm"])
+def test_a_norm_by_another_variant(kind: str) -> None:
+    """It takes the same arguments as the op, and hands its input on too."""
+
+    def block(x, w):
+        y = norm(x, w) if kind == "rms_norm" else F.layer_norm(x, (16,), w, None, 1e-6)
+        return x + y.sin()
+
+    x, w = leaves(X, W)
+    result, report, graph = rewritten(block, x, w, variants={kind: "reference"})
+    assert report.counts == {kind: 1, "residual_norm": 1} and not report.missed, str(report)
+    assert {s.notes for s in report.sites} == {"variant reference"}
+    (node,) = (n for n in graph.graph.nodes if n.kwargs.get("pass_through"))
+    assert node.target is fastft.variants.get(kind, "reference").call
+    found = torch.autograd.grad(result.sum(), (x, w))
+    torch.testing.assert_close(found, torch.autograd.grad(block(x, w).sum(), (x, w)))
+
+
+@pytest.mark.parametrize("chosen", ["explicit", "tuned"])
+@pytest.mark.parametrize("why", ["refused", "not done"])
+def test_a_variant_that_does_not_hand_its_input_on(
+    why: str, chosen: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It stays the norm's variant, and the report says what that cost."""
+    monkeypatch.setattr(variants, "_USERS", {})
+    monkeypatch.setenv("FASTFT_CACHE_DIR", str(tmp_path))
+    legal = _mine.without_pass_through if why == "refused" else None
+    fastft.variants.register("rms_norm", "mine", supported=legal)(_mine.bare_rms_norm)
+    x, w = leaves(X, W)
+    if chosen == "tuned":
+        mine = fastft.variants.get("rms_norm", "mine")
+        record = {"config": {}, "variant": "mine", "source": mine.source[:12], "us": 1.0, "heuristic_us": 2.0}
+        monkeypatch.setattr(database, "device_kind", lambda device=None: "h100")
+        _, key = variants.site_key(OPS["rms_norm"], (x, w, 1e-6), {})
+        database.user_store().put(key, {**record, "noise": 0.0, "tried": 2, "failures": {}})
+    database.forget()
+    options = {"variants": {"rms_norm": "mine"}} if chosen == "explicit" else {}
+    try:
+        result, report, graph = rewritten(lambda x, w: x + norm(x, w).sin(), x, w, **options)
+    finally:
+        database.forget()
+    assert report.counts == {"rms_norm": 1}, str(report)
+    (missed,) = report.missed
+    assert missed.pattern == "residual_norm"
+    if why == "refused":
+        assert missed.reason.startswith("variant: variant mine, which was chosen for ")
+        assert missed.reason.endswith("does not do that: nothing is handed on")
+    else:
+        assert missed.reason.startswith("outputs: "), missed.reason
+    assert [n.target for n in graph.graph.nodes if "rms_norm" in n.name] == [_mine.bare_rms_norm]
+    torch.testing.assert_close(result, x + norm(x, w).sin())
 
 
 def test_two_roundings_are_one() -> None:
