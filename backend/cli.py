@@ -252,6 +252,8 @@ def _import_variants(modules: list[str] | None) -> None:
 def _verify_variant(asked: str, as_json: bool) -> None:
     """Judge a variant at small sizes, called in every way and dtype, print what was found, and keep the verdict."""
     import torch
+    from rich.console import Console
+    from rich.progress import track
 
     from fastft.autotune import database, variants
     from fastft.autotune.judging import examine
@@ -263,7 +265,9 @@ def _verify_variant(asked: str, as_json: bool) -> None:
         hint = "one of your own is known by --import MODULE_OR_FILE, or by its package's entry point"
         raise _fail(f"--variant {asked}: {error.args[0]}; {hint}") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = list(examine(found, device=device))
+    bar = Console(stderr=True)  # a GPU's compiler takes a second for each new kernel
+    calls = track(examine(found, device=device), f"calling {asked}", console=bar, transient=True, disable=as_json)
+    rows = list(calls)
     wrong = [row for row in rows if row.status in ("wrong", "failed")]
     passed = not wrong and any(row.status == "ok" for row in rows)
     variants.note_verified(found, database.device_kind(), passed)
@@ -301,7 +305,8 @@ def _show_verdict(title: str, rows: list[Any]) -> None:
             dtypes.setdefault(row.inputs, []).append(row.dtype)
         if status == "ok":
             shown = f"{len(dtypes)} ways to call it, {len(same)} calls"
-            what = f"at most {max(row.ratio for row in same):.2f} times PyTorch's error"
+            worst = max(row.ratio for row in same)
+            what = f"at most {worst:.2f} times PyTorch's error" if worst else "within rounding"
         else:
             shown = "\n".join(f"{way} ({', '.join(of)})" for way, of in dtypes.items())
             what = same[0].what

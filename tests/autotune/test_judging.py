@@ -52,7 +52,7 @@ def not_right(rows: list[Row]) -> list[Row]:
 
 # ------------------------------------------------------------------------------------------------------------ ours pass
 
-#: The reference keeps a table on the device: a trace with fake tensors refuses it, so no graph can have it.
+#: The reference looks up a real tensor that it keeps for the device: under fake tensors PyTorch refuses that.
 NOT_TRACEABLE = {("nf4_dequantize", "reference")}
 OWN = [(op, v.name) for op in OPS for v in variants.listed(op)]
 
