@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import fastft.kernels
 from fastft import compare
 from fastft.kernels._inputs import Inputs, Model, New
-from fastft.kernels._op import OPS, Op
+from fastft.kernels._op import Op
 
 #: At most so many elements of a result are compared.
 SAMPLED = 2**20
@@ -122,14 +121,3 @@ class Truth:
         return [
             compare.compare(name, t, self.same[name], self.exact[name], length=self.length) for name, t in found.items()
         ]
-
-
-def judge(call: Callable[..., Any], case: Case, dtype: torch.dtype, device: str) -> list[compare.Comparison]:
-    """``call`` in the place of a case's op, by the error rule: results and gradients against the reference in fp64,
-    beside PyTorch in the same dtype."""
-    inputs = case.make(New(dtype, device))
-    truth = Truth(OPS[case.op], inputs, dtype)
-    found = results(call, inputs.copy())
-    missing = truth.same.keys() - found.keys()
-    judged = truth.compare({name: t for name, t in found.items() if name in truth.same})
-    return [*judged, *(compare.Comparison(name, math.inf, 0.0, 0.0) for name in sorted(missing))]

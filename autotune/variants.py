@@ -7,8 +7,8 @@ the op's signature, differentiable as the op is. It is registered where it is de
     @fastft.variants.register("glu", "mine", supported=mine_supported)
     def mine(gate, up, kind): ...
 
-or by a package's entry point in the group ``fastft_variants``: an object that is called once, before variants are
-looked at, and registers what it has.
+or by a package's entry point in the group ``fastft_variants``: a module that is imported, or a function that is called,
+once, before variants are looked at, and registers what it has.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import importlib.metadata
 import inspect
 import logging
 import re
+import sys
+import traceback
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,7 @@ import torch
 import fastft.kernels
 from fastft.autotune import database
 from fastft.autotune.store import Store, StoreError, one_of, record, text
+from fastft.fallback import said
 from fastft.kernels._config import SPACES, Space, source_of
 from fastft.kernels._op import OPS, Cost, Op, Reason
 from fastft.options import nearest
@@ -190,18 +194,66 @@ def get(op: str, name: str) -> Variant:
 
 
 def _load() -> None:
-    """Call the entry points of other packages, once."""
+    """Call the entry points of other packages, once. One may name a module, which registers when it is imported."""
     global _LOADED
     if _LOADED:
         return
     _LOADED = True
     for entry in importlib.metadata.entry_points(group=GROUP):
         try:
-            entry.load()()
+            _enter(entry)
         except Exception as error:
-            line = f"variants of the entry point {entry.name} ({entry.value}): {type(error).__name__}: {error}"
-            _PROBLEMS.append(line.splitlines()[0])
-            log.warning("%s", line, exc_info=error)
+            line = f"variants of the entry point {entry.name} ({entry.value}): {said(error)}"
+            _PROBLEMS.append(line)
+            log.warning("%s", line)
+            log.debug("%s", line, exc_info=error)
+
+
+def _enter(entry: importlib.metadata.EntryPoint) -> None:
+    found = entry.load()
+    if callable(found):
+        found()
+    elif not isinstance(found, types.ModuleType):
+        raise TypeError(f"it is {type(found).__name__}, neither a function nor a module")
+
+
+def bring(what: str) -> None:
+    """Import what registers variants: a module by its name, looked for in the working directory too, or a ``.py`` file;
+    with ``:function``, call that, as for an entry point. ``ValueError`` where it cannot be imported, and where it
+    registers nothing.
+    """
+    before = dict(_USERS)
+    named, _, function = what.partition(":")
+    file = Path(named).resolve()
+    by_path = named.endswith(".py") or file.is_file()
+    if by_path and not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    name = file.stem if by_path else named
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) or (by_path and "." in name):
+        raise ValueError(
+            f"{name!r} cannot be the name of a module; give a module's name, or a .py file named as one is"
+        )
+    folder = str(file.parent if by_path else Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        _enter(importlib.metadata.EntryPoint("--import", f"{name}:{function}" if function else name, GROUP))
+    except Exception as error:
+        raise ValueError(f"it cannot be imported: {said(error)}{_line_of(error, file if by_path else None)}") from error
+    there = getattr(sys.modules[name], "__file__", None)
+    if by_path and (there is None or not file.samefile(there)):
+        raise ValueError(f"Python has another module {name!r}, {there}; rename the file")
+    own = [v for v in _USERS.values() if v.call.__module__ == name or v.call.__module__.startswith(f"{name}.")]
+    if not own and before == _USERS:
+        raise ValueError(
+            "it registers no variant: put @fastft.variants.register(op, name) above a function of it, or name what "
+            f"registers them, as in {named}:register_all"
+        )
+
+
+def _line_of(error: Exception, file: Path | None) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if file is not None and f.filename == str(file)]
+    return f" (line {frames[-1].lineno} of {file})" if frames else ""
 
 
 def problems() -> list[str]:

@@ -116,6 +116,14 @@ Html = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Write the report as a page, to look at in a browser.")
 ]
 Dtype = Annotated[str, typer.Option(help="The weights' dtype: bfloat16, float16 or float32.")]
+Import = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE_OR_FILE",
+        help="First import this module, or .py file, which registers variants of yours; may be repeated.",
+    ),
+]
 
 
 @app.command()
@@ -190,18 +198,27 @@ def verify(
     residual: Annotated[str, typer.Option(help="Who compiles what is not replaced: inductor, or eager.")] = "inductor",
     bisect: Annotated[bool, typer.Option(help="When something is wrong, find the first wrong rewrite.")] = True,
     variant: Annotated[str, typer.Option(help="op=name: verify this variant of an op, and no model.")] = "",
+    imports: Import = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a training step compiled by fastft with eager: the loss and every gradient. Exit code 1 if one is wrong.
 
-    With --variant, compare a variant of an op with its reference instead. Only a variant that passed is tuned.
+    The model is built with random weights (norms, biases and adapters too, which start as ones and zeros in training):
+    `fastft verify path/to/config.json --lora 8 --layers 2`
 
-    The model is built with random weights (norms, biases and adapters too, which start as ones and zeros in training).
+    With --variant and no model, compare a variant of an op with its reference. Only a variant that passed is tuned:
+    `fastft verify --import my_kernels.py --variant glu=mine`
     """
     import torch
 
     import fastft
 
+    if variant and model is not None:
+        raise _fail(
+            f"verify takes a model or --variant, not both: leave out {model}, or compare a model that is compiled with "
+            'this variant by fastft.verify(model, batch, options={"variants": ...})'
+        )
+    _import_variants(imports)
     if variant:
         _verify_variant(variant, as_json)
         return
@@ -222,61 +239,84 @@ def verify(
         raise typer.Exit(1)
 
 
+def _import_variants(modules: list[str] | None) -> None:
+    from fastft.autotune import variants
+
+    for one in modules or ():
+        try:
+            variants.bring(one)
+        except ValueError as error:
+            raise _fail(f"--import {one}: {error}") from None
+
+
 def _verify_variant(asked: str, as_json: bool) -> None:
-    """Judge a variant at small sizes in every dtype, print what was found, and keep the verdict."""
+    """Judge a variant at small sizes, called in every way and dtype, print what was found, and keep the verdict."""
     import torch
+    from rich.console import Console
+    from rich.progress import track
 
     from fastft.autotune import database, variants
-    from fastft.autotune.cases import judge, small_cases
-    from fastft.fallback import said
-    from fastft.kernels._inputs import New
+    from fastft.autotune.judging import examine
 
     op, _, name = asked.partition("=")
     try:
         found = variants.get(op, name)
     except KeyError as error:
-        raise _fail(f"--variant {asked}: {error.args[0]}") from None
+        hint = "one of your own is known by --import MODULE_OR_FILE, or by its package's entry point"
+        raise _fail(f"--variant {asked}: {error.args[0]}; {hint}") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: list[dict[str, Any]] = []
-    for case in small_cases(op):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            inputs = case.make(New(dtype, device))
-            row: dict[str, Any] = {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}
-            try:
-                if reason := found.refuses(*inputs.args, **inputs.kwargs):
-                    rows.append({**row, "status": "refused", "what": str(reason)})
-                    continue
-                judged = judge(found.call, case, dtype, device)
-            except Exception as error:
-                rows.append({**row, "status": "failed", "what": said(error)})
-                continue
-            wrong = [str(c) for c in judged if not c.ok]
-            worst = max((c.ratio for c in judged), default=0.0)
-            what = "; ".join(wrong) or f"{len(judged)} values, at most {worst:.2f} times PyTorch's error"
-            rows.append({**row, "status": "wrong" if wrong else "ok", "what": what})
-    passed = all(row["status"] in ("ok", "refused") for row in rows) and any(row["status"] == "ok" for row in rows)
+    bar = Console(stderr=True)  # a GPU's compiler takes a second for each new kernel
+    calls = track(examine(found, device=device), f"calling {asked}", console=bar, transient=True, disable=as_json)
+    rows = list(calls)
+    wrong = [row for row in rows if row.status in ("wrong", "failed")]
+    passed = not wrong and any(row.status == "ok" for row in rows)
     lost = variants.note_verified(found, database.device_kind(), passed)
     if as_json:
-        body = {"variant": asked, "device": device, "ok": passed, "kept": not lost, "cases": rows}
+        cases = [vars(row) for row in rows]
+        body = {"variant": asked, "device": device, "ok": passed, "kept": not lost, "cases": cases}
         typer.echo(json.dumps(body, indent=1))
     else:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=f"variant {name} of {op} on {device}", title_justify="left")
-        for column in ("case", "dtype", "status", "what"):
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(str(row[column])) for column in ("case", "dtype", "status", "what")))
-        Console().print(table)
-        typer.echo("It passed." if passed else "It did not pass: fastft tune will not offer it.")
+        _show_verdict(f"variant {name} of {op} on {device}", rows)
+        typer.echo(f"It passed, in {len(rows)} calls." if passed else _not_passed(len(wrong), len(rows)))
     if lost:
         typer.echo(
             f"fastft: the verdict could not be kept, so fastft tune goes by what was known before: {lost}", err=True
         )
     if not passed:
         raise typer.Exit(1)
+
+
+def _not_passed(wrong: int, calls: int) -> str:
+    why = f"{wrong} of {calls} calls are not right" if wrong else f"it refuses all {calls} calls"
+    return f"It did not pass: {why}. fastft tune will not offer it."
+
+
+def _show_verdict(title: str, rows: list[Any]) -> None:
+    """A table of what was found: one row for all calls of a case that found the same."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for column in ("case", "status", "inputs", "found"):
+        table.add_column(column, overflow="fold")
+    together: dict[tuple[str, ...], list[Any]] = {}
+    for row in rows:
+        # Of calls that are right only the count and the worst is of interest.
+        together.setdefault((row.case, row.status, "" if row.status == "ok" else row.what), []).append(row)
+    for (case, status, _), same in together.items():
+        dtypes: dict[str, list[str]] = {}
+        for row in same:
+            dtypes.setdefault(row.inputs, []).append(row.dtype)
+        if status == "ok":
+            shown = f"{len(dtypes)} ways to call it, {len(same)} calls"
+            worst = max(row.ratio for row in same)
+            what = f"at most {worst:.2f} times PyTorch's error" if worst else "within rounding"
+        else:
+            shown = "\n".join(f"{way} ({', '.join(of)})" for way, of in dtypes.items())
+            what = same[0].what
+        table.add_row(*(Text(cell) for cell in (case, status, shown, what)))
+    Console().print(table)
 
 
 @app.command()
@@ -291,6 +331,7 @@ def tune(
     listing: Annotated[bool, typer.Option("--list", help="Show what is tuned, and stop.")] = False,
     export: Annotated[Path | None, typer.Option(help="Write what is tuned for --device to a file, and stop.")] = None,
     device: Annotated[str, typer.Option(help="Kind of device for --list and --export; this one's by default.")] = "",
+    imports: Import = None,
 ) -> None:
     """Find the fastest launch configurations for a model's sizes on this GPU. Training takes them from then on.
 
@@ -300,6 +341,7 @@ def tune(
     """
     from fastft.autotune import database
 
+    _import_variants(imports)
     if listing or export is not None:
         _show_tuned(device or database.device_kind(), export)
         return

@@ -306,10 +306,10 @@ sizes = dict(
     vocab_size=128256, rms_norm_eps=1e-5,
 )
 model = Model.of(sizes, 4, 2048)
-ops = [OPS[op] for op in ("rms_norm", "glu", "attention", "rotary", "lora_linear", "lora_linears")]
+ops = ("rms_norm", "lora_linears", "rotary", "attention", "lora_linear")
+ops += ("rms_norm", "lora_linears", "glu", "lora_linear")  # a layer's sites: q, k, v and gate, up are one each
 with FakeTensorMode():
-    calls = [(op, op.inputs(New(torch.bfloat16, "cpu"), **sizes)) for op in ops for sizes in op.sizes(model)]
-assert len(calls) == 7, calls  # q, k, v and gate, up are a site each
+    calls = [(op, op.inputs(New(torch.bfloat16, "cpu"), **next(op.sizes(model)))) for op in map(OPS.get, ops)]
 start = time.perf_counter()
 from fastft.autotune import database
 database.SHIPPED, database.device_kind = Path({str(database.SHIPPED)!r}), lambda device=None: "h100"
