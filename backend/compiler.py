@@ -18,7 +18,7 @@ from fastft import bridges, caches, describing, reporting
 from fastft.autotune import database, variants
 from fastft.fallback import Attempt
 from fastft.first_step import FirstStep
-from fastft.kernels._op import rescue
+from fastft.kernels._op import OPS, rescue
 from fastft.kernels.linear_cross_entropy import linear_log_prob
 from fastft.normalise import normalise
 from fastft.options import Options
@@ -99,6 +99,7 @@ def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs
     with step("planning", "torch decides what is recomputed"):
         done.plan |= _plan(counts, options)
         gm.graph.lint()
+        done.plan |= _not_taken(gm.graph, options)
     with _describing(done, options):
         done.modules = describing.described(gm.graph, modules, rewritten.into)
     gm.recompile()
@@ -129,6 +130,20 @@ def _plan(counts: Mapping[str, int], options: Options) -> dict[str, str]:
     if counts["kept"]:
         plan["checkpoint policies"] = f"{counts['kept']} regions with a policy of the user's are left as they are"
     return plan
+
+
+def _not_taken(graph: fx.Graph, options: Options) -> dict[str, str]:
+    """Variants that were asked for and that nothing calls."""
+
+    def takes(node: fx.Node, op: str, name: str) -> bool:
+        found = variants.called(OPS[op], node.target)
+        return node.kwargs.get("variant") == name or (found is not None and found.name == name)
+
+    return {
+        f"variant {op}={name}": "asked for, and no site of this graph took it"
+        for op, name in options.variants.items()
+        if not any(takes(node, op, name) for node in graph.nodes if node.op == "call_function")
+    }
 
 
 def _compile_rest(

@@ -1347,7 +1347,7 @@ def inputs(
     order = torch.arange(seq, device=new.device)
     if hides == "padding":
         padding = torch.ones(batch, seq, dtype=torch.int64, device=new.device)
-        padding[-1] = order < max(seq - seq // 4, 1)
+        padding[-1:] = order < max(seq - seq // 4, 1)
         options["mask"] = attention_mask(padding, None)
     elif hides == "packing":
         options["mask"] = attention_mask(None, (order % max(seq // 2, 1)).expand(batch, seq).contiguous())

@@ -76,7 +76,7 @@ def nf4_dequantize_reference(
 ) -> torch.Tensor:
     """:func:`nf4_dequantize` in plain PyTorch."""
     size = math.prod(shape)
-    levels = _levels(packed.device)
+    levels = torch.tensor(NF4, dtype=torch.float32, device=packed.device)  # of its own: a trace makes a fake one
     data = packed.reshape(-1).view(torch.uint8)[: (size + 1) // 2]
     weight = torch.stack((levels[(data >> 4).long()], levels[(data & 15).long()]), -1).view(-1)[:size]
     scale = nf4_absmax(absmax, absmax_code, absmax_offset, absmax2, blocksize2).repeat_interleave(blocksize)[:size]

@@ -141,6 +141,7 @@ def test_the_variant_that_was_asked_for_is_in_the_program() -> None:
     assert [s.notes for s in replaced] == ["variant mine"] * 2
     (left,) = report.missed
     assert left.reason == "variant: variant mine: gelu is another activation"
+    assert "variant glu=mine" not in report.plan
 
 
 def test_without_a_choice_nothing_is_noted() -> None:
@@ -153,6 +154,7 @@ def test_a_variant_that_is_legal_nowhere_leaves_all_sites() -> None:
     fastft.variants.register("glu", "mine", supported=_mine.never)(_mine.glu)
     _, report = trained(MLP(), *pair(), variants={"glu": "mine"})
     assert report.counts == {} and {s.reason for s in report.missed} == {"variant: variant mine: no time today"}
+    assert report.plan["variant glu=mine"] == "asked for, and no site of this graph took it"
 
 
 def test_inductor_compiles_a_variant_too() -> None:
