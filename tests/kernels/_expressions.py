@@ -367,6 +367,9 @@ class Language:
     def num_programs(self, axis: int) -> int:
         return self.grid[axis]
 
+    def debug_barrier(self) -> None:
+        """A program is one thread here."""
+
     def load(self, at: Pointer, mask: Any = None, other: Any = sympy.nan) -> Block:
         places, allowed, others = at.places(mask, exactly(other))
         whole = at.cells.dtype != object
