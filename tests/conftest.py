@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from fastft.kernels import _op
+from fastft.kernels import _config, _op
 from fastft.kernels._op import INTERPRET
 
 # "short" runs the same cases each time, --hypothesis-profile long new ones. Triton interpreted is slow, and on a GPU
@@ -35,11 +35,11 @@ with contextlib.suppress(ImportError, AttributeError):
 
 @pytest.fixture(autouse=True)
 def kernels_run() -> Iterator[None]:
-    """No kernel fails unseen: training would go on with PyTorch in its place."""
+    """No kernel fails unseen, and no look-up: training would go on with PyTorch, or the heuristic, in its place."""
     _op.rescue(False)
-    before = dict(_op.FAILED)
+    before = dict(_op.FAILED), dict(_config.FAILED)
     yield
-    assert before == _op.FAILED
+    assert before == (_op.FAILED, _config.FAILED)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

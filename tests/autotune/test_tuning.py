@@ -227,7 +227,8 @@ def test_a_variant_that_raises_is_said_and_left_out() -> None:
     assert raced is not None and raced["tried"] == 2 and [*raced["failures"]] == ["mine"]
 
 
-def test_a_space_that_is_asked_for_other_sizes_is_said() -> None:
+def test_a_space_that_is_asked_for_other_sizes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_config, "FAILED", {})
     bad = Space("mine.forward", {"BLOCK": (1, 2)}, lambda *_: {"BLOCK": 1}, sizes=("n",))  # one size; it gets two
     LAUNCHED["mine.forward"] = []
     LAUNCHED["mine.backward"] = []
