@@ -17,9 +17,9 @@ floating-point numbers at m, and m + l would have lost it, and with it 1 - p_y, 
     dh = dr W              dW = sum_t dr_t h_t^T              db = sum_t dr_t
 
 Stages, and what never exists: [tokens, vocab] does not, in any dtype. Tokens whose label is ignored (padding, prompts)
-are left out; the others are taken in chunks whose logits fill one reused buffer of at most ``CHUNK_BYTES``: (1) cuBLAS
-writes the chunk's logits into the buffer; (2) one Triton program per token reads them once for the online logsumexp, a
-second time (from L2) to overwrite them by the gradient; (3) cuBLAS multiplies the buffer by W.
+are left out; the others are taken in chunks whose logits fill one reused buffer: (1) cuBLAS writes the chunk's logits
+into the buffer; (2) one Triton program per token reads them once for the online logsumexp, a second time, last ones
+first (they are in L2 still), to overwrite them by the gradient; (3) cuBLAS multiplies the buffer by W.
 
 Frozen head: a token's gradient is linear in its own incoming gradient g_t, so stage 3 runs in forward with g_t = 1 and
 the backward only scales: dh_t = g_t u_t, where u_t = d log_prob_t / d h_t is kept as [tokens, hidden]. Two GEMMs in
@@ -145,16 +145,20 @@ def linear_log_prob_reference(
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
-#: Most bytes that one chunk's logits may take. 256 MiB are 1024 tokens at a vocabulary of 128k in bf16: enough rows to
-#: keep cuBLAS at full rate.
-CHUNK_BYTES = 256 * 2**20
+#: Most tokens in a chunk, and most bytes that its logits may take. With 512 tokens both products run at full rate: the
+#: one with W sums over the whole vocabulary, and cuBLAS splits that sum where a chunk has few tiles. With more it does
+#: not, and unless the tiles come near a multiple of 132 an H100's multiprocessors wait (1280 tokens of 5120 columns are
+#: 200 tiles).
+CHUNK_TOKENS, CHUNK_BYTES = 512, 256 * 2**20
 
 
-def chunk_rows(tokens: int, vocab: int, itemsize: int) -> int:
-    """Tokens in one chunk: as many as ``CHUNK_BYTES`` allow, in chunks of about equal size and multiples of 128 rows (a
-    GEMM tile).
+def chunk_rows(tokens: int, vocab: int, itemsize: int, trained: bool = False) -> int:
+    """Tokens in one chunk: as many as the limits above allow, in chunks of about equal size and multiples of 128 rows
+    (a GEMM tile). ``trained``: dW is made of the chunk's logits; as it is read and written in fp32 for every chunk,
+    there are as few of them as the bytes allow.
     """
     most = max(CHUNK_BYTES // max(vocab * itemsize, 1), 1)
+    most = most if trained else min(most, CHUNK_TOKENS)
     if tokens <= most:
         return max(tokens, 1)
     most = most // 128 * 128 or most
@@ -163,9 +167,11 @@ def chunk_rows(tokens: int, vocab: int, itemsize: int) -> int:
 
 
 def _row_config(vocab: int) -> dict[str, int]:
-    """Columns that a program takes at a time, and its warps: 16 fp32 values a thread at real vocabularies."""
-    block = min(1 << max(vocab - 1, 1).bit_length(), 8192)
-    return {"BLOCK": block, "num_warps": max(min(block // 512, 16), 1)}
+    """Columns that a program takes at a time, and its warps: 16 fp32 values a thread at real vocabularies. Few programs
+    on a multiprocessor, so that less lies between a logit's two readings.
+    """
+    block = min(1 << max(vocab - 1, 1).bit_length(), 16384)
+    return {"BLOCK": block, "num_warps": max(min(block // 512, 32), 1)}
 
 
 def _legal(config: Config, device: torch.device, dtype: torch.dtype, rows: int, vocab: int) -> str | None:
@@ -195,9 +201,10 @@ def _load_z(
     SOFTCAP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     INV_TEMPERATURE: tl.constexpr,
+    EVICT: tl.constexpr = "",
 ):
     """z and d z / d r of the logits at ``offsets``."""
-    z = tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(logits_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
     if SCALE != 1.0:
         z = z * SCALE
     slope = SCALE * INV_TEMPERATURE
@@ -261,35 +268,45 @@ def _forward_kernel(
                 zero = tl.zeros((BLOCK,), tl.float32)
                 tl.store(logits_ptr + offsets, zero.to(logits_ptr.dtype.element_ty), mask=offsets < STRIDE)
     else:
-        largest = tl.full((), -float("inf"), tl.float32)
+        # Every thread goes through its own columns alone: sums are kept for each run of WIDE columns, one load's.
+        WIDE: tl.constexpr = BLOCK if BLOCK < 8 else 8
+        RUNS: tl.constexpr = BLOCK // WIDE
+        columns = tl.arange(0, RUNS)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+        tops = tl.full((RUNS,), -float("inf"), tl.float32)
         before = tl.full((), -float("inf"), tl.float32)
-        sum_e = tl.zeros((), tl.float32)
-        sum_ez = tl.zeros((), tl.float32)
-        sum_ee = tl.zeros((), tl.float32)
-        sum_z = tl.zeros((), tl.float32)
+        sums_e = tl.zeros((RUNS,), tl.float32)
+        sums_ez = tl.zeros((RUNS,), tl.float32)
+        sums_ee = tl.zeros((RUNS,), tl.float32)
+        sums_z = tl.zeros((RUNS,), tl.float32)
         for start in range(0, V, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
+            offsets = start + columns
             mask = offsets < V
-            z, _ = _load_z(logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+            z, _ = _load_z(
+                logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "evict_last"
+            )
             if MEAN_LOGITS:
-                sum_z += tl.sum(tl.where(mask, z, 0.0), axis=0)
+                sums_z += tl.sum(tl.where(mask, z, 0.0), axis=1)
             z = tl.where(mask, z, -float("inf"))
             if IS_TOP1:
-                before = tl.maximum(before, tl.max(tl.where(offsets < label, z, -float("inf")), axis=0))
-            new = tl.maximum(largest, tl.max(z, axis=0))
-            # A block of -inf alone must not give exp(-inf + inf).
+                before = tl.maximum(before, tl.max(tl.max(tl.where(offsets < label, z, -float("inf")), axis=1), axis=0))
+            new = tl.maximum(tops, tl.max(z, axis=1))
+            # A run of -inf alone must not give exp(-inf + inf).
             base = tl.where(new == -float("inf"), 0.0, new)
-            rescale = tl.exp(largest - base)
-            e = tl.exp(z - base)
+            rescale = tl.exp(tops - base)
+            e = tl.exp(z - base[:, None])
             if ENTROPY:
                 # Of e (z - base): all of one sign, so that a small entropy is no difference of large numbers.
-                shift = tl.where(largest == -float("inf"), 0.0, largest - base)
-                sum_ez = (sum_ez + sum_e * shift) * rescale + tl.sum(tl.where(e > 0, e * (z - base), 0.0), axis=0)
-            sum_e = sum_e * rescale + tl.sum(e, axis=0)
+                shift = tl.where(tops == -float("inf"), 0.0, tops - base)
+                terms = tl.where(e > 0, e * (z - base[:, None]), 0.0)
+                sums_ez = (sums_ez + sums_e * shift) * rescale + tl.sum(terms, axis=1)
+            sums_e = sums_e * rescale + tl.sum(e, axis=1)
             if LOG_SUM_SQ_PROBS:
-                sum_ee = sum_ee * rescale * rescale + tl.sum(e * e, axis=0)
-            largest = new
+                sums_ee = sums_ee * rescale * rescale + tl.sum(e * e, axis=1)
+            tops = new
+        largest = tl.max(tops, axis=0)
         base = tl.where(largest == -float("inf"), 0.0, largest)
+        rescale = tl.exp(tops - base)
+        sum_e = tl.sum(sums_e * rescale, axis=0)
         log_sum = tl.log(sum_e)
         # A label outside the vocabulary reads nothing and gives NaN: loud, and without a device-side assertion.
         inside = (label >= 0) & (label < V)
@@ -299,22 +316,28 @@ def _forward_kernel(
         tl.store(top_ptr + row, base)
         tl.store(log_sum_ptr + row, log_sum)
         if ENTROPY:
+            shift = tl.where(tops == -float("inf"), 0.0, tops - base)
+            sum_ez = tl.sum((sums_ez + sums_e * shift) * rescale, axis=0)
             tl.store(entropy_ptr + row, log_sum - sum_ez / sum_e)
         if IS_TOP1:
             tl.store(is_top1_ptr + row, ((z_label >= largest) & (z_label > before)).to(tl.int8))
         if MEAN_LOGITS:
-            tl.store(mean_logits_ptr + row, sum_z / V)
+            tl.store(mean_logits_ptr + row, tl.sum(sums_z, axis=0) / V)
         if LOG_SUM_SQ_PROBS:
+            sum_ee = tl.sum(sums_ee * rescale * rescale, axis=0)
             tl.store(log_sum_sq_probs_ptr + row, tl.log(sum_ee) - 2.0 * log_sum)
         if GRADIENT:
             # The label's logit is overwritten too: not before every warp has read it.
             tl.debug_barrier()
-            for start in range(0, V, BLOCK):
-                offsets = start + tl.arange(0, BLOCK)
-                z, slope = _load_z(logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+            for i in range(0, (V + BLOCK - 1) // BLOCK):
+                offsets = ((V - 1) // BLOCK - i) * BLOCK + columns
+                z, slope = _load_z(
+                    logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "evict_first"
+                )
                 p = tl.exp((z - base) - log_sum)
                 gradient = (tl.where(offsets == label, 1.0, 0.0) - p) * slope
-                tl.store(logits_ptr + offsets, gradient.to(logits_ptr.dtype.element_ty), mask=offsets < STRIDE)
+                gradient = gradient.to(logits_ptr.dtype.element_ty)
+                tl.store(logits_ptr + offsets, gradient, mask=offsets < STRIDE, eviction_policy="evict_first")
 
 
 @jit
@@ -372,6 +395,7 @@ class _Head:
         softcap: float | None,
         logit_scale: float,
         temperature: float,
+        trained: bool = False,
     ) -> None:
         self.hidden, self.dtype = hidden, dtype
         self.weight = weight.to(dtype)
@@ -380,7 +404,7 @@ class _Head:
         # The kernels are fp32 inside: fp64 runs in PyTorch on every device.
         self.triton = use_triton(hidden) and dtype != torch.float64
         tokens, vocab = hidden.shape[0], weight.shape[0]
-        self.rows = chunk_rows(tokens, vocab, dtype.itemsize)
+        self.rows = chunk_rows(tokens, vocab, dtype.itemsize, trained)
         # Rows are padded to whole 16-byte words: at an odd vocabulary cuBLAS and the kernels would take one element at
         # a time. Kernels read and write the padding too; what is in it reaches no result.
         stride = -(-vocab // 16) * 16
@@ -677,7 +701,7 @@ def _backward_all(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    head = _Head(hidden, weight, bias, dtype, softcap, logit_scale, temperature)
+    head = _Head(hidden, weight, bias, dtype, softcap, logit_scale, temperature, trained=need_weight)
     labels, wide = labels.contiguous(), _wide(dtype)
     g_log_prob = None if grad_log_prob is None else grad_log_prob.to(wide).contiguous()
     g_entropy = None if grad_entropy is None else grad_entropy.to(wide).contiguous()

@@ -408,13 +408,15 @@ def test_raw_ops(bias, device):
 
 def test_chunk_rows(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 256 * 2**20)
-    assert chunk_rows(8192, 128256, 2) == 1024
+    assert chunk_rows(8192, 128256, 2) == 512
+    assert chunk_rows(8192, 128256, 2, trained=True) == 1024
     assert chunk_rows(100, 128256, 2) == 100 and chunk_rows(0, 128256, 2) == 1
     for tokens in (1, 1000, 1100, 5000, 8192, 32768):
         for vocab in (97, 32000, 128256, 256000):
-            rows = chunk_rows(tokens, vocab, 2)
-            assert rows * vocab * 2 <= module.CHUNK_BYTES and (rows == tokens or rows % 128 == 0)
-    assert chunk_rows(1100, 128256, 2) == 640  # two chunks of about the same size
+            rows, more = (chunk_rows(tokens, vocab, 2, trained) for trained in (False, True))
+            assert rows <= min(module.CHUNK_TOKENS, more) and more * vocab * 2 <= module.CHUNK_BYTES
+            assert all(n == tokens or n % 128 == 0 for n in (rows, more))
+    assert chunk_rows(1100, 128256, 2, trained=True) == 640  # two chunks of about the same size
 
 
 @pytest.mark.parametrize(
@@ -653,8 +655,32 @@ MUTANTS = (
     Mutant(
         "cross-entropy: sum not rescaled",
         "kernels/linear_cross_entropy.py",
-        "sum_e = sum_e * rescale + tl.sum(e, axis=0)",
-        "sum_e = sum_e + tl.sum(e, axis=0)",
+        "sums_e = sums_e * rescale + tl.sum(e, axis=1)",
+        "sums_e = sums_e + tl.sum(e, axis=1)",
+        'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: threads' sums added as they are",
+        "kernels/linear_cross_entropy.py",
+        "sum_e = tl.sum(sums_e * rescale, axis=0)",
+        "sum_e = tl.sum(sums_e, axis=0)",
+        'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: entropy: threads' sums added as they are",
+        "kernels/linear_cross_entropy.py",
+        "sum_ez = tl.sum((sums_ez + sums_e * shift) * rescale, axis=0)",
+        "sum_ez = tl.sum(sums_ez * rescale, axis=0)",
+        'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: squares: threads' sums added as they are",
+        "kernels/linear_cross_entropy.py",
+        "sum_ee = tl.sum(sums_ee * rescale * rescale, axis=0)",
+        "sum_ee = tl.sum(sums_ee * rescale, axis=0)",
         'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
         interpret=True,
     ),
