@@ -145,8 +145,13 @@ def step_table(result: Result) -> Grid:
 
 def _profiled(result: Result) -> dict[str, dict[str, float]]:
     """Implementation → parts, where a run was profiled."""
+    return {impl: parts(run["kernels"]) for impl, run in _profiles(result).items()}
+
+
+def _profiles(result: Result) -> dict[str, Any]:
+    """Implementation → the first run of it that was profiled."""
     runs = {row["impl"]: next((r for r in row["runs"] if r.get("kernels")), None) for row in result.rows}
-    return {impl: parts(run["kernels"]) for impl, run in runs.items() if run}
+    return {impl: run for impl, run in runs.items() if run}
 
 
 def parts_table(result: Result) -> Grid | None:
@@ -154,13 +159,21 @@ def parts_table(result: Result) -> Grid | None:
     if not found:
         return None
     names = [p for p in (*PARTS, OTHER) if any(p in each for each in found.values())]
+    idle = {impl: run["idle"] for impl, run in _profiles(result).items() if run.get("idle")}
     rows: list[Sequence[str]] = [
-        [impl, *(f"{each[p]:.1f}" if p in each else "" for p in names), f"{sum(each.values()):.1f}"]
+        [
+            impl,
+            *(f"{each[p]:.1f}" if p in each else "" for p in names),
+            f"{sum(each.values()):.1f}",
+            f"{idle[impl]['outside_ms'] + idle[impl]['gaps_ms']:.1f}" if impl in idle else "",
+        ]
         for impl, each in found.items()
     ]
     what = "device" if result.device != "cpu" else "operators'"
     title = f"One step's {what} time by part, ms (the 60 longest kernels of a profiled step)"
-    return Grid(title, ["implementation", *names, "sum"], rows, left=frozenset({"implementation"}))
+    return Grid(
+        title, ["implementation", *names, "sum", "GPU idle"], rows, left=frozenset({"implementation"})
+    ).trimmed()
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------

@@ -393,7 +393,7 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
         result["report"] = fastft.report().to_dict()
         print(fastft.report(), file=sys.stderr, flush=True)
     if profile:
-        result["kernels"] = _profile(lambda: timed_step(), cuda)
+        result["kernels"], result["idle"] = _profile(timed_step, cuda)
     if timeline and cuda:
         x = batch()
         result["timeline"] = _timeline(lambda begins: step(x, begins))
@@ -412,13 +412,16 @@ def _spread(times: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _profile(step: Callable[[], float], cuda: bool) -> list[dict[str, Any]]:
-    """One more step's 60 kernels with most device time (on a CPU: operators): name, calls, milliseconds."""
+def _profile(step: Callable[[], float], cuda: bool) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """One more step's 60 kernels with most device time (on a CPU: operators): name, calls, milliseconds. And when the
+    GPU had nothing to do: :func:`idle`.
+    """
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
-        step()
+        seconds = step()
     rows = [
         {
             "name": e.key,
@@ -427,7 +430,40 @@ def _profile(step: Callable[[], float], cuda: bool) -> list[dict[str, Any]]:
         }
         for e in profiler.key_averages()
     ]
-    return sorted((r for r in rows if r["ms"] > 0), key=lambda r: -r["ms"])[:60]
+    ran = [
+        (e.time_range.start, e.time_range.end, e.name) for e in profiler.events() if e.device_type == DeviceType.CUDA
+    ]
+    rows = sorted((r for r in rows if r["ms"] > 0), key=lambda r: -r["ms"])[:60]
+    return rows, idle(ran, seconds * 1e3) if cuda else None
+
+
+def idle(ran: Sequence[tuple[float, float, str]], wall_ms: float) -> dict[str, Any]:
+    """When the GPU had nothing to do in a step of ``wall_ms`` milliseconds, of what ran on it: ``(start, end, name)``,
+    in µs.
+
+    ``outside_ms``: before the first and after the last. ``gaps_ms``: in between, of which ``short_ms`` in gaps under
+    20 µs (from one launch to the next); ``largest``: the ten longest gaps, with what ran before and after.
+    """
+    gaps: list[tuple[float, str, str]] = []
+    busy, end, last = 0.0, float("-inf"), ""
+    for start, stop, name in sorted(ran):
+        if last and start > end:
+            gaps.append((start - end, last, name))
+        busy += max(0.0, stop - max(start, end))
+        if stop > end:
+            end, last = stop, name
+    between = sum(us for us, *_ in gaps)
+    return {
+        "wall_ms": round(wall_ms, 3),
+        "busy_ms": round(busy / 1e3, 3),
+        "outside_ms": round(wall_ms - (busy + between) / 1e3, 3),
+        "gaps_ms": round(between / 1e3, 3),
+        "short_ms": round(sum(us for us, *_ in gaps if us < 20) / 1e3, 3),
+        "largest": [
+            {"ms": round(us / 1e3, 3), "after": after, "before": before}
+            for us, after, before in sorted(gaps, reverse=True)[:10]
+        ],
+    }
 
 
 def _timeline(step: Callable[[Callable[[str], None]], Any]) -> dict[str, Any]:
@@ -779,7 +815,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     setting.add_argument("--seed", type=int, default=0)
     setting.add_argument(
-        "--profile", action="store_true", help="one more step under the profiler: kernels by time in the JSON"
+        "--profile",
+        action="store_true",
+        help="one more step under the profiler: kernels by time, and idle times, in the JSON",
     )
     setting.add_argument(
         "--timeline", action="store_true", help="one more step's allocated memory over time in the JSON (CUDA)"

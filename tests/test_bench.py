@@ -152,6 +152,19 @@ def test_profile_lists_what_took_time(checkpoints):
         assert "no memory history of a CPU" in result["timeline_note"]
 
 
+def test_idle_times():
+    ran = [(100.0, 400.0, "a"), (350.0, 380.0, "beside"), (410.0, 1000.0, "b"), (1500.0, 2000.0, "c")]
+    found = train.idle(ran[::-1], 2.4)
+    assert found == {
+        "wall_ms": 2.4,
+        "busy_ms": 1.39,
+        "outside_ms": 0.5,
+        "gaps_ms": 0.51,
+        "short_ms": 0.01,
+        "largest": [{"ms": 0.5, "after": "b", "before": "c"}, {"ms": 0.01, "after": "a", "before": "b"}],
+    }
+
+
 def test_a_failure_is_a_result(checkpoints):
     result = train.run(setup("fastft", options={"no_such_option": 1}), checkpoints)
     assert result["status"] == "failed" and "no_such_option" in result["error"]
