@@ -460,7 +460,7 @@ def idle(ran: Sequence[tuple[float, float, str]], wall_ms: float) -> dict[str, A
         "gaps_ms": round(between / 1e3, 3),
         "short_ms": round(sum(us for us, *_ in gaps if us < 20) / 1e3, 3),
         "largest": [
-            {"ms": round(us / 1e3, 3), "after": after, "before": before}
+            {"ms": round(us / 1e3, 3), "after": after[:100], "before": before[:100]}
             for us, after, before in sorted(gaps, reverse=True)[:10]
         ],
     }

@@ -201,7 +201,7 @@ def _load_z(
     SOFTCAP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     INV_TEMPERATURE: tl.constexpr,
-    EVICT: tl.constexpr = "",
+    EVICT: tl.constexpr,
 ):
     """z and d z / d r of the logits at ``offsets``."""
     z = tl.load(logits_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
@@ -310,7 +310,7 @@ def _forward_kernel(
         log_sum = tl.log(sum_e)
         # A label outside the vocabulary reads nothing and gives NaN: loud, and without a device-side assertion.
         inside = (label >= 0) & (label < V)
-        z_label, _ = _load_z(logits_ptr, label, inside, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+        z_label, _ = _load_z(logits_ptr, label, inside, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "")
         z_label = tl.where(inside, z_label, float("nan"))
         tl.store(log_prob_ptr + row, (z_label - base) - log_sum)
         tl.store(top_ptr + row, base)
@@ -364,7 +364,7 @@ def _backward_kernel(
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     logits_ptr += row * STRIDE
     label = tl.load(labels_ptr + row)
-    z, slope = _load_z(logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+    z, slope = _load_z(logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "")
     log_p = (z - tl.load(top_ptr + row)) - tl.load(log_sum_ptr + row)
     p = tl.exp(log_p)
     gradient = tl.zeros((BLOCK,), tl.float32)
