@@ -145,23 +145,20 @@ def linear_log_prob_reference(
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
-#: Most tokens in a chunk, and most bytes that its logits may take. With 512 tokens both products run at full rate: the
-#: one with W sums over the whole vocabulary, and cuBLAS splits that sum where a chunk has few tiles. With more it does
-#: not, and unless the tiles come near a multiple of 132 an H100's multiprocessors wait (1280 tokens of 5120 columns are
-#: 200 tiles).
-CHUNK_TOKENS, CHUNK_BYTES = 512, 256 * 2**20
+#: Most tokens in a chunk, and most bytes that its logits may take. With powers of two from 1024 on both products run at
+#: the rate that they have for all tokens at once; others leave multiprocessors without a tile (1280 tokens of 5120
+#: columns are 200 tiles, for an H100's 132), and fewer tokens read the weight too often.
+CHUNK_TOKENS, CHUNK_BYTES = 2048, 512 * 2**20
 
 
-def chunk_rows(tokens: int, vocab: int, itemsize: int, trained: bool = False) -> int:
-    """Tokens in one chunk: as many as the limits above allow, in chunks of about equal size and multiples of 128 rows
-    (a GEMM tile). ``trained``: dW is made of the chunk's logits; as it is read and written in fp32 for every chunk,
-    there are as few of them as the bytes allow.
+def chunk_rows(tokens: int, vocab: int, itemsize: int) -> int:
+    """Tokens in one chunk: a power of two within the limits above, or less, so that chunks are of about equal size and
+    multiples of 128 rows (a GEMM tile).
     """
-    most = max(CHUNK_BYTES // max(vocab * itemsize, 1), 1)
-    most = most if trained else min(most, CHUNK_TOKENS)
+    most = min(max(CHUNK_BYTES // max(vocab * itemsize, 1), 1), CHUNK_TOKENS)
+    most = 1 << most.bit_length() - 1
     if tokens <= most:
         return max(tokens, 1)
-    most = most // 128 * 128 or most
     even = math.ceil(tokens / math.ceil(tokens / most))
     return min(math.ceil(even / 128) * 128, most)
 
@@ -395,7 +392,6 @@ class _Head:
         softcap: float | None,
         logit_scale: float,
         temperature: float,
-        trained: bool = False,
     ) -> None:
         self.hidden, self.dtype = hidden, dtype
         self.weight = weight.to(dtype)
@@ -404,7 +400,7 @@ class _Head:
         # The kernels are fp32 inside: fp64 runs in PyTorch on every device.
         self.triton = use_triton(hidden) and dtype != torch.float64
         tokens, vocab = hidden.shape[0], weight.shape[0]
-        self.rows = chunk_rows(tokens, vocab, dtype.itemsize, trained)
+        self.rows = chunk_rows(tokens, vocab, dtype.itemsize)
         # Rows are padded to whole 16-byte words: at an odd vocabulary cuBLAS and the kernels would take one element at
         # a time. Kernels read and write the padding too; what is in it reaches no result.
         stride = -(-vocab // 16) * 16
@@ -701,7 +697,7 @@ def _backward_all(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    head = _Head(hidden, weight, bias, dtype, softcap, logit_scale, temperature, trained=need_weight)
+    head = _Head(hidden, weight, bias, dtype, softcap, logit_scale, temperature)
     labels, wide = labels.contiguous(), _wide(dtype)
     g_log_prob = None if grad_log_prob is None else grad_log_prob.to(wide).contiguous()
     g_entropy = None if grad_entropy is None else grad_entropy.to(wide).contiguous()

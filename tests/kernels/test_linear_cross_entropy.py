@@ -5,6 +5,7 @@ TRL's own function.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +45,8 @@ ALL = dict(entropy=True, is_top1=True, mean_logits=True, log_sum_sq_probs=True)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks, the last one shorter: 5 rows of 131 fp32 logits."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 5 * 131 * 4)
+    """Several chunks, the last one shorter: 4 rows of 131 fp32 logits."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 131 * 4)
 
 
 def inputs(dtype, device, tokens=13, hidden=24, vocab=131, bias=True, frozen=False):
@@ -217,7 +218,7 @@ def test_largest_allocation_is_one_chunk(frozen, device, monkeypatch):
     with Largest() as seen:
         found = linear_log_prob(h, w, b, y, softcap=5.0, **ALL)
         (found.log_prob.sum() + found.entropy.sum()).backward()
-    assert 40 * 131 > 5 * 144 == seen.numel  # rows of 131 are padded to 144
+    assert 40 * 131 > 4 * 144 == seen.numel  # rows of 131 are padded to 144
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -408,16 +409,16 @@ def test_raw_ops(bias, device):
 
 
 def test_chunk_rows(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 256 * 2**20)
-    assert chunk_rows(8192, 128256, 2) == 512
-    assert chunk_rows(8192, 128256, 2, trained=True) == 1024
+    monkeypatch.setattr(module, "CHUNK_BYTES", 512 * 2**20)
+    assert chunk_rows(8192, 128256, 2) == 2048
+    assert chunk_rows(8192, 262144, 2) == chunk_rows(8192, 151936, 2) == 1024
     assert chunk_rows(100, 128256, 2) == 100 and chunk_rows(0, 128256, 2) == 1
-    for tokens in (1, 1000, 1100, 5000, 8192, 32768):
+    for tokens in (1, 1000, 2100, 5000, 8192, 32768):
         for vocab in (97, 32000, 128256, 256000):
-            rows, more = (chunk_rows(tokens, vocab, 2, trained) for trained in (False, True))
-            assert rows <= min(module.CHUNK_TOKENS, more) and more * vocab * 2 <= module.CHUNK_BYTES
-            assert all(n == tokens or n % 128 == 0 for n in (rows, more))
-    assert chunk_rows(1100, 128256, 2, trained=True) == 640  # two chunks of about the same size
+            rows = chunk_rows(tokens, vocab, 2)
+            assert rows <= module.CHUNK_TOKENS and rows * vocab * 2 <= module.CHUNK_BYTES
+            assert rows == tokens or rows % 128 == 0
+    assert chunk_rows(2100, 128256, 2) == 1152  # two chunks of about the same size
 
 
 @pytest.mark.parametrize(
