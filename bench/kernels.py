@@ -207,7 +207,26 @@ def lora_linear_nf4(s: Shape) -> Case:
         return y
 
     cost = _linear_cost(s, [s["out_features"]], packed, state.absmax)
-    return Case((x, packed, None, [a], [b], [1.0]), [x, a, b], kwargs, **cost, eager=eager)
+    others = {"(accumulated)": OPS["lora_linear"].variants["accumulated"][0]}
+    return Case((x, packed, None, [a], [b], [1.0]), [x, a, b], kwargs, **cost, eager=eager, others=others)
+
+
+def lora_linears_nf4(s: Shape) -> Case:
+    one = [lora_linear_nf4(Shape(s.op, s.model, {**s.dims, "out_features": n}, s.tags)) for n in s["out_features"]]
+    x, a, b = one[0].args[0], [case.args[3] for case in one], [case.args[4] for case in one]
+    weight, states = (
+        [case.args[1] for case in one],
+        {name: [c.kwargs[name] for c in one] for name in ("quant", "shape")},
+    )
+
+    def eager(x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: Any, **_: Any) -> Any:
+        each = zip(one, weight, a, b, scaling, strict=True)
+        return tuple(c.eager(x, w, None, *thin) for c, w, *thin in each)  # type: ignore[misc]
+
+    cost = _linear_cost(s, s["out_features"], *weight)
+    others = {"(accumulated)": OPS["lora_linears"].variants["accumulated"][0]}
+    wanted, kwargs = [x, *(t for (t,) in (*a, *b))], dict(**states, dtype=DTYPE, lora_dtype=DTYPE)
+    return Case((x, weight, (), a, b, [[1.0]] * len(one)), wanted, kwargs, **cost, eager=eager, others=others)
 
 
 def nf4_dequantize(s: Shape) -> Case:
@@ -283,7 +302,7 @@ def attention(s: Shape) -> Case:
 MAKERS: dict[str, tuple[Callable[[Shape], Case], ...]] = {
     "rotary": (rotary,),
     "lora_linear": (lora_linear, lora_linear_nf4),
-    "lora_linears": (lora_linears,),
+    "lora_linears": (lora_linears, lora_linears_nf4),
     "lora_glu": (lora_glu,),
     "lora_stack": (lora_stack, lora_stack_nf4),
     "nf4_dequantize": (nf4_dequantize,),

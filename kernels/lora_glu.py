@@ -14,6 +14,9 @@ matrix as wide as ``wide`` = [e_g | e_u | h_g | h_u | …], from which ``lora_st
 
     ∂wide = [dg | du | s_g dg B_g | s_u du B_u | 0]      ∂B = s dgᵀ h_g, s duᵀ h_u
 
+dg B is summed up in the same pass that writes dg. A program walks over some columns of its rows, an eighth of them, and
+leaves its part of the sums [T, r] behind, in fp32; a second, small kernel adds the parts up, always in the same order.
+
 Kept: wide. The op is cheap to compute again, from what the backward needs anyway; its products are not, which is why
 they are another op.
 """
@@ -73,6 +76,16 @@ def _tile(device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int
     return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": 8}
 
 
+#: Rows of a program that adds the parts up.
+SUM_ROWS = 32
+#: Programs that share a row's columns in the backward, each with a part of the sums over them.
+SPLITS = 8
+
+
+def _split_tile(device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int, kind: str) -> Config:
+    return {**_tile(device, dtype, rows, n, rank, kind), "SPLITS": SPLITS}
+
+
 def _legal(
     config: Config, device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int, kind: str
 ) -> str | None:
@@ -88,7 +101,7 @@ def _waste(
 _VALUES = {"BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (32, 64, 128, 256), "num_warps": (2, 4, 8, 16)}
 _SIZES: dict[str, Any] = {"tokens": ("rows",), "sizes": ("n", "rank", "kind"), "legal": _legal, "waste": _waste}
 FORWARD = Space("lora_glu.forward", _VALUES, _tile, **_SIZES)
-BACKWARD = Space("lora_glu.backward", _VALUES, _tile, **_SIZES)
+BACKWARD = Space("lora_glu.backward", {**_VALUES, "SPLITS": (1, 2, 4, 8, 16, 32)}, _split_tile, **_SIZES)
 
 # ---------------------------------------------------------------- kernels
 
@@ -98,7 +111,7 @@ def _adapted(
     wide_ptr, b_ptr, row, col, base, thin, rows, n, inner, outer_stride, inner_stride,
     SCALE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """e + s h Bᵀ of a tile, in fp32. ``base``, ``thin``: the first columns of e and of h."""
+    """e + s h Bᵀ of a tile, in fp32, and the tile's rows of B. ``base``, ``thin``: the first columns of e and of h."""
     r = tl.arange(0, BLOCK_R)
     there = (row < rows)[:, None] & (col < n)[None, :]
     e = tl.load(tile_at(wide_ptr, row, base + col, inner, outer_stride, inner_stride), mask=there, other=0.0)
@@ -106,7 +119,7 @@ def _adapted(
     h = tl.load(tile_at(wide_ptr, row, thin + r, inner, outer_stride, inner_stride), mask=of_row, other=0.0)
     of_col = (col < n)[:, None] & (r < RANK)[None, :]
     b = tl.load(b_ptr + col[:, None] * RANK + r[None, :], mask=of_col, other=0.0).to(h.dtype)
-    return e.to(tl.float32) + SCALE * tl.dot(h, tl.trans(b), input_precision=PRECISION)
+    return e.to(tl.float32) + SCALE * tl.dot(h, tl.trans(b), input_precision=PRECISION), b
 
 
 @jit
@@ -119,11 +132,11 @@ def _forward_kernel(
 ):  # fmt: skip
     row = (tl.program_id(0) // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    g = _adapted(
+    g, _ = _adapted(
         wide_ptr, b_gate_ptr, row, col, 0, 2 * n, rows, n, inner, wide_outer, wide_inner,
         SCALE_GATE, RANK_GATE, BLOCK_R, PRECISION,
     )  # fmt: skip
-    u = _adapted(
+    u, _ = _adapted(
         wide_ptr, b_up_ptr, row, col, n, 2 * n + RANK_GATE, rows, n, inner, wide_outer, wide_inner,
         SCALE_UP, RANK_UP, BLOCK_R, PRECISION,
     )  # fmt: skip
@@ -134,51 +147,72 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    dy_ptr, wide_ptr, b_gate_ptr, b_up_ptr, dwide_ptr,
-    rows, n, blocks, inner, dy_outer, dy_inner, wide_outer, wide_inner, dwide_outer, dwide_inner,
+    dy_ptr, wide_ptr, b_gate_ptr, b_up_ptr, dwide_ptr, parts_ptr,
+    rows, n, span, inner, dy_outer, dy_inner, wide_outer, wide_inner, dwide_outer, dwide_inner,
     SCALE_GATE: tl.constexpr, SCALE_UP: tl.constexpr, RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr,
-    BLOCK_R: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, WANT_H: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    g = _adapted(
-        wide_ptr, b_gate_ptr, row, col, 0, 2 * n, rows, n, inner, wide_outer, wide_inner,
-        SCALE_GATE, RANK_GATE, BLOCK_R, PRECISION,
-    )  # fmt: skip
-    u = _adapted(
-        wide_ptr, b_up_ptr, row, col, n, 2 * n + RANK_GATE, rows, n, inner, wide_outer, wide_inner,
-        SCALE_UP, RANK_UP, BLOCK_R, PRECISION,
-    )  # fmt: skip
-    f, slope = _activate(g, KIND)
-    there = (row < rows)[:, None] & (col < n)[None, :]
-    dy = tl.load(tile_at(dy_ptr, row, col, inner, dy_outer, dy_inner), mask=there, other=0.0).to(tl.float32)
-    dg_at = tile_at(dwide_ptr, row, col, inner, dwide_outer, dwide_inner)
-    tl.store(dg_at, (dy * u * slope).to(dwide_ptr.dtype.element_ty), mask=there)
-    tl.store(dg_at + n, (dy * f).to(dwide_ptr.dtype.element_ty), mask=there)
+    row = (tl.program_id(0) // SPLITS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(0) % SPLITS
+    dh_gate = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    dh_up = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(split * span, tl.minimum((split + 1) * span, n), BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        g, b_gate = _adapted(
+            wide_ptr, b_gate_ptr, row, col, 0, 2 * n, rows, n, inner, wide_outer, wide_inner,
+            SCALE_GATE, RANK_GATE, BLOCK_R, PRECISION,
+        )  # fmt: skip
+        u, b_up = _adapted(
+            wide_ptr, b_up_ptr, row, col, n, 2 * n + RANK_GATE, rows, n, inner, wide_outer, wide_inner,
+            SCALE_UP, RANK_UP, BLOCK_R, PRECISION,
+        )  # fmt: skip
+        f, slope = _activate(g, KIND)
+        there = (row < rows)[:, None] & (col < n)[None, :]
+        dy = tl.load(tile_at(dy_ptr, row, col, inner, dy_outer, dy_inner), mask=there, other=0.0).to(tl.float32)
+        dg = (dy * u * slope).to(dwide_ptr.dtype.element_ty)
+        du = (dy * f).to(dwide_ptr.dtype.element_ty)
+        dg_at = tile_at(dwide_ptr, row, col, inner, dwide_outer, dwide_inner)
+        tl.store(dg_at, dg, mask=there)
+        tl.store(dg_at + n, du, mask=there)
+        if WANT_H:
+            dh_gate += tl.dot(dg, b_gate, input_precision=PRECISION)
+            dh_up += tl.dot(du, b_up, input_precision=PRECISION)
+    if WANT_H:
+        r = tl.arange(0, BLOCK_R)
+        part = parts_ptr + (split.to(tl.int64) * rows + row)[:, None] * (RANK_GATE + RANK_UP) + r[None, :]
+        live = (row < rows)[:, None]
+        tl.store(part, SCALE_GATE * dh_gate, mask=live & (r < RANK_GATE)[None, :])
+        tl.store(part + RANK_GATE, SCALE_UP * dh_up, mask=live & (r < RANK_UP)[None, :])
+
+
+@jit
+def _sum_kernel(
+    parts_ptr, dwide_ptr, rows, first, columns, inner, dwide_outer, dwide_inner,
+    RANK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of all h, and zeros behind it: ``columns`` of them, from column ``first`` on."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for split in range(SPLITS):
+        part = parts_ptr + (row.to(tl.int64) + split * rows)[:, None] * RANK + c[None, :]
+        total += tl.load(part, mask=(row < rows)[:, None] & (c < RANK)[None, :], other=0.0)
+    at = tile_at(dwide_ptr, row, first + c, inner, dwide_outer, dwide_inner)
+    tl.store(at, total.to(dwide_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (c < columns)[None, :])
 
 
 # ---------------------------------------------------------------- launchers
 
 
-def _launch(kernel: Any, space: Space, tensors: Tensors, b: Tensors, scaling: Sequence[float], kind: str) -> bool:
-    """``tensors``: dy in backward, wide, and what is written. False where they have no rows in common to walk over."""
-    walk = rows_of(*tensors)
-    if walk is None:
-        return False
-    *before, source, target = tensors
-    n, ranks = b[0].shape[0], [up.shape[1] for up in b]
-    tile = space(source.device, source.dtype, walk.count, n, max(ranks), kind)
-    blocks = triton.cdiv(n, tile["BLOCK_N"])
-    b_gate, b_up = (up.contiguous() for up in b)
-    kernel[(triton.cdiv(walk.count, tile["BLOCK_M"]) * blocks,)](
-        *before, source, b_gate, b_up, target,
-        walk.count, n, blocks, walk.inner, *itertools.chain.from_iterable(walk.strides),
-        SCALE_GATE=float(scaling[0]), SCALE_UP=float(scaling[1]), RANK_GATE=ranks[0], RANK_UP=ranks[1],
-        BLOCK_R=max(LEAST_RANK, triton.next_power_of_2(max(ranks))), KIND=kind,
-        PRECISION="ieee" if source.dtype == torch.float32 else "tf32", **tile,
-    )  # fmt: skip
-    return True
+def _constants(x: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    gate, up = (t.shape[1] for t in b)
+    return {
+        "SCALE_GATE": float(scaling[0]), "SCALE_UP": float(scaling[1]), "RANK_GATE": gate, "RANK_UP": up,
+        "BLOCK_R": max(LEAST_RANK, triton.next_power_of_2(max(gate, up))), "KIND": kind,
+        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
 
 
 def _forward(wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str) -> torch.Tensor:
@@ -187,8 +221,18 @@ def _forward(wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str
         return y
     if not use_triton(wide) or wide.dtype == torch.float64:
         return y.copy_(reference(wide, b, scaling, kind))
-    if not _launch(_forward_kernel, FORWARD, (wide, y), b, scaling, kind):
-        y.copy_(_forward(wide.contiguous(), b, scaling, kind))
+    walk = rows_of(wide, y)
+    if walk is None:
+        return y.copy_(_forward(wide.contiguous(), b, scaling, kind))
+    n, rank = y.shape[-1], max(up.shape[1] for up in b)
+    tile = FORWARD(wide.device, wide.dtype, walk.count, n, rank, kind)
+    blocks = triton.cdiv(n, tile["BLOCK_N"])
+    b_gate, b_up = (up.contiguous() for up in b)
+    _forward_kernel[(triton.cdiv(walk.count, tile["BLOCK_M"]) * blocks,)](
+        wide, b_gate, b_up, y,
+        walk.count, n, blocks, walk.inner, *itertools.chain.from_iterable(walk.strides),
+        **_constants(wide, b, scaling, kind), **tile,
+    )  # fmt: skip
     return y
 
 
@@ -196,24 +240,65 @@ def _forward_fake(wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind
     return wide.new_empty((*wide.shape[:-1], b[0].shape[0]))
 
 
-def _gates_backward(
-    dwide: torch.Tensor, dy: torch.Tensor, wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str
+def _backward_into(
+    dwide: torch.Tensor,
+    dy: torch.Tensor,
+    wide: torch.Tensor,
+    b: Tensors,
+    scaling: Sequence[float],
+    kind: str,
+    want_h: bool,
 ) -> None:
-    """Write dg and du."""
-    n = b[0].shape[0]
-    if use_triton(wide) and wide.dtype != torch.float64:
-        if not _launch(_backward_kernel, BACKWARD, (dy, wide, dwide), b, scaling, kind):
-            _launch(_backward_kernel, BACKWARD, (dy.contiguous(), wide.contiguous(), dwide), b, scaling, kind)
+    """Write dg and du and, with ``want_h``, what is behind them."""
+    if not use_triton(wide) or wide.dtype == torch.float64:
+        _backward_torch(dwide, dy, wide, b, scaling, kind, want_h)
         return
+    walk = rows_of(dwide, dy, wide)
+    if walk is None:
+        _backward_into(dwide, dy.contiguous(), wide.contiguous(), b, scaling, kind, want_h)
+        return
+    n, ranks = b[0].shape[0], [up.shape[1] for up in b]
+    tile = BACKWARD(wide.device, wide.dtype, walk.count, n, max(ranks), kind)
+    span = triton.cdiv(triton.cdiv(n, tile["BLOCK_N"]), tile["SPLITS"]) * tile["BLOCK_N"]
+    parts = wide.new_empty((tile["SPLITS"], walk.count, sum(ranks)) if want_h else 0, dtype=torch.float32)
+    b_gate, b_up = (up.contiguous() for up in b)
+    of_dwide, of_dy, of_wide = walk.strides
+    _backward_kernel[(triton.cdiv(walk.count, tile["BLOCK_M"]) * tile["SPLITS"],)](
+        dy, wide, b_gate, b_up, dwide, parts, walk.count, n, span, walk.inner, *of_dy, *of_wide, *of_dwide,
+        **_constants(wide, b, scaling, kind), WANT_H=want_h, **tile,
+    )  # fmt: skip
+    if want_h:
+        behind = wide.shape[-1] - 2 * n
+        _sum_kernel[(triton.cdiv(walk.count, SUM_ROWS),)](
+            parts, dwide, walk.count, 2 * n, behind, walk.inner, *of_dwide,
+            RANK=sum(ranks), BLOCK_C=triton.next_power_of_2(behind), BLOCK_M=SUM_ROWS, SPLITS=tile["SPLITS"],
+            num_warps=4,
+        )  # fmt: skip
+
+
+def _backward_torch(
+    dwide: torch.Tensor,
+    dy: torch.Tensor,
+    wide: torch.Tensor,
+    b: Tensors,
+    scaling: Sequence[float],
+    kind: str,
+    want_h: bool,
+) -> None:
+    """:func:`_backward_into`, in PyTorch."""
+    n, ranks = b[0].shape[0], [up.shape[1] for up in b]
     compute = torch.promote_types(wide.dtype, torch.float32)
-    *bases, h_gate, h_up = _pieces(wide.to(compute), n, [up.shape[1] for up in b])
-    g, u = (
-        base + scale * h @ up.to(wide.dtype).to(compute).t()
-        for base, h, up, scale in zip(bases, (h_gate, h_up), b, scaling, strict=True)
-    )
+    ups = [up.to(wide.dtype).to(compute) for up in b]
+    *bases, h_gate, h_up = _pieces(wide.to(compute), n, ranks)
+    g, u = (base + scale * (h @ up.t()) for base, h, up, scale in zip(bases, (h_gate, h_up), ups, scaling, strict=True))
     f, slope = _activate_torch(g, kind)
-    dwide[..., :n] = dy.to(compute) * u * slope
-    dwide[..., n : 2 * n] = dy.to(compute) * f
+    dg_at, du_at, dh_gate, dh_up = _pieces(dwide, n, ranks)
+    dg_at.copy_(dy.to(compute) * u * slope)
+    du_at.copy_(dy.to(compute) * f)
+    if want_h:
+        for at, grad, up, scale in zip((dh_gate, dh_up), (dg_at, du_at), ups, scaling, strict=True):
+            at.copy_(scale * (grad.to(compute) @ up))
+        dwide[..., 2 * n + sum(ranks) :].zero_()
 
 
 def _backward(
@@ -226,25 +311,18 @@ def _backward(
     need_b: Sequence[bool],
 ) -> list[torch.Tensor]:
     """[∂wide, ∂B of gate, ∂B of up]; what is not needed is an empty tensor."""
-    ranks = [up.shape[1] for up in b]
-    full = wide.new_empty(wide.shape)
-    if full.numel():
-        _gates_backward(full, dy, wide, b, scaling, kind)
-    rows, kept = lora._rows(full), lora._rows(wide)
-    *gs, dh_gate, dh_up = _pieces(rows, b[0].shape[0], ranks)
-    *_, h_gate, h_up = _pieces(kept, b[0].shape[0], ranks)
-    dbs = []
-    for g, h, up, scale, needed in zip(gs, (h_gate, h_up), b, scaling, need_b, strict=True):
-        if needed:
+    n, ranks = b[0].shape[0], [up.shape[1] for up in b]
+    dwide = wide.new_empty(wide.shape)
+    if dwide.numel():
+        _backward_into(dwide, dy, wide, b, scaling, kind, need_wide)
+    dgates = _pieces(lora._rows(dwide), n, ranks)[:2]
+    hs = _pieces(lora._rows(wide), n, ranks)[2:]
+    dbs = [wide.new_empty(0) for _ in b]
+    for i, (g, h, up, scale) in enumerate(zip(dgates, hs, b, scaling, strict=True)):
+        if need_b[i]:
             db = lora._matmul(g.t(), h, torch.promote_types(up.dtype, torch.float32))
-            dbs.append(lora._times(scale, db).to(up.dtype))
-        else:
-            dbs.append(wide.new_empty(0))
-    if need_wide:
-        for g, dh, up, scale in zip(gs, (dh_gate, dh_up), b, scaling, strict=True):
-            dh.addmm_(g, up.to(g.dtype), beta=0, alpha=scale)
-        rows[:, 2 * b[0].shape[0] + sum(ranks) :].zero_()
-    return [full if need_wide else wide.new_empty(0), *dbs]
+            dbs[i] = lora._times(scale, db).to(up.dtype)
+    return [dwide if need_wide else wide.new_empty(0), *dbs]
 
 
 def _backward_fake(

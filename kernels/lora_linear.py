@@ -489,6 +489,7 @@ def _backward(
     scaling: Sequence[float],
     dtype: torch.dtype,
     lora_dtype: torch.dtype,
+    together: bool,
     need_x: bool,
     need_weight: Sequence[bool],
     need_sum: Sequence[bool],
@@ -498,7 +499,8 @@ def _backward(
 ) -> list[torch.Tensor]:
     """[∂x, for each layer ∂W and Σₜ g (fp32), for each adapter ∂A, ∂B, ∂x̃]; what is not needed is an empty tensor.
 
-    ``own``: whether an adapter has an input of its own; ``x_lora`` holds it where ∂A needs it.
+    ``own``: whether an adapter has an input of its own; ``x_lora`` holds it where ∂A needs it. ``together``: whether ∂x
+    may be one product of what is copied next to each other.
     """
     gs = [_rows(g) for g in dy]
     lead, k = dy[0].shape[:-1], shape[1] if quant else weight[0].shape[1]
@@ -530,7 +532,7 @@ def _backward(
     at = _starts([rank[j] for j in shared])
     one_dtype = all(g.dtype == dtype for g in gs) and (not shared or lora_dtype == dtype)
     wide = None
-    if quant and need_x and one_dtype and _side_by_side(shape[::2], k, bool(shared)):
+    if together and quant and need_x and one_dtype and _side_by_side(shape[::2], k, bool(shared)):
         full = _starts(shape[::2])
         wide = gs[0].new_empty((gs[0].shape[0], full[-1] + _whole(at[-1])))
         copies = [wide[:, start:end].copy_(g) for (start, end), g in zip(itertools.pairwise(full), gs, strict=True)]
@@ -628,6 +630,7 @@ def _backward_fake(
     scaling: Sequence[float],
     dtype: torch.dtype,
     lora_dtype: torch.dtype,
+    together: bool,
     need_x: bool,
     need_weight: Sequence[bool],
     need_sum: Sequence[bool],
@@ -665,8 +668,8 @@ _raw = raw_op(
 )
 _raw_backward = raw_op(
     f"lora_linear_backward(Tensor[] dy, Tensor? x, {_WEIGHT}, int[] adapters, Tensor[] a, Tensor[] b, "
-    "Tensor?[] x_lora, bool[] own, Tensor? h, float[] scaling, ScalarType dtype, ScalarType lora_dtype, bool need_x, "
-    "bool[] need_weight, bool[] need_sum, bool[] need_a, bool[] need_b, bool[] need_x_lora) -> Tensor[]",
+    "Tensor?[] x_lora, bool[] own, Tensor? h, float[] scaling, ScalarType dtype, ScalarType lora_dtype, bool together, "
+    "bool need_x, bool[] need_weight, bool[] need_sum, bool[] need_a, bool[] need_b, bool[] need_x_lora) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -685,6 +688,7 @@ class _Constants(NamedTuple):
     scaling: tuple[float, ...]
     lora_dtype: torch.dtype
     out_dtype: torch.dtype
+    together: bool
 
     def take(self, flat: Sequence[Any], *columns: str) -> Iterator[list[Any]]:
         """``flat`` cut into lists: of layers' tensors (``layer``), of their ``quant``, of adapters' (``adapter``)."""
@@ -733,7 +737,7 @@ class _LoraLinears(torch.autograd.Function):
         need_x, need_weight, _, need_a, need_b, need_x_lora = ctx.needs
         dx, *rest = _raw_backward(
             list(dy), x, weight, quant, c.shape, c.blocks, c.adapters, a, b, x_lora, ctx.own, h, c.scaling,
-            ctx.dtype, c.lora_dtype, *ctx.needs,
+            ctx.dtype, c.lora_dtype, c.together, *ctx.needs,
         )  # fmt: skip
         base, thin = rest[: 2 * len(weight)], rest[2 * len(weight) :]
         dw, da, db, dx_lora = (
@@ -764,8 +768,11 @@ def _call(
     lora_dtype: torch.dtype,
     out_dtype: torch.dtype,
     residual: torch.Tensor | None = None,
+    together: bool = True,
 ) -> tuple[torch.Tensor, ...]:
-    """y of each layer (:func:`_by_layer`). ``x_lora``: of all adapters, or empty. ``residual``: of a single layer."""
+    """y of each layer (:func:`_by_layer`). ``x_lora``: of all adapters, or empty. ``residual``: of a single layer.
+    ``together``: as :func:`_backward` has it.
+    """
     weight, bias, quant, a, b, b_bias = ([] for _ in range(6))  # type: ignore[var-annotated]
     counts, scaling, shape, blocks = ([] for _ in range(4))  # type: ignore[var-annotated]
     for (w, of_base, downs, ups, scales), state in layers:
@@ -784,10 +791,47 @@ def _call(
     shared = lora_dtype in (dtype, torch.float32) and (lora_dtype == dtype or x.dtype == dtype)
     inputs = list(x_lora) or [None] * len(a)
     own = [None if t is None and shared else (x if t is None else t).to(lora_dtype) for t in inputs]
-    c = _Constants(
-        len(quant) // len(weight), tuple(counts), tuple(shape), tuple(blocks), tuple(scaling), lora_dtype, out_dtype
-    )
+    sizes = tuple(counts), tuple(shape), tuple(blocks), tuple(scaling)
+    c = _Constants(len(quant) // len(weight), *sizes, lora_dtype, out_dtype, together)
     return _LoraLinears.apply(c, x.to(dtype), residual, *weight, *bias, *quant, *a, *b, *b_bias, *own)  # type: ignore[no-any-return]
+
+
+def _one(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    a: Tensors = (),
+    b: Tensors = (),
+    scaling: Sequence[float] = (),
+    *,
+    x_lora: Optionals = (),
+    b_bias: Optionals = (),
+    quant: Tensors = (),
+    shape: Sequence[int] = (),
+    blocksize: int = 64,
+    blocksize2: int = 256,
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
+    together: bool,
+) -> torch.Tensor:
+    """:func:`lora_linear`, and its variant."""
+    dtype = dtype or x.dtype
+    lora_dtype, out_dtype = lora_dtype or dtype, out_dtype or dtype
+    n = len(a)
+    x_lora, b_bias = list(x_lora) or [None] * n, list(b_bias) or [None] * n
+    reason = supported(
+        x, weight, bias, a, b, scaling, x_lora=x_lora, b_bias=b_bias, quant=quant, shape=shape,
+        blocksize=blocksize, blocksize2=blocksize2, dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype,
+        residual=residual,
+    )  # fmt: skip
+    if reason is not None:
+        raise ValueError(f"lora_linear: {reason}")
+    state = {"b_bias": b_bias, "quant": quant, "shape": shape, "blocksize": blocksize, "blocksize2": blocksize2}
+    return _call(x, [((weight, bias, a, b, scaling), state)], x_lora, dtype, lora_dtype, out_dtype, residual, together)[
+        0
+    ]
 
 
 def lora_linear(
@@ -823,19 +867,71 @@ def lora_linear(
 
     Raises ValueError for tensors that do not belong together.
     """
+    return _one(
+        x, weight, bias, a, b, scaling,
+        x_lora=x_lora, b_bias=b_bias, quant=quant, shape=shape, blocksize=blocksize, blocksize2=blocksize2,
+        dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype, residual=residual,
+        together=True,
+    )  # fmt: skip
+
+
+def lora_linear_accumulated(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    a: Tensors = (),
+    b: Tensors = (),
+    scaling: Sequence[float] = (),
+    *,
+    x_lora: Optionals = (),
+    b_bias: Optionals = (),
+    quant: Tensors = (),
+    shape: Sequence[int] = (),
+    blocksize: int = 64,
+    blocksize2: int = 256,
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`lora_linear` whose ∂x is summed up by the products, one after another, over NF4 weights too."""
+    return _one(
+        x, weight, bias, a, b, scaling,
+        x_lora=x_lora, b_bias=b_bias, quant=quant, shape=shape, blocksize=blocksize, blocksize2=blocksize2,
+        dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype, residual=residual,
+        together=False,
+    )  # fmt: skip
+
+
+def _several(
+    x: torch.Tensor,
+    weight: Tensors,
+    bias: Optionals = (),
+    a: Sequence[Tensors] = (),
+    b: Sequence[Tensors] = (),
+    scaling: Sequence[Sequence[float]] = (),
+    *,
+    b_bias: Sequence[Optionals] = (),
+    quant: Sequence[Tensors] = (),
+    shape: Sequence[Sequence[int]] = (),
+    blocksize: Sequence[int] = (),
+    blocksize2: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    together: bool,
+) -> tuple[torch.Tensor, ...]:
+    """:func:`lora_linears`, and its variant."""
     dtype = dtype or x.dtype
     lora_dtype, out_dtype = lora_dtype or dtype, out_dtype or dtype
-    n = len(a)
-    x_lora, b_bias = list(x_lora) or [None] * n, list(b_bias) or [None] * n
-    reason = supported(
-        x, weight, bias, a, b, scaling, x_lora=x_lora, b_bias=b_bias, quant=quant, shape=shape,
+    reason = supported_linears(
+        x, weight, bias, a, b, scaling, b_bias=b_bias, quant=quant, shape=shape,
         blocksize=blocksize, blocksize2=blocksize2, dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype,
-        residual=residual,
     )  # fmt: skip
     if reason is not None:
-        raise ValueError(f"lora_linear: {reason}")
-    state = {"b_bias": b_bias, "quant": quant, "shape": shape, "blocksize": blocksize, "blocksize2": blocksize2}
-    return _call(x, [((weight, bias, a, b, scaling), state)], x_lora, dtype, lora_dtype, out_dtype, residual)[0]
+        raise ValueError(f"lora_linears: {reason}")
+    layers = _by_layer(weight, bias, a, b, scaling, b_bias, quant, shape, blocksize, blocksize2)
+    return _call(x, layers, (), dtype, lora_dtype, out_dtype, together=together)
 
 
 def lora_linears(
@@ -863,16 +959,38 @@ def lora_linears(
 
     Raises ValueError for lists that do not pair up and for what :func:`lora_linear` raises it for.
     """
-    dtype = dtype or x.dtype
-    lora_dtype, out_dtype = lora_dtype or dtype, out_dtype or dtype
-    reason = supported_linears(
-        x, weight, bias, a, b, scaling, b_bias=b_bias, quant=quant, shape=shape,
-        blocksize=blocksize, blocksize2=blocksize2, dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype,
+    return _several(
+        x, weight, bias, a, b, scaling,
+        b_bias=b_bias, quant=quant, shape=shape, blocksize=blocksize, blocksize2=blocksize2,
+        dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype,
+        together=True,
     )  # fmt: skip
-    if reason is not None:
-        raise ValueError(f"lora_linears: {reason}")
-    layers = _by_layer(weight, bias, a, b, scaling, b_bias, quant, shape, blocksize, blocksize2)
-    return _call(x, layers, (), dtype, lora_dtype, out_dtype)
+
+
+def lora_linears_accumulated(
+    x: torch.Tensor,
+    weight: Tensors,
+    bias: Optionals = (),
+    a: Sequence[Tensors] = (),
+    b: Sequence[Tensors] = (),
+    scaling: Sequence[Sequence[float]] = (),
+    *,
+    b_bias: Sequence[Optionals] = (),
+    quant: Sequence[Tensors] = (),
+    shape: Sequence[Sequence[int]] = (),
+    blocksize: Sequence[int] = (),
+    blocksize2: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """:func:`lora_linears` whose ∂x is summed up by the products, layer after layer, over NF4 weights too."""
+    return _several(
+        x, weight, bias, a, b, scaling,
+        b_bias=b_bias, quant=quant, shape=shape, blocksize=blocksize, blocksize2=blocksize2,
+        dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype,
+        together=False,
+    )  # fmt: skip
 
 
 def supported(
@@ -1131,6 +1249,7 @@ OP = register(
         sizes=sizes,
         inputs=inputs,
         stock=stock,
+        variants={"accumulated": (lora_linear_accumulated, supported)},
     )
 )
 
@@ -1147,5 +1266,6 @@ JOINT = register(
         sizes=linears_sizes,
         inputs=linears_inputs,
         stock=linears_stock,
+        variants={"accumulated": (lora_linears_accumulated, supported_linears)},
     )
 )

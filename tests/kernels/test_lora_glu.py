@@ -82,6 +82,15 @@ def test_what_is_behind_h_is_not_read(device):
     assert y.isfinite().all() and dwide.isfinite().all() and not dwide[:, -3:].any()
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+def test_several_programs_share_a_row(splits, monkeypatch, device):
+    """Columns that are no whole number of tiles, and tiles that are no whole number of programs."""
+    monkeypatch.setattr(module, "SPLITS", splits)
+    monkeypatch.setattr(module, "BLOCK_N", 16)
+    monkeypatch.setattr(module, "BLOCK_M", 16)
+    check_op(flat(), tensors((41,), 149, (4, 3), spare=1, device=device), length=149)
+
+
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
 def test_only_what_is_asked_for(wanted, device):
     given = tensors((2, 5), 12, (3, 2), device=device)
@@ -217,7 +226,7 @@ def _derivations() -> list[Derivation]:
 
 DERIVATIONS = {"lora_glu": _derivations}
 
-SMALL_TILES = {"BLOCK_M": 1, "BLOCK_N": 2, "LEAST_RANK": 1}
+SMALL_TILES = {"BLOCK_M": 1, "BLOCK_N": 2, "LEAST_RANK": 1, "SPLITS": 2, "SUM_ROWS": 1}
 
 MUTANTS = (
     Mutant(
@@ -231,8 +240,8 @@ MUTANTS = (
     Mutant(
         "lora_glu: gate's scale for up",
         "kernels/lora_glu.py",
-        "SCALE_UP=float(scaling[1])",
-        "SCALE_UP=float(scaling[0])",
+        '"SCALE_UP": float(scaling[1])',
+        '"SCALE_UP": float(scaling[0])',
         "tests/kernels/test_lora_glu.py -k matches_reference",
         interpret=True,
     ),
@@ -247,30 +256,54 @@ MUTANTS = (
     Mutant(
         "lora_glu: gradients swapped",
         "kernels/lora_glu.py",
-        "tl.store(dg_at, (dy * u * slope)",
-        "tl.store(dg_at, (dy * f * slope)",
+        "dg = (dy * u * slope)",
+        "dg = (dy * f * slope)",
         "tests/kernels/test_lora_glu.py -k matches_reference",
         interpret=True,
     ),
     Mutant(
         "lora_glu: h without its scale",
         "kernels/lora_glu.py",
-        "dh.addmm_(g, up.to(g.dtype), beta=0, alpha=scale)",
-        "dh.addmm_(g, up.to(g.dtype), beta=0)",
+        "tl.store(part, SCALE_GATE * dh_gate,",
+        "tl.store(part, dh_gate,",
         "tests/kernels/test_lora_glu.py -k matches_reference",
+        interpret=True,
+    ),
+    Mutant(
+        "lora_glu: h without its scale, in PyTorch",
+        "kernels/lora_glu.py",
+        "at.copy_(scale * (grad.to(compute) @ up))",
+        "at.copy_(grad.to(compute) @ up)",
+        "tests/kernels/test_lora_glu.py -k matches_reference",
+    ),
+    Mutant(
+        "lora_glu: the first part of the sums only",
+        "kernels/lora_glu.py",
+        "part = parts_ptr + (row.to(tl.int64) + split * rows)[:, None]",
+        "part = parts_ptr + (row.to(tl.int64) + 0 * rows)[:, None]",
+        "tests/kernels/test_lora_glu.py -k several_programs",
+        interpret=True,
+    ),
+    Mutant(
+        "lora_glu: the last columns belong to nobody",
+        "kernels/lora_glu.py",
+        'span = triton.cdiv(triton.cdiv(n, tile["BLOCK_N"]), tile["SPLITS"])',
+        'span = max(1, triton.cdiv(n, tile["BLOCK_N"]) // tile["SPLITS"])',
+        "tests/kernels/test_lora_glu.py -k several_programs",
+        interpret=True,
     ),
     Mutant(
         "lora_glu: dB without its scale",
         "kernels/lora_glu.py",
-        "dbs.append(lora._times(scale, db).to(up.dtype))",
-        "dbs.append(db.to(up.dtype))",
+        "dbs[i] = lora._times(scale, db).to(up.dtype)",
+        "dbs[i] = db.to(up.dtype)",
         "tests/kernels/test_lora_glu.py -k matches_reference",
     ),
     Mutant(
         "lora_glu: what is behind h has a gradient",
         "kernels/lora_glu.py",
-        "        rows[:, 2 * b[0].shape[0] + sum(ranks) :].zero_()\n",
-        "        rows[:, 2 * b[0].shape[0] + sum(ranks) :].fill_(1.0)\n",
+        "        dwide[..., 2 * n + sum(ranks) :].zero_()\n",
+        "        dwide[..., 2 * n + sum(ranks) :].fill_(1.0)\n",
         "tests/kernels/test_lora_glu.py -k is_not_read",
     ),
     Mutant(

@@ -345,7 +345,8 @@ def test_opcheck(quant, own):
     own_input = [t is not None for t in x_lora]
     opcheck(
         ops.lora_linear_backward.default, [torch.ones_like(y) for y in ys], x, *where, [2, 0], a, b, x_lora, own_input,
-        h, scaling, BF16, F32, True, [quant is None, False], [True, False], [True, False], [False, True], own_input,
+        h, scaling, BF16, F32, True, True, [quant is None, False], [True, False], [True, False], [False, True],
+        own_input,
     )  # fmt: skip
 
 
@@ -461,6 +462,22 @@ def test_side_by_side_where_it_spares_more_than_it_costs():
         "q, k, v": True, "o": False, "gate, up": False,
     }  # fmt: skip
     assert module._side_by_side((4096,), 14336, True) and not module._side_by_side((4096,), 14336, False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1.0, 0.7071])
+def test_accumulated(scale, device):
+    """The variant: the same, with dx summed up by one product after another."""
+    layers = [{"quant": "double", "n": n, "ranks": (3,)} for n in (8, 24)]
+    args, kwargs, named = make_joint(DTYPES["bf16"], layers, device, scaling=scale)
+    (joint, _), (alone, _) = (op.variants["accumulated"] for op in (JOINT, OP))
+    dys = [torch.randn(3, 5, n, generator=torch.Generator().manual_seed(2)).to(device, BF16) for n in (8, 24)]
+    ours, other = (torch.autograd.grad(fn(*args, **kwargs), list(named.values()), dys) for fn in (lora_linears, joint))
+    torch.testing.assert_close(ours, other, rtol=0.03, atol=0.03)
+    assert not torch.equal(ours[0], other[0]), "the same products"
+    single, more, tensors = make(DTYPES["bf16"], n=24, quant="double", device=device)
+    grads = (torch.autograd.grad(fn(*single, **more), list(tensors.values()), dys[1]) for fn in (lora_linear, alone))
+    torch.testing.assert_close(*grads, rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -956,9 +973,16 @@ MUTANTS = (
     Mutant(
         "lora_linear: layer after layer in place of side by side",
         "kernels/lora_linear.py",
-        "    wide = None\n    if quant and need_x",
+        "    wide = None\n    if together and quant and need_x",
         "    wide = None\n    if False and need_x",
         "tests/kernels/test_lora_linear.py -k nf4_is_rounded_once",
+    ),
+    Mutant(
+        "lora_linear: the variant is the op",
+        "kernels/lora_linear.py",
+        "    if together and quant and need_x and",
+        "    if quant and need_x and",
+        "tests/kernels/test_lora_linear.py -k accumulated",
     ),
     Mutant(
         "lora_linear: B transposed in the backward",
