@@ -23,6 +23,7 @@ from torch import fx
 from fastft import _torch_compat as compat
 from fastft.autotune import variants
 from fastft.costs import Memo, work_of
+from fastft.costs import added as added_work
 from fastft.fallback import Attempt, said
 from fastft.kernels._op import OPS, Op, Reason, Recompute
 from fastft.kernels._triton import HAS_TRITON
@@ -97,6 +98,8 @@ def _add_work(done: Rewritten) -> None:
         results = values if isinstance(values, (tuple, list)) else (values,)
         trained = any(isinstance(t, torch.Tensor) and t.requires_grad for t in results)
         work = work_of(kernel, node.target, args, kwargs, trained, memo)
+        if (before := done.sites[index].work) is not None:  # of the op that the site calls first
+            work = added_work(f"{before.op} + {work.op}", (before, work))
         done.sites[index] = replace(done.sites[index], work=work)
 
 
@@ -186,6 +189,8 @@ def _note(done: Rewritten, site: Site, answer: Rewrite, made: dict[fx.Node, fx.N
     new: Any = made[answer.outputs[0]]
     while new.target is not answer.target:  # an item of its results, or a copy
         new = new.args[0]
+    if answer.first is not None:
+        done.ops[new.args[0]] = len(done.sites), answer.first.kernel
     done.ops[new] = len(done.sites), answer.kernel
     done.sites.append(site)
 
@@ -215,7 +220,14 @@ def _take_variant(answer: Rewrite, options: Options, fake_mode: Any) -> Reason |
     op = answer.kernel
     if op is None:
         return None
-    args, kwargs = fx.map_arg((answer.args, answer.kwargs), _see.value)
+    if answer.first is not None:
+        if (reason := _take_variant(answer.first, options, fake_mode)) is not None:
+            return reason
+        answer.notes = "; ".join(filter(None, (answer.notes, answer.first.notes)))
+    operands = _operands(answer, fake_mode)
+    if isinstance(operands, Reason):
+        return operands
+    args, kwargs = operands
     if answer.prepare is not None:
         found = _on_fakes(answer.prepare, answer, fake_mode)
         if isinstance(found, Reason):
@@ -305,7 +317,7 @@ def _place(answer: Rewrite, order: dict[fx.Node, int]) -> fx.Node:
 
 
 def _reads(answer: Rewrite) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    found: set[fx.Node] = set() if answer.first is None else _reads(answer.first)
     fx.map_arg((answer.args, answer.kwargs), lambda n: found.add(n))
     return found
 
@@ -405,8 +417,15 @@ def _replace(
     moved: dict[fx.Node, fx.Node] = {}
     undo: dict[fx.Node, fx.Node] = {}
     try:
-        with gm.graph.inserting_after(place):
-            new = gm.graph.call_function(answer.target, answer.args, answer.kwargs)
+        before, args = place, answer.args
+        if (first := answer.first) is not None:
+            with gm.graph.inserting_after(place):
+                before = gm.graph.call_function(first.target, first.args, first.kwargs)
+            added.append(before)
+            _tag(before, first.outputs[0], _on_fakes(first.target, first, fake_mode), first)
+            args = (before, *args)
+        with gm.graph.inserting_after(before):
+            new = gm.graph.call_function(answer.target, args, answer.kwargs)
         added.append(new)
         _tag(new, place, values, answer)
         replacements = [new]
@@ -461,11 +480,23 @@ def _relax_views(old: fx.Node, new: fx.Node) -> None:
             stack += user.users
 
 
+def _operands(answer: Rewrite, fake_mode: Any) -> tuple[Sequence[Any], dict[str, Any]] | Reason:
+    """The fake tensors and numbers that the op is called with; the reason that what comes first could not run."""
+    args, kwargs = fx.map_arg((answer.args, answer.kwargs), _see.value)
+    if answer.first is None:
+        return args, kwargs
+    made = _on_fakes(answer.first.target, answer.first, fake_mode)
+    return made if isinstance(made, Reason) else ((made, *args), kwargs)
+
+
 def _on_fakes(function: Any, answer: Rewrite, fake_mode: Any) -> Any:
     """The result of the op (or of what prepares its operands) on the fake tensors of the trace, or the reason it could
     not run.
     """
-    args, kwargs = fx.map_arg((answer.args, answer.kwargs), _see.value)
+    operands = _operands(answer, fake_mode)
+    if isinstance(operands, Reason):
+        return operands
+    args, kwargs = operands
     guard = fake_mode if fake_mode is not None else contextlib.nullcontext()
     grad = any(_see.requires_grad(output) for output in answer.outputs)
     try:

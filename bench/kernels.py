@@ -148,6 +148,44 @@ def lora_linears(s: Shape) -> Case:
     return Case((x, weight, (), a, b, scaling), wanted, kwargs, **cost, others=others)
 
 
+def lora_glu(s: Shape) -> Case:
+    def bare(wide: Any, b: Any, scaling: Any, kind: str) -> Any:  # of gate and up that somebody has written
+        n = b[0].shape[0]
+        return OPS["glu"].call(wide[..., :n], wide[..., n : 2 * n], kind)
+
+    case = plain(OPS["lora_glu"], s)
+    case.others = {"(glu alone)": bare}
+    return case
+
+
+def _lora_stack(s: Shape, nf4_weight: bool) -> Case:
+    """Beside the layers by themselves, which have their adapters' B to add, and whose activation has less to do."""
+    op = OPS["lora_stack"]
+    made = op.inputs(New(DTYPE, DEVICE, int(torch.randint(2**62, ()))), **s.dims, nf4_weight=nf4_weight)
+    x, _, a = made.args
+    b = [_random(s["intermediate"], s["rank"], scale=s["rank"] ** -0.5) for _ in a]
+
+    def layers(x: Any, weight: Any, a: Any, **more: Any) -> Any:
+        thin = [[down] for down in a], [[up] for up in b], [[2.0]] * len(a)
+        return torch.stack(OPS["lora_linears"].call(x, weight, [], *thin, **more))
+
+    out = x.shape[0] * x.shape[1] * (2 * s["intermediate"] + 2 * s["rank"]) * DTYPE.itemsize
+    read, flops = (
+        _bytes(*made.tensors()),
+        2.0 * x.shape[0] * x.shape[1] * s["hidden"] * 2 * (s["intermediate"] + s["rank"]),
+    )
+    costs = {"bytes_moved": read + out, "flops": flops, "backward_bytes": 2 * read + out, "backward_flops": flops}
+    return Case(made.args, made.wanted, dict(made.kwargs), **costs, others={"(lora_linears)": layers})
+
+
+def lora_stack(s: Shape) -> Case:
+    return _lora_stack(s, nf4_weight=False)
+
+
+def lora_stack_nf4(s: Shape) -> Case:
+    return _lora_stack(s, nf4_weight=True)
+
+
 def _quantised(out_features: int, in_features: int) -> tuple[torch.Tensor, Any]:
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = _random(out_features, in_features, scale=in_features**-0.5)
@@ -169,7 +207,26 @@ def lora_linear_nf4(s: Shape) -> Case:
         return y
 
     cost = _linear_cost(s, [s["out_features"]], packed, state.absmax)
-    return Case((x, packed, None, [a], [b], [1.0]), [x, a, b], kwargs, **cost, eager=eager)
+    others = {"(accumulated)": OPS["lora_linear"].variants["accumulated"][0]}
+    return Case((x, packed, None, [a], [b], [1.0]), [x, a, b], kwargs, **cost, eager=eager, others=others)
+
+
+def lora_linears_nf4(s: Shape) -> Case:
+    one = [lora_linear_nf4(Shape(s.op, s.model, {**s.dims, "out_features": n}, s.tags)) for n in s["out_features"]]
+    x, a, b = one[0].args[0], [case.args[3] for case in one], [case.args[4] for case in one]
+    weight, states = (
+        [case.args[1] for case in one],
+        {name: [c.kwargs[name] for c in one] for name in ("quant", "shape")},
+    )
+
+    def eager(x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: Any, **_: Any) -> Any:
+        each = zip(one, weight, a, b, scaling, strict=True)
+        return tuple(c.eager(x, w, None, *thin) for c, w, *thin in each)  # type: ignore[misc]
+
+    cost = _linear_cost(s, s["out_features"], *weight)
+    others = {"(accumulated)": OPS["lora_linears"].variants["accumulated"][0]}
+    wanted, kwargs = [x, *(t for (t,) in (*a, *b))], dict(**states, dtype=DTYPE, lora_dtype=DTYPE)
+    return Case((x, weight, (), a, b, [[1.0]] * len(one)), wanted, kwargs, **cost, eager=eager, others=others)
 
 
 def nf4_dequantize(s: Shape) -> Case:
@@ -245,7 +302,9 @@ def attention(s: Shape) -> Case:
 MAKERS: dict[str, tuple[Callable[[Shape], Case], ...]] = {
     "rotary": (rotary,),
     "lora_linear": (lora_linear, lora_linear_nf4),
-    "lora_linears": (lora_linears,),
+    "lora_linears": (lora_linears, lora_linears_nf4),
+    "lora_glu": (lora_glu,),
+    "lora_stack": (lora_stack, lora_stack_nf4),
     "nf4_dequantize": (nf4_dequantize,),
     "linear_cross_entropy": (linear_cross_entropy,),
     "linear_log_prob": (linear_log_prob,),

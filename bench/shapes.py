@@ -260,6 +260,10 @@ def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterato
                 yield shape("rms_norm", **rows, eps=config["rms_norm_eps"], offset=offset)
     if {name for name, *_ in linears(model)} & {"gate_proj", "gate_up_proj"}:
         yield shape("glu", **tokens, intermediate=config["intermediate_size"], activation=_activation(config))
+    if {"gate_proj", "up_proj"} <= {name for name, *_ in linears(model)}:
+        of_mlp = dict(intermediate=config["intermediate_size"], activation=_activation(config))
+        yield shape("lora_glu", **tokens, **of_mlp, rank=16)
+        yield shape("lora_stack", **tokens, hidden=hidden, intermediate=config["intermediate_size"], rank=16)
     if family == "nemotron":
         yield shape("squared_relu", **tokens, intermediate=config["intermediate_size"])
     fraction = config.get("rope_parameters", {}).get("partial_rotary_factor", 1.0)
@@ -303,6 +307,8 @@ def _tests() -> Iterator[Shape]:
     for batch, seq, intermediate in ((1, 1, 16), (2, 3, 129), (1, 9, 352)):
         for activation in ("silu", "gelu", "gelu_tanh"):
             yield shape("glu", batch=batch, seq=seq, intermediate=intermediate, activation=activation)
+            yield shape("lora_glu", batch=batch, seq=seq, intermediate=intermediate, activation=activation, rank=5)
+        yield shape("lora_stack", batch=batch, seq=seq, hidden=64, intermediate=intermediate, rank=5)
         yield shape("squared_relu", batch=batch, seq=seq, intermediate=intermediate)
     for batch, seq, heads, kv_heads, head_dim, rotary_dim in (
         (1, 1, 1, 1, 16, 16),

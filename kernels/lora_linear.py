@@ -32,7 +32,13 @@ bits of mantissa), products of bf16 numbers are exact in fp32, and thin matrices
 cast.
 
 An NF4 weight is dequantised into a scratch that all layers share, once for the forward and once for ∂x, and the GEMM is
-cuBLAS's: at training sizes the launch is small beside the GEMM, and a bf16 copy of the model never exists.
+cuBLAS's: at training sizes the launch is small beside the GEMM, and a bf16 copy of the model never exists. What lies in
+a scratch of ours can be laid out as we like: with the weights of all layers and their A below each other, ∂x is one
+product of everything that comes back, side by side, in one rounding::
+
+    ∂x = [g₁ | g₂ | … | s₁u₁ | s₂u₂ | …] [W₁; W₂; …; A₁; A₂; …]
+
+which asks for a copy of the gᵢ, and is done where that costs less than what it spares (:func:`_side_by_side`).
 """
 
 from __future__ import annotations
@@ -265,36 +271,73 @@ _scratch_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _dense(
-    weight: torch.Tensor, quant: Tensors, shape: Sequence[int], blocksize: int, blocksize2: int, dtype: torch.dtype
-) -> Iterator[torch.Tensor]:
-    """The weight as a dense [N, K] matrix in ``dtype``: itself where it is one, else a copy in the scratch.
+def _scratch_rows(like: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """A dense [n, k] matrix in the scratch of ``like``'s device, to be filled and read before anything else is.
 
     There is one scratch for each device, dtype and stream; it grows to the largest weight and stays. The lock keeps the
     copy and the GEMM that reads it next to each other in the stream when two threads launch into it.
     """
-    if not quant and weight.dtype == dtype:
-        yield weight
-        return
-    n, k = shape if quant else weight.shape
     stream, fresh = 0, False
-    if weight.is_cuda:
-        stream = torch.cuda.current_stream(weight.device).cuda_stream
+    if like.is_cuda:
+        stream = torch.cuda.current_stream(like.device).cuda_stream
         # A captured graph owns the memory it was captured with: it may not share the scratch with what runs outside.
         fresh = torch.cuda.is_current_stream_capturing()
     with _scratch_lock:
-        key = (weight.device, dtype, stream)
+        key = (like.device, dtype, stream)
         held = None if fresh else _scratch.pop(key, None)
         if held is None or held.numel() < n * k:
             held = None  # the old one goes before the new one comes
-            held = torch.empty(n * k, dtype=dtype, device=weight.device)
+            held = torch.empty(n * k, dtype=dtype, device=like.device)
         if not fresh:
             _scratch[key] = held
-        out = held[: n * k].view(n, k)
-        if quant:
-            nf4.dequantize_into(out, weight.contiguous(), *_quant_args(quant), blocksize, blocksize2)
-        else:
-            out.copy_(weight)
+        yield held[: n * k].view(n, k)
+
+
+def _fill(out: torch.Tensor, weight: torch.Tensor, quant: Tensors, blocksize: int, blocksize2: int) -> None:
+    """Write a weight to ``out``, [N, K]."""
+    if quant:
+        nf4.dequantize_into(out, weight.contiguous(), *_quant_args(quant), blocksize, blocksize2)
+    else:
+        out.copy_(weight)
+
+
+@contextlib.contextmanager
+def _dense(
+    weight: torch.Tensor, quant: Tensors, shape: Sequence[int], blocksize: int, blocksize2: int, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """The weight as a dense [N, K] matrix in ``dtype``: itself where it is one, else a copy in the scratch."""
+    if not quant and weight.dtype == dtype:
+        yield weight
+        return
+    with _scratch_rows(weight, *(shape if quant else weight.shape), dtype) as out:
+        _fill(out, weight, quant, blocksize, blocksize2)
+        yield out
+
+
+#: cuBLAS reads 16 bytes at a time, 8 half-precision numbers: columns and rows that are added come in such numbers.
+WHOLE = 8
+
+
+def _whole(n: int) -> int:
+    return -(-n // WHOLE) * WHOLE
+
+
+@contextlib.contextmanager
+def _stacked(
+    weight: Tensors, quant: Tensors, shape: Sequence[int], blocks: Sequence[int], below: Tensors, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """The weights of all layers, and the matrices ``below`` (any dtype), below each other in the scratch, with rows of
+    zeros up to a whole number of 8 for ``below``: [ΣN + ⌈Σr⌉, K].
+    """
+    widths, k = shape[::2] if quant else [w.shape[0] for w in weight], shape[1] if quant else weight[0].shape[1]
+    sizes, of_each = [m.shape[0] for m in below], len(quant) // len(weight)
+    full, rank = sum(widths), sum(sizes)
+    with _scratch_rows(weight[0], full + _whole(rank), k, dtype) as out:
+        for i, part in enumerate(out[:full].split(list(widths))):
+            _fill(part, weight[i], quant[i * of_each : (i + 1) * of_each], blocks[2 * i], blocks[2 * i + 1])
+        if below:
+            torch._foreach_copy_(list(out[full : full + rank].split(sizes)), list(below))
+            out[full + rank :].zero_()
         yield out
 
 
@@ -420,6 +463,16 @@ def _forward(
     return ys
 
 
+def _side_by_side(widths: Sequence[int], k: int, adapted: bool) -> bool:
+    """Whether the gradients of layers with NF4 weights are copied next to each other, for ∂x in one product.
+
+    In numbers read and written for each token: the copy costs 2 ΣN. It spares 2 K for each product but one, which
+    reads ∂x and writes it again; the adapters' is one of them. q, k and v: 2 · 6,144 for 6 · 4,096; down: 2 · 4,096 for
+    2 · 14,336; gate and up would pay 2 · 28,672 for 4 · 4,096.
+    """
+    return sum(widths) < k * (len(widths) - 1 + adapted)
+
+
 def _backward(
     dy: Tensors,
     x: torch.Tensor | None,
@@ -436,6 +489,7 @@ def _backward(
     scaling: Sequence[float],
     dtype: torch.dtype,
     lora_dtype: torch.dtype,
+    together: bool,
     need_x: bool,
     need_weight: Sequence[bool],
     need_sum: Sequence[bool],
@@ -445,7 +499,8 @@ def _backward(
 ) -> list[torch.Tensor]:
     """[∂x, for each layer ∂W and Σₜ g (fp32), for each adapter ∂A, ∂B, ∂x̃]; what is not needed is an empty tensor.
 
-    ``own``: whether an adapter has an input of its own; ``x_lora`` holds it where ∂A needs it.
+    ``own``: whether an adapter has an input of its own; ``x_lora`` holds it where ∂A needs it. ``together``: whether ∂x
+    may be one product of what is copied next to each other.
     """
     gs = [_rows(g) for g in dy]
     lead, k = dy[0].shape[:-1], shape[1] if quant else weight[0].shape[1]
@@ -472,14 +527,31 @@ def _backward(
 
     dx = nothing()
     das, dbs, dx_loras = ([nothing() for _ in a] for _ in range(3))
-    # The adapters that read x: their u side by side.
+    # The adapters that read x: their u side by side, behind all g where these are.
     shared = [j for j in range(len(a)) if not own[j] and (need_x or need_a[j])]
+    at = _starts([rank[j] for j in shared])
+    one_dtype = all(g.dtype == dtype for g in gs) and (not shared or lora_dtype == dtype)
+    wide = None
+    if together and quant and need_x and one_dtype and _side_by_side(shape[::2], k, bool(shared)):
+        full = _starts(shape[::2])
+        wide = gs[0].new_empty((gs[0].shape[0], full[-1] + _whole(at[-1])))
+        copies = [wide[:, start:end].copy_(g) for (start, end), g in zip(itertools.pairwise(full), gs, strict=True)]
+        wide[:, full[-1] + at[-1] :].zero_()
+        gs = copies
     if shared:
-        at = _starts([rank[j] for j in shared])
-        u = gs[0].new_empty((gs[0].shape[0], at[-1]), dtype=lora_dtype)
+        scales = [scaling[j] for j in shared]
+        if wide is None:
+            u = gs[0].new_empty((gs[0].shape[0], at[-1]), dtype=lora_dtype)
+        else:  # with its scale, so that ∂x needs no other
+            u = wide[:, full[-1] : full[-1] + at[-1]]
         for (start, end), j in zip(itertools.pairwise(at), shared, strict=True):
-            _matmul_into(u[:, start:end], thin_g(j), b[j].to(lora_dtype))
-        if need_x:
+            if wide is None:
+                _matmul_into(u[:, start:end], thin_g(j), b[j].to(lora_dtype))
+            else:
+                u[:, start:end].addmm_(thin_g(j), b[j].to(lora_dtype), beta=0, alpha=scaling[j])
+        if wide is not None:
+            scales = [1.0] * len(shared)
+        elif need_x:
             downs = _stack([a[j] for j in shared], lora_dtype)
             dx = gs[0].new_empty((gs[0].shape[0], k), dtype=dtype)
             for scale, run in itertools.groupby(range(len(shared)), lambda i: scaling[shared[i]]):
@@ -488,9 +560,8 @@ def _backward(
                 _add_thin(dx, u[:, columns], downs[columns], scale, first=span[0] == 0)
         if any(need_a[j] for j in shared):
             assert x is not None
-            wide = torch.promote_types(a[shared[0]].dtype, torch.float32)
-            full = _matmul(u.t(), _rows(x), wide)
-            found = zip(shared, _apart(full, [rank[j] for j in shared], [scaling[j] for j in shared]), strict=True)
+            of_all = _matmul(u.t(), _rows(x), torch.promote_types(a[shared[0]].dtype, torch.float32))
+            found = zip(shared, _apart(of_all, [rank[j] for j in shared], scales), strict=True)
             for j, da in found:
                 das[j] = da.to(a[j].dtype) if need_a[j] else nothing()
     for j, (down, up) in enumerate(zip(a, b, strict=True)):
@@ -501,14 +572,17 @@ def _backward(
             if need_a[j]:
                 source = x_lora[j]
                 assert source is not None
-                wide = torch.promote_types(down.dtype, torch.float32)
-                das[j] = _times(scaling[j], _matmul(u.t(), _rows(source), wide)).to(down.dtype)
+                single = torch.promote_types(down.dtype, torch.float32)
+                das[j] = _times(scaling[j], _matmul(u.t(), _rows(source), single)).to(down.dtype)
         if need_b[j]:
             assert h is not None
-            wide = torch.promote_types(up.dtype, torch.float32)
-            db = _matmul(thin_g(j).t(), h[:, column[j] : column[j + 1]], wide)
+            single = torch.promote_types(up.dtype, torch.float32)
+            db = _matmul(thin_g(j).t(), h[:, column[j] : column[j + 1]], single)
             dbs[j] = _times(scaling[j], db).to(up.dtype)
-    if need_x:
+    if wide is not None:
+        with _stacked(weight, quant, shape, blocks, [a[j] for j in shared], dtype) as dense:
+            dx = torch.mm(wide, dense)
+    elif need_x:
         # The smallest product first: every sum is rounded at the size that it has reached.
         each = list(_each_dense(weight, quant, shape, blocks, dtype))
         for i in sorted(range(len(gs)), key=lambda i: gs[i].shape[1]):
@@ -556,6 +630,7 @@ def _backward_fake(
     scaling: Sequence[float],
     dtype: torch.dtype,
     lora_dtype: torch.dtype,
+    together: bool,
     need_x: bool,
     need_weight: Sequence[bool],
     need_sum: Sequence[bool],
@@ -593,8 +668,8 @@ _raw = raw_op(
 )
 _raw_backward = raw_op(
     f"lora_linear_backward(Tensor[] dy, Tensor? x, {_WEIGHT}, int[] adapters, Tensor[] a, Tensor[] b, "
-    "Tensor?[] x_lora, bool[] own, Tensor? h, float[] scaling, ScalarType dtype, ScalarType lora_dtype, bool need_x, "
-    "bool[] need_weight, bool[] need_sum, bool[] need_a, bool[] need_b, bool[] need_x_lora) -> Tensor[]",
+    "Tensor?[] x_lora, bool[] own, Tensor? h, float[] scaling, ScalarType dtype, ScalarType lora_dtype, bool together, "
+    "bool need_x, bool[] need_weight, bool[] need_sum, bool[] need_a, bool[] need_b, bool[] need_x_lora) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -613,6 +688,7 @@ class _Constants(NamedTuple):
     scaling: tuple[float, ...]
     lora_dtype: torch.dtype
     out_dtype: torch.dtype
+    together: bool
 
     def take(self, flat: Sequence[Any], *columns: str) -> Iterator[list[Any]]:
         """``flat`` cut into lists: of layers' tensors (``layer``), of their ``quant``, of adapters' (``adapter``)."""
@@ -661,7 +737,7 @@ class _LoraLinears(torch.autograd.Function):
         need_x, need_weight, _, need_a, need_b, need_x_lora = ctx.needs
         dx, *rest = _raw_backward(
             list(dy), x, weight, quant, c.shape, c.blocks, c.adapters, a, b, x_lora, ctx.own, h, c.scaling,
-            ctx.dtype, c.lora_dtype, *ctx.needs,
+            ctx.dtype, c.lora_dtype, c.together, *ctx.needs,
         )  # fmt: skip
         base, thin = rest[: 2 * len(weight)], rest[2 * len(weight) :]
         dw, da, db, dx_lora = (
@@ -692,8 +768,11 @@ def _call(
     lora_dtype: torch.dtype,
     out_dtype: torch.dtype,
     residual: torch.Tensor | None = None,
+    together: bool = True,
 ) -> tuple[torch.Tensor, ...]:
-    """y of each layer (:func:`_by_layer`). ``x_lora``: of all adapters, or empty. ``residual``: of a single layer."""
+    """y of each layer (:func:`_by_layer`). ``x_lora``: of all adapters, or empty. ``residual``: of a single layer.
+    ``together``: as :func:`_backward` has it.
+    """
     weight, bias, quant, a, b, b_bias = ([] for _ in range(6))  # type: ignore[var-annotated]
     counts, scaling, shape, blocks = ([] for _ in range(4))  # type: ignore[var-annotated]
     for (w, of_base, downs, ups, scales), state in layers:
@@ -712,10 +791,47 @@ def _call(
     shared = lora_dtype in (dtype, torch.float32) and (lora_dtype == dtype or x.dtype == dtype)
     inputs = list(x_lora) or [None] * len(a)
     own = [None if t is None and shared else (x if t is None else t).to(lora_dtype) for t in inputs]
-    c = _Constants(
-        len(quant) // len(weight), tuple(counts), tuple(shape), tuple(blocks), tuple(scaling), lora_dtype, out_dtype
-    )
+    sizes = tuple(counts), tuple(shape), tuple(blocks), tuple(scaling)
+    c = _Constants(len(quant) // len(weight), *sizes, lora_dtype, out_dtype, together)
     return _LoraLinears.apply(c, x.to(dtype), residual, *weight, *bias, *quant, *a, *b, *b_bias, *own)  # type: ignore[no-any-return]
+
+
+def _one(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    a: Tensors = (),
+    b: Tensors = (),
+    scaling: Sequence[float] = (),
+    *,
+    x_lora: Optionals = (),
+    b_bias: Optionals = (),
+    quant: Tensors = (),
+    shape: Sequence[int] = (),
+    blocksize: int = 64,
+    blocksize2: int = 256,
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
+    together: bool,
+) -> torch.Tensor:
+    """:func:`lora_linear`, and its variant."""
+    dtype = dtype or x.dtype
+    lora_dtype, out_dtype = lora_dtype or dtype, out_dtype or dtype
+    n = len(a)
+    x_lora, b_bias = list(x_lora) or [None] * n, list(b_bias) or [None] * n
+    reason = supported(
+        x, weight, bias, a, b, scaling, x_lora=x_lora, b_bias=b_bias, quant=quant, shape=shape,
+        blocksize=blocksize, blocksize2=blocksize2, dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype,
+        residual=residual,
+    )  # fmt: skip
+    if reason is not None:
+        raise ValueError(f"lora_linear: {reason}")
+    state = {"b_bias": b_bias, "quant": quant, "shape": shape, "blocksize": blocksize, "blocksize2": blocksize2}
+    return _call(x, [((weight, bias, a, b, scaling), state)], x_lora, dtype, lora_dtype, out_dtype, residual, together)[
+        0
+    ]
 
 
 def lora_linear(
@@ -751,19 +867,71 @@ def lora_linear(
 
     Raises ValueError for tensors that do not belong together.
     """
+    return _one(
+        x, weight, bias, a, b, scaling,
+        x_lora=x_lora, b_bias=b_bias, quant=quant, shape=shape, blocksize=blocksize, blocksize2=blocksize2,
+        dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype, residual=residual,
+        together=True,
+    )  # fmt: skip
+
+
+def lora_linear_accumulated(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    a: Tensors = (),
+    b: Tensors = (),
+    scaling: Sequence[float] = (),
+    *,
+    x_lora: Optionals = (),
+    b_bias: Optionals = (),
+    quant: Tensors = (),
+    shape: Sequence[int] = (),
+    blocksize: int = 64,
+    blocksize2: int = 256,
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """:func:`lora_linear` whose ∂x is summed up by the products, one after another, over NF4 weights too."""
+    return _one(
+        x, weight, bias, a, b, scaling,
+        x_lora=x_lora, b_bias=b_bias, quant=quant, shape=shape, blocksize=blocksize, blocksize2=blocksize2,
+        dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype, residual=residual,
+        together=False,
+    )  # fmt: skip
+
+
+def _several(
+    x: torch.Tensor,
+    weight: Tensors,
+    bias: Optionals = (),
+    a: Sequence[Tensors] = (),
+    b: Sequence[Tensors] = (),
+    scaling: Sequence[Sequence[float]] = (),
+    *,
+    b_bias: Sequence[Optionals] = (),
+    quant: Sequence[Tensors] = (),
+    shape: Sequence[Sequence[int]] = (),
+    blocksize: Sequence[int] = (),
+    blocksize2: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    together: bool,
+) -> tuple[torch.Tensor, ...]:
+    """:func:`lora_linears`, and its variant."""
     dtype = dtype or x.dtype
     lora_dtype, out_dtype = lora_dtype or dtype, out_dtype or dtype
-    n = len(a)
-    x_lora, b_bias = list(x_lora) or [None] * n, list(b_bias) or [None] * n
-    reason = supported(
-        x, weight, bias, a, b, scaling, x_lora=x_lora, b_bias=b_bias, quant=quant, shape=shape,
+    reason = supported_linears(
+        x, weight, bias, a, b, scaling, b_bias=b_bias, quant=quant, shape=shape,
         blocksize=blocksize, blocksize2=blocksize2, dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype,
-        residual=residual,
     )  # fmt: skip
     if reason is not None:
-        raise ValueError(f"lora_linear: {reason}")
-    state = {"b_bias": b_bias, "quant": quant, "shape": shape, "blocksize": blocksize, "blocksize2": blocksize2}
-    return _call(x, [((weight, bias, a, b, scaling), state)], x_lora, dtype, lora_dtype, out_dtype, residual)[0]
+        raise ValueError(f"lora_linears: {reason}")
+    layers = _by_layer(weight, bias, a, b, scaling, b_bias, quant, shape, blocksize, blocksize2)
+    return _call(x, layers, (), dtype, lora_dtype, out_dtype, together=together)
 
 
 def lora_linears(
@@ -791,16 +959,38 @@ def lora_linears(
 
     Raises ValueError for lists that do not pair up and for what :func:`lora_linear` raises it for.
     """
-    dtype = dtype or x.dtype
-    lora_dtype, out_dtype = lora_dtype or dtype, out_dtype or dtype
-    reason = supported_linears(
-        x, weight, bias, a, b, scaling, b_bias=b_bias, quant=quant, shape=shape,
-        blocksize=blocksize, blocksize2=blocksize2, dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype,
+    return _several(
+        x, weight, bias, a, b, scaling,
+        b_bias=b_bias, quant=quant, shape=shape, blocksize=blocksize, blocksize2=blocksize2,
+        dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype,
+        together=True,
     )  # fmt: skip
-    if reason is not None:
-        raise ValueError(f"lora_linears: {reason}")
-    layers = _by_layer(weight, bias, a, b, scaling, b_bias, quant, shape, blocksize, blocksize2)
-    return _call(x, layers, (), dtype, lora_dtype, out_dtype)
+
+
+def lora_linears_accumulated(
+    x: torch.Tensor,
+    weight: Tensors,
+    bias: Optionals = (),
+    a: Sequence[Tensors] = (),
+    b: Sequence[Tensors] = (),
+    scaling: Sequence[Sequence[float]] = (),
+    *,
+    b_bias: Sequence[Optionals] = (),
+    quant: Sequence[Tensors] = (),
+    shape: Sequence[Sequence[int]] = (),
+    blocksize: Sequence[int] = (),
+    blocksize2: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """:func:`lora_linears` whose ∂x is summed up by the products, layer after layer, over NF4 weights too."""
+    return _several(
+        x, weight, bias, a, b, scaling,
+        b_bias=b_bias, quant=quant, shape=shape, blocksize=blocksize, blocksize2=blocksize2,
+        dtype=dtype, lora_dtype=lora_dtype, out_dtype=out_dtype,
+        together=False,
+    )  # fmt: skip
 
 
 def supported(
@@ -1059,6 +1249,7 @@ OP = register(
         sizes=sizes,
         inputs=inputs,
         stock=stock,
+        variants={"accumulated": (lora_linear_accumulated, supported)},
     )
 )
 
@@ -1075,5 +1266,6 @@ JOINT = register(
         sizes=linears_sizes,
         inputs=linears_inputs,
         stock=linears_stock,
+        variants={"accumulated": (lora_linears_accumulated, supported_linears)},
     )
 )

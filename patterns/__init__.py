@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     from fastft.patterns._match import Table
 
 # The loss takes the head's linear with it, LoRA takes the NF4 linear below it, rotary and attention look through
-# repeated and transposed heads; linear layers take the residual stream up and are joined, and norms hand it on, when
-# each of them is ours. A file that is not named here comes last.
-_ORDER = ("loss", "attention", "rotary", "norm", "mlp", "lora", "nf4", "residual", "joint_linears", "residual_norm")
+# repeated and transposed heads; linear layers take the residual stream up and are joined, activations take up what
+# adapters add to gate and up, and norms hand the stream on, when each of them is ours. A file that is not named here
+# comes last.
+_ORDER = (
+    *("loss", "attention", "rotary", "norm", "mlp", "lora", "nf4"),
+    *("residual", "joint_linears", "lora_glu", "residual_norm"),
+)
 
 
 def tables() -> list[Table]:

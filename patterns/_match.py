@@ -231,6 +231,9 @@ class Rewrite:
     ``passes`` is an operand that the op hands on, as its result after the outputs: whoever reads it later reads that
     instead, so that what they send back meets the op's own gradient inside of the op.
 
+    ``first`` is another op of ours, which is called before, and whose result is ``target``'s first argument (``args``
+    are those behind it). Its own ``outputs``: a replaced value whose metadata its node takes.
+
     ``prepare`` is given where ``target`` prepares the operands before it calls the op: from the same arguments it makes
     those of the op's own call, ``(args, kwargs)``.
 
@@ -249,6 +252,7 @@ class Rewrite:
     kernel: Kernel | None = None
     early: bool = False
     passes: fx.Node | None = None
+    first: Rewrite | None = None
     prepare: Callable[..., tuple[Sequence[Any], dict[str, Any]]] | None = None
 
 

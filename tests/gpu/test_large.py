@@ -26,7 +26,9 @@ from fastft.kernels import (
     layer_norm,
     linear_cross_entropy,
     load,
+    lora_glu,
     lora_linear,
+    lora_stack,
     nf4,
     rms_norm,
     rotary,
@@ -295,6 +297,25 @@ def test_lora_linears(large):
         return run
 
     call, of = joined(lora_linear.lora_linears), joined(lora_linear.lora_linears_reference)
+    check(call, of, [new(tokens, k)], shared, picked(tokens, N), same_bits=False)
+
+
+def test_lora_glu():
+    n, count = N // 2 - 16, LIMIT // N + 37
+    call = lambda wide, b, d: lora_glu.lora_glu(wide, [b, d], [2.0, 0.5], "silu")  # noqa: E731
+    of = lambda wide, b, d: lora_glu.reference(wide, [b, d], [2.0, 0.5], "silu")  # noqa: E731
+    check(
+        call, of, [new(count, N)], [new(n, 16, scale=0.25), new(n, 16, scale=0.25)], picked(count, N), same_bits=False
+    )
+
+
+@pytest.mark.parametrize("large", ["x", "wide"])
+def test_lora_stack(large):
+    k, widths = (N, (48, 24)) if large == "x" else (96, (N // 2 - 16, N // 2 - 16))
+    tokens, weight = LIMIT // N + 37, [new(n, k, scale=k**-0.5) for n in widths]
+    call = lambda x, a, c: lora_stack.lora_stack(x, weight, [a, c])  # noqa: E731
+    of = lambda x, a, c: lora_stack.reference(x, weight, [a, c])  # noqa: E731
+    shared = [new(16, k, scale=k**-0.5) for _ in widths]
     check(call, of, [new(tokens, k)], shared, picked(tokens, N), same_bits=False)
 
 

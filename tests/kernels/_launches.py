@@ -14,7 +14,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from bench.shapes import Shape
-from fastft.kernels import attention, glu, layer_norm, linear_cross_entropy, nf4, rms_norm, rotary
+from fastft.kernels import attention, glu, layer_norm, linear_cross_entropy, lora_glu, nf4, rms_norm, rotary
 from fastft.kernels._config import SPACES
 from fastft.kernels._inputs import New
 from fastft.kernels._op import OPS, Op
@@ -123,6 +123,13 @@ def _linear_cross_entropy(s: Shape, dtype: torch.dtype) -> None:
     linear_cross_entropy._forward_all(hidden, weight, None, labels, *maths, True, False, False, False, True)
 
 
+def _lora_glu(s: Shape, dtype: torch.dtype) -> None:
+    n, rank = s["intermediate"], s["rank"]
+    wide, b = _empty(s["batch"], s["seq"], 2 * n + 2 * rank, dtype=dtype), [_empty(n, rank, dtype=torch.float32)] * 2
+    y = lora_glu._forward(wide, b, (2.0, 2.0), s["activation"])
+    lora_glu._backward(y, wide, b, (2.0, 2.0), s["activation"], True, (False, False))
+
+
 def _nf4(s: Shape, dtype: torch.dtype) -> None:
     n, k = s["out_features"], s["in_features"]
     scales = _empty(-(-n * k // 64), dtype=torch.float32)
@@ -135,6 +142,7 @@ _RUN = {
     "glu": _glu,
     "layer_norm": _layer_norm,
     "linear_cross_entropy": _linear_cross_entropy,
+    "lora_glu": _lora_glu,
     "nf4": _nf4,
     "rms_norm": _rms_norm,
     "rotary": _rotary,

@@ -345,7 +345,8 @@ def test_opcheck(quant, own):
     own_input = [t is not None for t in x_lora]
     opcheck(
         ops.lora_linear_backward.default, [torch.ones_like(y) for y in ys], x, *where, [2, 0], a, b, x_lora, own_input,
-        h, scaling, BF16, F32, True, [quant is None, False], [True, False], [True, False], [False, True], own_input,
+        h, scaling, BF16, F32, True, True, [quant is None, False], [True, False], [True, False], [False, True],
+        own_input,
     )  # fmt: skip
 
 
@@ -440,6 +441,61 @@ def test_joint_shapes(dtypes, options, device):
 @pytest.mark.parametrize("name", ["fp32", "bf16", "bf16-fp32-adapters", "autocast", "fp16"])
 def test_joint_nf4(name, quant, device):
     check_joint(DTYPES[name], device, layers=({"quant": quant}, {"quant": quant, "n": 8, "ranks": ()}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["fp32", "bf16", "autocast", "fp16"])
+@pytest.mark.parametrize("widths", [(8, 24, 16), (96, 200)], ids=["side by side", "one by one"])
+def test_joint_nf4_backward(name, widths, device):
+    """dx in one product of gradients that are copied next to each other, or layer after layer; a rank that is no
+    multiple of 8, and a scaling each.
+    """
+    assert module._side_by_side(widths, 64, True) == (len(widths) == 3)
+    layers = [{"quant": "double", "n": n, "ranks": (3,) * (i + 1)} for i, n in enumerate(widths)]
+    check_joint(DTYPES[name], device, layers=layers, strided=True)
+    check_joint(DTYPES[name], device, layers=layers, scaling=1.0)
+
+
+def test_side_by_side_where_it_spares_more_than_it_costs():
+    llama = {"q, k, v": (4096, 1024, 1024), "o": (4096,), "gate, up": (14336, 14336)}
+    assert {name: module._side_by_side(widths, 4096, True) for name, widths in llama.items()} == {
+        "q, k, v": True, "o": False, "gate, up": False,
+    }  # fmt: skip
+    assert module._side_by_side((4096,), 14336, True) and not module._side_by_side((4096,), 14336, False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1.0, 0.7071])
+def test_accumulated(scale, device):
+    """The variant: the same, with dx summed up by one product after another."""
+    layers = [{"quant": "double", "n": n, "ranks": (3,)} for n in (8, 24)]
+    args, kwargs, named = make_joint(DTYPES["bf16"], layers, device, scaling=scale)
+    (joint, _), (alone, _) = (op.variants["accumulated"] for op in (JOINT, OP))
+    dys = [torch.randn(3, 5, n, generator=torch.Generator().manual_seed(2)).to(device, BF16) for n in (8, 24)]
+    ours, other = (torch.autograd.grad(fn(*args, **kwargs), list(named.values()), dys) for fn in (lora_linears, joint))
+    torch.testing.assert_close(ours, other, rtol=0.03, atol=0.03)
+    assert not torch.equal(ours[0], other[0]), "the same products"
+    single, more, tensors = make(DTYPES["bf16"], n=24, quant="double", device=device)
+    grads = (torch.autograd.grad(fn(*single, **more), list(tensors.values()), dys[1]) for fn in (lora_linear, alone))
+    torch.testing.assert_close(*grads, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1.0, 0.7071])
+def test_dx_over_nf4_is_rounded_once(scale, device):
+    """Three layers with adapters, in one product: as if it had been summed in fp32."""
+    layers = [{"quant": "double", "n": n, "lead": (64,)} for n in (16, 8, 24)]
+    args, kwargs, _ = make_joint(DTYPES["bf16"], layers, device, scaling=scale)
+    x, weight, _, a, b, _ = args
+    dys = [torch.randn(64, n, generator=torch.Generator().manual_seed(2)).to(device, BF16) for n in (16, 8, 24)]
+    (dx,) = torch.autograd.grad(lora_linears(*args, **kwargs), x, dys)
+    exact = 0.0
+    for w, quant, shape, (down,), (up,), dy in zip(weight, kwargs["quant"], kwargs["shape"], a, b, dys, strict=True):
+        dense = module.nf4.nf4_dequantize_reference(w, *module._quant_args(quant), 64, 256, shape, BF16)
+        thin = torch.addmm(up.new_zeros(1), dy, up, beta=0, alpha=scale)  # it is a bf16 number in any case
+        exact = exact + dy.double() @ dense.double() + thin.double() @ down.double()
+    once = (exact.to(BF16).double() - exact).norm()
+    assert (dx.double() - exact).norm() <= 1.05 * once
 
 
 def test_joint_is_each_layer():
@@ -871,6 +927,62 @@ MUTANTS = (
         "b[j].to(h.dtype).t(), scaling[j]))",
         "b[j].to(h.dtype).reshape(b[j].shape[::-1]), scaling[j]))",
         "tests/kernels/test_lora_linear.py -k test_dtypes",
+    ),
+    Mutant(
+        "lora_linear: side by side, A in another order than u",
+        "kernels/lora_linear.py",
+        "_stacked(weight, quant, shape, blocks, [a[j] for j in shared], dtype)",
+        "_stacked(weight, quant, shape, blocks, [a[j] for j in shared[::-1]], dtype)",
+        "tests/kernels/test_lora_linear.py -k joint_nf4_backward",
+    ),
+    Mutant(
+        "lora_linear: side by side, without the scaling",
+        "kernels/lora_linear.py",
+        "beta=0, alpha=scaling[j])",
+        "beta=0)",
+        "tests/kernels/test_lora_linear.py -k joint_nf4_backward",
+    ),
+    Mutant(
+        "lora_linear: side by side, dA scaled twice",
+        "kernels/lora_linear.py",
+        "            scales = [1.0] * len(shared)\n",
+        "            scales = [scaling[j] for j in shared]\n",
+        "tests/kernels/test_lora_linear.py -k joint_nf4_backward",
+    ),
+    Mutant(
+        "lora_linear: side by side, whatever it costs",
+        "kernels/lora_linear.py",
+        "return sum(widths) < k * (len(widths) - 1 + adapted)",
+        "return True",
+        "tests/kernels/test_lora_linear.py -k side_by_side_where",
+    ),
+    Mutant(
+        "lora_linear: side by side, columns that nobody wrote",
+        "kernels/lora_linear.py",
+        "        wide[:, full[-1] + at[-1] :].zero_()\n",
+        "        wide[:, full[-1] + at[-1] :].fill_(torch.nan)\n",
+        "tests/kernels/test_lora_linear.py -k joint_nf4_backward",
+    ),
+    Mutant(
+        "lora_linear: side by side, rows that nobody wrote",
+        "kernels/lora_linear.py",
+        "            out[full + rank :].zero_()\n",
+        "            out[full + rank :].fill_(torch.nan)\n",
+        "tests/kernels/test_lora_linear.py -k joint_nf4_backward",
+    ),
+    Mutant(
+        "lora_linear: layer after layer in place of side by side",
+        "kernels/lora_linear.py",
+        "    wide = None\n    if together and quant and need_x",
+        "    wide = None\n    if False and need_x",
+        "tests/kernels/test_lora_linear.py -k nf4_is_rounded_once",
+    ),
+    Mutant(
+        "lora_linear: the variant is the op",
+        "kernels/lora_linear.py",
+        "    if together and quant and need_x and",
+        "    if quant and need_x and",
+        "tests/kernels/test_lora_linear.py -k accumulated",
     ),
     Mutant(
         "lora_linear: B transposed in the backward",

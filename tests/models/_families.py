@@ -59,7 +59,9 @@ class Family:
         if lora is None:
             return wanted | ({"residual": self.sums * LAYERS} if self.sums else {})
         wanted |= {"lora": self.linears * LAYERS}
-        return wanted | ({"joint_linears": self.joint * LAYERS} if lora == 0 and self.joint else {})
+        # q, k and v are one group, gate and up, which the activation takes up, the other.
+        groups = {"joint_linears": self.joint * LAYERS, "lora_glu": (self.joint - 1) * LAYERS}
+        return wanted | (groups if lora == 0 and self.joint else {})
 
 
 def _llama3() -> transformers.PreTrainedModel:
