@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastft.kernels import _rows
-from tests.kernels._each import homes, kernels
+from tests.kernels._each import homes, parts
 
 # ----------------------------------------------------------------------------------------------------- exact numbers
 
@@ -457,7 +457,7 @@ def triton_bodies() -> Iterator[None]:
     """Within, ops launch their kernels, and these run on expressions."""
     jitted, language = type(_rows.row_offset), Language()
     with contextlib.ExitStack() as stack:
-        for module in (_rows, *map(kernels, homes())):
+        for module in {_rows, *(m for home in homes() for m in parts(home))}:
             for name, value in vars(module).copy().items():
                 if isinstance(value, jitted):
                     stack.enter_context(mock.patch.object(module, name, Kernel(value.fn, language)))  # type: ignore[attr-defined]

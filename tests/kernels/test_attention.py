@@ -577,7 +577,7 @@ SMALL_TILES = {"_tiles": lambda *_: {"BLOCK_M": 2, "BLOCK_N": 2, "num_warps": 1,
 MUTANTS = (
     Mutant(
         "attention: causal off by one",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "            if CAUSAL:\n"
         "                seen = seen & (cols[None, :] <= rows[:, None])\n"
         '            s = tl.where(seen, s, float("-inf"))\n'
@@ -591,7 +591,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: window off by one",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "first = tl.maximum(first, q - (WINDOW - 1))",
         "first = tl.maximum(first, q - WINDOW)",
         'tests/kernels/test_attention.py -k "forward_and_gradients and window"',
@@ -599,7 +599,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: window of the keys off by one",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "past = tl.minimum(past, k + WINDOW)",
         "past = tl.minimum(past, k + WINDOW + 1)",
         'tests/kernels/test_attention.py -k "forward_and_gradients and window"',
@@ -607,7 +607,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: no rescaling of the sum",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "l_i = l_i * alpha + tl.sum(p, 1)",
         "l_i = l_i + tl.sum(p, 1)",
         'tests/kernels/test_attention.py -k "forward_and_gradients"',
@@ -615,7 +615,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: dq without delta",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "ds = tl.exp2(s - lse[:, None]) * (tl.dot(do, v, input_precision=PRECISION) - delta[:, None])",
         "ds = tl.exp2(s - lse[:, None]) * tl.dot(do, v, input_precision=PRECISION)",
         'tests/kernels/test_attention.py -k "forward_and_gradients"',
@@ -623,7 +623,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: dk without scale",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "    dk *= scale\n",
         "",
         'tests/kernels/test_attention.py -k "forward_and_gradients"',
@@ -631,7 +631,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: dk of the first query head of a group",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "        hq = h * GROUP + g\n",
         "        hq = h * GROUP\n",
         'tests/kernels/test_attention.py -k "forward_and_gradients"',
@@ -639,7 +639,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: softcap forgotten in dkdv",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "            ds *= 1 - tanh * tanh\n        dk +=",
         "            ds *= 1\n        dk +=",
         'tests/kernels/test_attention.py -k "forward_and_gradients and softcap"',
@@ -661,7 +661,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: padding counts as a key",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "    if HAS_END:\n"
         "        dk = tl.where((cols < end)[:, None], dk, 0.0)\n"
         "        dv = tl.where((cols < end)[:, None], dv, 0.0)\n",
