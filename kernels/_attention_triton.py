@@ -56,6 +56,18 @@ def _load(at, mask, MASKED: tl.constexpr):
 
 
 @jit
+def _kept(x, seed, rows, cols, head, DROP: tl.constexpr, KEPT: tl.constexpr):
+    """``x / (1 − p)`` where dropout keeps a query and a key of a head, else 0: the same for whoever asks.
+
+    ``DROP``: p in units of 2⁻³¹; ``KEPT``: 1 / (1 − p). Philox counts keys, queries and heads, and needs no order of
+    asking; seven rounds of it pass every test that ten do.
+    """
+    zero = rows * 0 + cols * 0
+    drawn, _, _, _ = tl.philox(seed, cols + zero, rows + zero, tl.cast(head, tl.int32) + zero, zero, 7)
+    return tl.where((drawn >> 1).to(tl.int32) >= DROP, x * KEPT, 0.0)
+
+
+@jit
 def _dense_mask(s, mask, DENSE: tl.constexpr):
     """Apply a tile of a dense mask: boolean (1) or additive (2)."""
     if DENSE == 1:
@@ -67,14 +79,24 @@ def _dense_mask(s, mask, DENSE: tl.constexpr):
     return s
 
 
+@jit
+def _weights(s, lse, Sk, DENSE: tl.constexpr):
+    """The forward's weights again, out of its scores and logsumexp."""
+    p = tl.exp2(s - lse)
+    if DENSE == 2:  # of a row that is hidden everywhere: beside 1e38 the logarithm of a sum is lost
+        p = tl.where(lse < -1e37, tl.where(s == float("-inf"), 0.0, 1.0 / Sk), p)
+    return p
+
+
 # ---------------------------------------------------------------- forward kernel
 
 
 @jit
 def _forward_tiles(
-    acc, m_i, l_i, q, rows, first, lo, hi, k_ptr, v_ptr, keep_ptr, dense_ptr, scale, Sk,
+    acc, m_i, l_i, q, rows, first, lo, hi, k_ptr, v_ptr, keep_ptr, dense_ptr, seed, head, scale, Sk,
     k_s, v_s, dense_n, d, dv, D: tl.constexpr, DV: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
+    DROP: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add keys lo..hi to a tile of queries. ``EDGE``: some pairs in there are outside the mask or the sequence."""
@@ -106,6 +128,8 @@ def _forward_tiles(
         alpha = tl.exp2(m_i - m_safe)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
+        if DROP > 0:  # of what is added up, not of the sum that it is divided by
+            p = _kept(p, seed, rows[:, None], cols[None, :], head, DROP, KEPT)
         acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         m_i = m_new
     return acc, m_i, l_i
@@ -113,12 +137,13 @@ def _forward_tiles(
 
 @jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, keep_ptr, dense_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, keep_ptr, dense_ptr, sinks_ptr, seed_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, dense_b, dense_h, dense_m, dense_n,
     Hq, Sq, Sk, tiles, scale,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
-    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    DROP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
@@ -143,6 +168,9 @@ def _forward_kernel(
     )
     dense_rows = dense_ptr + b * dense_b + h * dense_h + tl.minimum(at, Sq - 1) * dense_m
 
+    seed = 0
+    if DROP > 0:
+        seed = tl.load(seed_ptr)
     clamped = tl.minimum(rows, Sq - 1)
     first = _first_key(clamped, start_ptr, WINDOW, CHUNK, HAS_START)
     lo = 0
@@ -153,26 +181,32 @@ def _forward_kernel(
         hi = tl.minimum(Sk, m0 + BLOCK_M)
         outer = tl.minimum(Sk, m0 + 1) // BLOCK_N * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:  # a score that every query has, and that no value belongs to
+        m_i = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
+        l_i = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
     # Keys in three runs: tiles on the left edge of the interval, those that every query sees whole, those on the right.
     if BOUNDED:
         lo = tl.maximum(_first_key(m0, start_ptr, WINDOW, CHUNK, HAS_START), 0) // BLOCK_N * BLOCK_N
         last = _first_key(tl.minimum(m0 + BLOCK_M, Sq) - 1, start_ptr, WINDOW, CHUNK, HAS_START)
         inner = tl.cdiv(tl.maximum(last, 0), BLOCK_N) * BLOCK_N
         acc, m_i, l_i = _forward_tiles(
-            acc, m_i, l_i, q, rows, first, lo, tl.minimum(inner, hi), k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True,
+            acc, m_i, l_i, q, rows, first, lo, tl.minimum(inner, hi),
+            k_ptr, v_ptr, keep_ptr, dense_rows, seed, head, scale, Sk,
+            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, DROP, KEPT,
             BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
         )  # fmt: skip
     acc, m_i, l_i = _forward_tiles(
-        acc, m_i, l_i, q, rows, first, inner, outer, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False,
+        acc, m_i, l_i, q, rows, first, inner, outer, k_ptr, v_ptr, keep_ptr, dense_rows, seed, head, scale, Sk,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False, DROP, KEPT,
         BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
     )  # fmt: skip
     acc, m_i, l_i = _forward_tiles(
-        acc, m_i, l_i, q, rows, first, tl.maximum(inner, outer), hi, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True,
+        acc, m_i, l_i, q, rows, first, tl.maximum(inner, outer), hi,
+        k_ptr, v_ptr, keep_ptr, dense_rows, seed, head, scale, Sk,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, DROP, KEPT,
         BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
     )  # fmt: skip
 
@@ -190,10 +224,10 @@ def _forward_kernel(
 
 @jit
 def _delta_kernel(
-    do_ptr, out_ptr, delta_ptr, do_b, do_h, do_s, o_b, o_h, o_s, Hq, Sq, tiles,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    do_ptr, out_ptr, lse_ptr, sinks_ptr, delta_ptr, dsinks_ptr, do_b, do_h, do_s, o_b, o_h, o_s, Hq, Sq, tiles,
+    DV: tl.constexpr, HAS_SINKS: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """δ = Σ_d do · out, one fp32 number for each query and head."""
+    """δ = Σ_d do · out, one fp32 number for each query and head; −Σ p δ over the tile: of a sink's gradient."""
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
     b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
@@ -203,14 +237,20 @@ def _delta_kernel(
     mask = (rows < Sq)[:, None] & (dv < DV)[None, :]
     do = tl.load(do_ptr + b * do_b + h * do_h + at[:, None] * do_s + dv[None, :], mask=mask, other=0.0).to(tl.float32)
     out = tl.load(out_ptr + b * o_b + h * o_h + at[:, None] * o_s + dv[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + head.to(tl.int64) * Sq + rows, tl.sum(do * out, 1), mask=rows < Sq)
+    delta = tl.sum(do * out, 1)
+    tl.store(delta_ptr + head.to(tl.int64) * Sq + rows, delta, mask=rows < Sq)
+    if HAS_SINKS:
+        lse = tl.load(lse_ptr + head.to(tl.int64) * Sq + rows, mask=rows < Sq, other=float("inf"))
+        p = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634 - lse)
+        tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(p * delta, 0))
 
 
 @jit
 def _dq_tiles(
-    dq, q, do, lse, delta, rows, first, lo, hi, k_ptr, v_ptr, keep_ptr, dense_ptr, scale, Sk,
+    dq, q, do, lse, delta, rows, first, lo, hi, k_ptr, v_ptr, keep_ptr, dense_ptr, seed, head, scale, Sk,
     k_s, v_s, dense_n, d, dv, D: tl.constexpr, DV: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
+    DROP: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for n in range(lo, hi, BLOCK_N):
@@ -235,7 +275,10 @@ def _dq_tiles(
             if CAUSAL:
                 seen = seen & (cols[None, :] <= rows[:, None])
             s = tl.where(seen, s, float("-inf"))
-        ds = tl.exp2(s - lse[:, None]) * (tl.dot(do, v, input_precision=PRECISION) - delta[:, None])
+        dp = tl.dot(do, v, input_precision=PRECISION)
+        if DROP > 0:
+            dp = _kept(dp, seed, rows[:, None], cols[None, :], head, DROP, KEPT)
+        ds = _weights(s, lse[:, None], Sk, DENSE) * (dp - delta[:, None])
         if SOFTCAP > 0:
             ds *= 1 - tanh * tanh
         dq += tl.dot(ds.to(k.dtype), tl.trans(k), input_precision=PRECISION)
@@ -244,12 +287,14 @@ def _dq_tiles(
 
 @jit
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, start_ptr, end_ptr, keep_ptr, dense_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, start_ptr, end_ptr, keep_ptr, dense_ptr, seed_ptr,
+    dq_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dq_b, dq_h, dq_s, dense_b, dense_h, dense_m, dense_n,
     Hq, Sq, Sk, tiles, scale,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
-    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries: walks over keys as the forward does."""
@@ -282,6 +327,9 @@ def _dq_kernel(
     delta = tl.load(delta_ptr + head.to(tl.int64) * Sq + rows, mask=valid, other=0.0)
     dense_rows = dense_ptr + b * dense_b + h * dense_h + tl.minimum(at, Sq - 1) * dense_m
 
+    seed = 0
+    if DROP > 0:
+        seed = tl.load(seed_ptr)
     first = _first_key(tl.minimum(rows, Sq - 1), start_ptr, WINDOW, CHUNK, HAS_START)
     inner = 0
     hi = Sk
@@ -296,18 +344,19 @@ def _dq_kernel(
         inner = tl.cdiv(tl.maximum(last, 0), BLOCK_N) * BLOCK_N
         dq = _dq_tiles(
             dq, q, do, lse, delta, rows, first, lo, tl.minimum(inner, hi),
-            k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True,
+            k_ptr, v_ptr, keep_ptr, dense_rows, seed, head, scale, Sk,
+            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, DROP, KEPT,
             BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
         )  # fmt: skip
     dq = _dq_tiles(
-        dq, q, do, lse, delta, rows, first, inner, outer, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False,
+        dq, q, do, lse, delta, rows, first, inner, outer, k_ptr, v_ptr, keep_ptr, dense_rows, seed, head, scale, Sk,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False, DROP, KEPT,
         BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
     )  # fmt: skip
     dq = _dq_tiles(
-        dq, q, do, lse, delta, rows, first, tl.maximum(inner, outer), hi, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True,
+        dq, q, do, lse, delta, rows, first, tl.maximum(inner, outer), hi,
+        k_ptr, v_ptr, keep_ptr, dense_rows, seed, head, scale, Sk,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, DROP, KEPT,
         BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
     )  # fmt: skip
     dq_at = dq_ptr + b * dq_b + h * dq_h + at[:, None] * dq_s + d[None, :]
@@ -316,9 +365,10 @@ def _dq_kernel(
 
 @jit
 def _dkdv_tiles(
-    dk, dv, k, v, cols, past, lo, hi, q_ptr, do_ptr, lse_ptr, delta_ptr, dense_ptr, scale, Sq,
+    dk, dv, k, v, cols, past, lo, hi, q_ptr, do_ptr, lse_ptr, delta_ptr, dense_ptr, seed, head, scale, Sq, Sk,
     q_s, do_s, dense_m, d, e, D: tl.constexpr, DV: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
+    DROP: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add queries lo..hi of one head to a tile of keys; scores are kept transposed, [keys, queries]."""
@@ -348,9 +398,15 @@ def _dkdv_tiles(
             if CAUSAL:
                 seen = seen & (cols[:, None] <= rows[None, :])
             s = tl.where(seen, s, float("-inf"))
-        p = tl.exp2(s - lse[None, :])
-        dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
+        p = _weights(s, lse[None, :], Sk, DENSE)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if DROP > 0:
+            dropped = _kept(p, seed, rows[None, :], cols[:, None], head, DROP, KEPT)
+            dv += tl.dot(dropped.to(do.dtype), do, input_precision=PRECISION)
+            dp = _kept(dp, seed, rows[None, :], cols[:, None], head, DROP, KEPT)
+        else:
+            dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
         if SOFTCAP > 0:
             ds *= 1 - tanh * tanh
         dk += tl.dot(ds.to(q.dtype), tl.trans(q), input_precision=PRECISION)
@@ -359,12 +415,14 @@ def _dkdv_tiles(
 
 @jit
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, stop_ptr, end_ptr, keep_ptr, dense_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, stop_ptr, end_ptr, keep_ptr, dense_ptr, seed_ptr,
+    dk_ptr, dv_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
     dense_b, dense_h, dense_m, dense_n, Hq, Sq, Sk, tiles, scale,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
-    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys: walks over the queries that see them, in every query head of the group."""
@@ -386,6 +444,9 @@ def _dkdv_kernel(
     )
     stop_ptr += b * Sk
 
+    seed = 0
+    if DROP > 0:
+        seed = tl.load(seed_ptr)
     past = _past_query(tl.minimum(cols, Sk - 1), stop_ptr, Sq, WINDOW, CHUNK, HAS_START)
     lo = 0
     inner = 0
@@ -414,18 +475,18 @@ def _dkdv_kernel(
         if CAUSAL:
             dk, dv = _dkdv_tiles(
                 dk, dv, k, v, cols, past, lo, tl.minimum(inner, hi),
-                q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s, dense_m, d, e,
-                D, DV, CAUSAL, SOFTCAP, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+                q_at, do_at, lse_at, delta_at, dense_at, seed, b * Hq + hq, scale, Sq, Sk, q_s, do_s, dense_m, d, e,
+                D, DV, CAUSAL, SOFTCAP, DENSE, True, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
             )  # fmt: skip
         dk, dv = _dkdv_tiles(
             dk, dv, k, v, cols, past, inner, outer,
-            q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s, dense_m, d, e,
-            D, DV, CAUSAL, SOFTCAP, DENSE, False, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+            q_at, do_at, lse_at, delta_at, dense_at, seed, b * Hq + hq, scale, Sq, Sk, q_s, do_s, dense_m, d, e,
+            D, DV, CAUSAL, SOFTCAP, DENSE, False, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
         )  # fmt: skip
         dk, dv = _dkdv_tiles(
             dk, dv, k, v, cols, past, tl.maximum(inner, outer), hi,
-            q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s, dense_m, d, e,
-            D, DV, CAUSAL, SOFTCAP, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+            q_at, do_at, lse_at, delta_at, dense_at, seed, b * Hq + hq, scale, Sq, Sk, q_s, do_s, dense_m, d, e,
+            D, DV, CAUSAL, SOFTCAP, DENSE, True, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
         )  # fmt: skip
     dk *= scale
     # A hidden key reached no output: what was summed for it is not its gradient.

@@ -14,7 +14,13 @@ The mask is a conjunction; a query q and a key k (positions in the sequence) mus
 * ``positions`` ``[B, S]``: q and k lie in one document; a new one starts where ``diff(position_ids) != 1`` (packing);
 * ``dense``, broadcastable to ``[B, Hq, Sq, Sk]``: boolean (True: visible), or additive.
 
-A query that sees no key gives 0, as PyTorch's own attention does.
+A query that sees no key gives 0, as PyTorch's own attention does. Where hidden scores were set to one finite number
+(``blind="filled"``), or had one added (``"added"``), softmax gives all keys the same weight, and it gives the mean of
+all values. The two differ in whether a gradient reaches q and k from there.
+
+``sinks`` ``[Hq]`` are learned scores, one for each head: they take part in the softmax and have no value (gpt-oss).
+Dropout keeps a weight with probability 1 − p and divides it by that. Which ones are kept is a function of a seed and
+of the weight's place (:func:`kept`), so that the backward draws the same again and nothing is saved.
 
 Except for dense, and for padding between real tokens, every mask lets a query see one interval of keys: from
 ``start(q)``, which never decreases, to q itself or to the sequence's ``end``. So a key is seen by the queries before
@@ -31,9 +37,12 @@ https://arxiv.org/abs/2307.08691, section 3.1)::
 
     p = exp(s − L)      dv = pᵀ do      dp = do vᵀ      δ = Σ_d do · out      ds = p (dp − δ)
 
-times ``1 − tanh²(s / softcap)`` with a softcap; then ``dq = scale · ds k``, ``dk = scale · dsᵀ q``, summed over the
-query heads of a key head. The probabilities are never in memory. dq has its own kernel, dk and dv another that owns a
-tile of keys for all query heads of the group: no atomics.
+With dropout's factors m (0 or 1 / (1 − p)), ``dv = (p m)ᵀ do`` and ``dp = m (do vᵀ)``: δ stays what it is, since
+``Σ_k p dp`` is ``do · out`` again. A sink z has no value and therefore ``dz = −Σ exp(z − L) δ``, over all queries.
+
+ds is taken times ``1 − tanh²(s / softcap)`` with a softcap; then ``dq = scale · ds k``, ``dk = scale · dsᵀ q``, summed
+over the query heads of a key head. The probabilities are never in memory. dq has its own kernel, dk and dv another that
+owns a tile of keys for all query heads of the group: no atomics.
 
 Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hk, Sk, D]``, v ``[B, Hk, Sk, Dv]``, out ``[B, Hq, Sq, Dv]``, of any strides; out
 and the gradients lie in memory as ``[B, S, H, D]``, which is what the projections around attention read and write.
@@ -63,6 +72,13 @@ Found = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor |
 
 #: Kinds of mask: real tokens between which lies padding; nothing hidden; padding on the left and right only, or none.
 HOLES, PLAIN, INTERVALS = 0, 1, 2
+#: Added to a kind: some query may see no key, be the window as long as it may.
+BLIND = 4
+
+#: What a query that sees no key gives: 0, or the mean of all values.
+BLINDS = ("zero", "filled", "added")
+#: As good as −∞ beside any score, and finite.
+_LOWEST = torch.finfo(torch.float32).min
 
 # ---------------------------------------------------------------- reference
 
@@ -125,6 +141,9 @@ def reference(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain PyTorch, differentiable; fp32 inside (fp64 for fp64). Arguments as :func:`attention`'s."""
     start = None
@@ -143,9 +162,53 @@ def reference(
         q.shape[-1] ** -0.5 if scale is None else scale,
         softcap,
     )[0]
-    s = _hide(_hide(s, shown), dense)
-    p = torch.softmax(s, -1).masked_fill(s.amax(-1, keepdim=True) == -math.inf, 0.0)
-    return (torch.dropout(p, dropout_p, True) @ v.to(compute).repeat_interleave(group, 1)).to(q.dtype)
+    for hides in (shown, dense):
+        if hides is None or hides.dtype != torch.bool or blind == "zero":
+            s = _hide(s, hides)
+        elif blind == "filled":
+            s = s.masked_fill(~hides, _LOWEST)
+        else:
+            s = s + torch.zeros_like(hides, dtype=compute).masked_fill(~hides, _LOWEST)
+    if sinks is not None:
+        s = torch.cat((s, sinks.to(compute)[:, None, None].expand(*s.shape[:-1], 1)), -1)
+    p = torch.softmax(s, -1).masked_fill(s.amax(-1, keepdim=True) == -math.inf, 0.0)[..., : k.shape[2]]
+    if dropout_p:
+        keep = kept(new_seed(q) if seed is None else seed, *p.shape, dropout_p)
+        p = torch.where(keep, p / (1 - dropout_p), 0.0)
+    return (p @ v.to(compute).repeat_interleave(group, 1)).to(q.dtype)
+
+
+def new_seed(like: torch.Tensor) -> torch.Tensor:
+    """A seed for :func:`kept`, int64 ``[1]``, drawn from PyTorch's generator of the device of ``like``."""
+    return torch.randint(2**62, (1,), device=like.device)
+
+
+#: Philox 4 × 32 (Salmon et al. 2011): what a round multiplies by, and what it adds to the key.
+_ROUND, _KEY, _LOW = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0xFFFFFFFF
+
+
+def kept(seed: torch.Tensor, batch: int, heads: int, q_length: int, k_length: int, p: float) -> torch.Tensor:
+    """Where dropout keeps a weight: boolean ``[batch, heads, q_length, k_length]``, as the kernels have it.
+
+    seed: int64 ``[1]``. p: probability of dropping, below 1.
+    """
+    device = seed.device
+    key, query, head = (torch.arange(n, device=device) for n in (k_length, q_length, batch * heads))
+    c0, c1, c2 = key[None, None, :], query[None, :, None], head[:, None, None]
+    c3 = torch.zeros((), dtype=torch.int64, device=device)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(7):
+        a, b = c0 * _ROUND[0], c2 * _ROUND[1]  # modulo 2⁶⁴: their high words are right all the same
+        c0, c2 = ((b >> 32) & _LOW) ^ c1 ^ k0, ((a >> 32) & _LOW) ^ c3 ^ k1
+        c1, c3 = b & _LOW, a & _LOW
+        k0, k1 = (k0 + _KEY[0]) & _LOW, (k1 + _KEY[1]) & _LOW
+    drawn = (c0 >> 1).expand(batch * heads, q_length, k_length)
+    return (drawn >= _threshold(p)).view(batch, heads, q_length, k_length)
+
+
+def _threshold(p: float) -> int:
+    """``p`` in units of 2⁻³¹."""
+    return round(p * 2**31)
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -203,7 +266,7 @@ def _roomy(device: torch.device) -> bool:
 #: What a kernel's speed depends on besides device and dtype: batch × heads, and lengths; sizes of a head, rounded up to
 #: powers of two; what of the mask it looks at.
 _TOKENS = ("programs", "q_length", "k_length")
-_SIZES = ("d", "d_v", "group", "causal", "window", "chunk", "start", "end", "holes", "dense", "softcap")
+_SIZES = ("d", "d_v", "group", "causal", "window", "chunk", "start", "end", "holes", "dense", "softcap", "dropout")
 
 
 def _space(kernel: str) -> Space:
@@ -274,18 +337,24 @@ class _Call:
         keep: torch.Tensor | None,
         dense: torch.Tensor | None,
         kind: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        seed: torch.Tensor | None,
         causal: bool,
         window: int,
         chunk: int,
         scale: float,
         softcap: float,
+        dropout_p: float = 0.0,
+        blind: str = "zero",
         route: str = "auto",
     ) -> None:
         self.batch, self.heads, self.q_length, self.d = q.shape
         self.k_length, self.d_v = k.shape[2], v.shape[3]
         self.group = self.heads // k.shape[1]
         self.causal, self.scale, self.softcap = causal, scale, softcap
-        found = HOLES if kind is None else int(kind)
+        self.sinks, self.seed, self.dropout_p = sinks, seed, dropout_p
+        found = HOLES | BLIND if kind is None else int(kind)
+        sighted, found = not found & BLIND, found % BLIND
         if found == PLAIN:
             start = stop = keep = None
         # Keys of another sequence (an encoder's) have padding, and nothing else that is counted along the queries.
@@ -297,10 +366,25 @@ class _Call:
         self.window = 0 if window >= self.k_length else window
         self.start, self.stop, self.end, self.keep, self.dense = start, stop, end, keep, dense
         self.holes = keep is not None and found == HOLES
+        #: Whether a query that sees no key, where there can be one, gives the mean of all values: afterwards.
+        self.means = False
+        if blind != "zero" and sinks is None and not (keep is None and dense is None):
+            self.means = blind == "filled"
+            # A gradient of scores that are not looked at: where there are such queries, all scores are.
+            if blind == "added" and keep is not None and not (sighted and not self.window):
+                shown = self.mask(q.device)
+                assert shown is not None
+                self.dense = torch.zeros_like(shown, dtype=torch.float32).masked_fill_(~shown, _LOWEST)
+                self.causal, self.window, self.chunk, self.holes = False, 0, 0, False
+                start = keep = self.start = self.stop = self.keep = None
+        dense, causal = self.dense, self.causal
         bare = start is None and keep is None and dense is None and not (self.window or self.chunk)
+        # What no attention of PyTorch's knows, or draws as we do.
+        biased = dense is not None and dense.dtype != torch.bool
+        own = bool(softcap or dropout_p or sinks is not None or blind != "zero" or biased)
         if not use_triton(q) or q.dtype == torch.float64:
-            self.backend = "math" if softcap or self.d != self.d_v else "cpu"
-        elif route != "triton" and bare and not softcap and q.is_cuda and _cudnn_takes(q, k, v, causal):
+            self.backend = "math" if own or self.d != self.d_v else "cpu"
+        elif route != "triton" and bare and not own and q.is_cuda and _cudnn_takes(q, k, v, causal):
             self.backend = "cudnn"
         else:
             self.backend = "triton"
@@ -336,11 +420,14 @@ class _Call:
         tiles = CONFIGS[kernel](
             q.device, q.dtype, self.batch * self.heads, self.q_length, self.k_length, d, d_v, self.group,
             self.causal, self.window, self.chunk, start, end, self.holes, dense, bool(self.softcap),
+            bool(self.dropout_p),
         )  # fmt: skip
+        sinks = {"HAS_SINKS": self.sinks is not None} if kernel == "forward" else {}
         return {
             "D": self.d, "DV": self.d_v, "GROUP": self.group,
             "CAUSAL": self.causal, "WINDOW": self.window, "CHUNK": self.chunk,
             "HAS_START": start, "HAS_END": end, "HAS_PADDING": self.holes, "DENSE": dense, "SOFTCAP": self.softcap,
+            **sinks, "DROP": _threshold(self.dropout_p), "KEPT": 1 / (1 - self.dropout_p),
             "BLOCK_D": d, "BLOCK_DV": d_v, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
             **tiles,
         }  # fmt: skip
@@ -351,6 +438,16 @@ class _Call:
             return q, (0, 0, 0, 0)
         dense = self.dense.expand(self.batch, self.heads, self.q_length, self.k_length)
         return (dense.view(torch.uint8) if dense.dtype == torch.bool else dense), dense.stride()
+
+    def kept(self) -> torch.Tensor | None:
+        """Dropout's factors, ``[B, Hq, Sq, Sk]``: see :func:`kept`."""
+        if not self.dropout_p or self.seed is None:
+            return None
+        return kept(self.seed, self.batch, self.heads, self.q_length, self.k_length, self.dropout_p)
+
+
+def _dropped(x: torch.Tensor, keep: torch.Tensor | None, p: float) -> torch.Tensor:
+    return x if keep is None else (x / (1 - p)).masked_fill(~keep, 0.0)
 
 
 def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> bool:
@@ -379,6 +476,21 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any) -> t
         return out.zero_(), lse.fill_(math.inf)
     q, k, v = _unit(q), _unit(k), _unit(v)
     call = _Call(q, k, v, *mask)
+    out, lse = _forward_by(call, q, k, v, out, lse)
+    if call.means:  # queries of padding, which nobody looks at: the kernels need not know them
+        mean = v.mean(2, keepdim=True, dtype=lse.dtype).repeat_interleave(call.group, 1)
+        out.copy_(torch.where(_blind(lse), mean, out))
+    return out, lse
+
+
+def _blind(lse: torch.Tensor) -> torch.Tensor:
+    """``[B, Hq, Sq, 1]``: the queries that saw no key."""
+    return (lse == math.inf).unsqueeze(-1)
+
+
+def _forward_by(
+    call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     if call.backend == "cudnn":
         got, stats, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, call.causal, False, scale=call.scale
@@ -402,7 +514,8 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any) -> t
     tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])
     dense, dense_strides = call.dense_operand(q)
     _forward_kernel[(tiles * call.batch * call.heads,)](
-        q, k, v, _or(call.start, q), _or(call.end, q), _or(call.keep, q), dense, out, lse,
+        q, k, v, _or(call.start, q), _or(call.end, q), _or(call.keep, q), dense, _or(call.sinks, q), _or(call.seed, q),
+        out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *dense_strides,
         call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
     )  # fmt: skip
@@ -420,10 +533,22 @@ def _forward_math(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formulas of the module's docstring, in PyTorch."""
     s, _ = _masked_scores(call, q, k, lse.dtype)
-    blind = s.amax(-1) == -math.inf
-    lse.copy_(torch.logsumexp(s, -1).masked_fill(blind, math.inf))
-    p = torch.exp(s - lse.unsqueeze(-1))
+    every = s
+    if call.sinks is not None:
+        every = torch.cat((s, call.sinks.to(lse.dtype)[:, None, None].expand(*s.shape[:-1], 1)), -1)
+    blind = every.amax(-1) == -math.inf
+    lse.copy_(torch.logsumexp(every, -1).masked_fill(blind, math.inf))
+    p = _dropped(_weights(call, s, lse), call.kept(), call.dropout_p)
     return out.copy_(p @ v.to(lse.dtype).repeat_interleave(call.group, 1)), lse
+
+
+def _weights(call: _Call, s: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """The weights of scores ``[B, Hq, Sq, Sk]`` with logsumexp ``[B, Hq, Sq]``."""
+    p, lse = torch.exp(s - lse.unsqueeze(-1)), lse.unsqueeze(-1)
+    if call.dense is None or call.dense.dtype == torch.bool:
+        return p
+    # A finite mask that hides a row everywhere: beside such numbers the logarithm of a sum is lost.
+    return torch.where((lse < _LOWEST / 2) & (s > -math.inf), 1 / s.shape[-1], p)
 
 
 def _masked_scores(
@@ -448,13 +573,35 @@ def _backward(
     lse: torch.Tensor,
     want_q: bool,
     want_kv: bool,
+    want_sinks: bool,
     *mask: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = _backward_fake(do, q, k, v, out, lse, want_q, want_kv, *mask)
-    if out.numel() == 0 or k.shape[2] == 0 or not (want_q or want_kv):
-        return dq.zero_(), dk.zero_(), dv.zero_()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv, dsinks = _backward_fake(do, q, k, v, out, lse, want_q, want_kv, want_sinks, *mask)
+    if out.numel() == 0 or k.shape[2] == 0 or not (want_q or want_kv or want_sinks):
+        return dq.zero_(), dk.zero_(), dv.zero_(), dsinks.zero_()
     do, q, k, v = _unit(do), _unit(q), _unit(k), _unit(v)
     call = _Call(q, k, v, *mask)
+    dq, dk, dv = _backward_by(call, do, q, k, v, out, lse, dq, dk, dv, dsinks)
+    if call.means and want_kv:
+        mean = torch.where(_blind(lse), do, 0.0).sum(2, keepdim=True, dtype=lse.dtype) / call.k_length
+        dv.copy_(dv + _group_sum(mean, call.group))
+    return dq, dk, dv, dsinks
+
+
+def _backward_by(
+    call: _Call,
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dsinks: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    want_q, want_kv = dq.numel() > 0, dk.numel() > 0
     if call.backend == "cudnn":
         seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -479,21 +626,26 @@ def _backward(
             dv.copy_(_group_sum(grads[2], call.group))
         return dq, dk, dv
     if call.backend == "math":
-        return _backward_math(call, do, q, k, v, out, lse, dq, dk, dv)
+        return _backward_math(call, do, q, k, v, out, lse, dq, dk, dv, dsinks)
     start, stop, end, keep = (_or(t, q) for t in (call.start, call.stop, call.end, call.keep))
     dense, dense_strides = call.dense_operand(q)
+    seed = _or(call.seed, q)
     delta = torch.empty_like(lse)
-    block = 64
+    block, sinks = 64, call.sinks is not None and dsinks.numel() > 0
     tiles = triton.cdiv(call.q_length, block)
+    partial = lse.new_empty((call.batch, call.heads, tiles) if sinks else 0)
     _delta_kernel[(tiles * call.batch * call.heads,)](
-        do, out, delta, *do.stride()[:3], *out.stride()[:3], call.heads, call.q_length, tiles,
-        DV=call.d_v, BLOCK_DV=triton.next_power_of_2(call.d_v), BLOCK_M=block, **SAME_SUMS,
+        do, out, lse, _or(call.sinks, q), delta, partial,
+        *do.stride()[:3], *out.stride()[:3], call.heads, call.q_length, tiles,
+        DV=call.d_v, HAS_SINKS=sinks, BLOCK_DV=triton.next_power_of_2(call.d_v), BLOCK_M=block, **SAME_SUMS,
     )  # fmt: skip
+    if sinks:
+        dsinks.copy_(partial.sum((0, 2)))
     if want_q:
         constants = call.constants("dq", q)
         tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])
         _dq_kernel[(tiles * call.batch * call.heads,)](
-            q, k, v, do, lse, delta, start, end, keep, dense, dq,
+            q, k, v, do, lse, delta, start, end, keep, dense, seed, dq,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dq.stride()[:3], *dense_strides,
             call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
         )  # fmt: skip
@@ -501,7 +653,7 @@ def _backward(
         constants = call.constants("dkdv", q)
         tiles = triton.cdiv(call.k_length, constants["BLOCK_N"])
         _dkdv_kernel[(tiles * call.batch * k.shape[1],)](
-            q, k, v, do, lse, delta, stop, end, keep, dense, dk, dv,
+            q, k, v, do, lse, delta, stop, end, keep, dense, seed, dk, dv,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
             *dense_strides, call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
         )  # fmt: skip
@@ -524,21 +676,26 @@ def _backward_math(
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
+    dsinks: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The formulas of the module's docstring, in PyTorch."""
-    compute = lse.dtype
+    compute, keep = lse.dtype, call.kept()
     s, tanh = _masked_scores(call, q, k, compute)
-    p = torch.exp(s - lse.unsqueeze(-1))
+    p = _weights(call, s, lse)
     do = do.to(compute)
     delta = (do * out.to(compute)).sum(-1, keepdim=True)
-    ds = p * (do @ v.to(compute).repeat_interleave(call.group, 1).transpose(-1, -2) - delta)
+    dp = _dropped(do @ v.to(compute).repeat_interleave(call.group, 1).transpose(-1, -2), keep, call.dropout_p)
+    ds = p * (dp - delta)
     if tanh is not None:
         ds = ds * (1 - tanh * tanh)
     if dq.numel():
         dq.copy_(ds @ k.to(compute).repeat_interleave(call.group, 1) * call.scale)
     if dk.numel():
         dk.copy_(_group_sum(ds.transpose(-1, -2) @ q.to(compute), call.group) * call.scale)
-        dv.copy_(_group_sum(p.transpose(-1, -2) @ do, call.group))
+        dv.copy_(_group_sum(_dropped(p, keep, call.dropout_p).transpose(-1, -2) @ do, call.group))
+    if call.sinks is not None and dsinks.numel():
+        weight = torch.exp(call.sinks.to(compute)[:, None] - lse)
+        dsinks.copy_(-(weight * delta.squeeze(-1)).sum((0, 2)))
     return dq, dk, dv
 
 
@@ -551,13 +708,16 @@ def _backward_fake(
     lse: torch.Tensor,
     want_q: bool,
     want_kv: bool,
+    want_sinks: bool,
     *mask: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     def grad(x: torch.Tensor, want: bool) -> torch.Tensor:
         b, h, s, d = x.shape
         return _bshd(b, h, s, d, x) if want else x.new_empty(0)
 
-    return grad(q, want_q), grad(k, want_kv), grad(v, want_kv)
+    sinks = mask[6]
+    dsinks = q.new_empty(0) if sinks is None or not want_sinks else torch.empty_like(sinks)
+    return grad(q, want_q), grad(k, want_kv), grad(v, want_kv), dsinks
 
 
 def _mask(
@@ -571,6 +731,7 @@ def _mask(
     left: torch.Tensor | int = 0
     first = torch.zeros_like(start, dtype=torch.int64)
     plain = whole = torch.ones((), dtype=torch.bool, device=start.device)
+    sighted = torch.ones((), dtype=torch.bool, device=start.device)
     if positions is not None:
         new = _documents(positions)
         plain = ~new.any()
@@ -584,14 +745,17 @@ def _mask(
         plain = plain & real.all()
         whole = (real.sum(-1) == (last - left[:, 0]).clamp_min(0)).all()
         first = torch.maximum(first, left)
+        # Padding on the right sees what is before it, unless a chunk or a document of its own hides that.
+        sighted = ~left.any() & whole if positions is None and not chunk else real.all()
     if chunk:
         first = torch.maximum(first, torch.div(order - left, chunk, rounding_mode="floor") * chunk + left)
     start.copy_(first)
     stop.copy_(torch.searchsorted(start, order.to(torch.int32).expand(batch, -1).contiguous(), right=True))
     # Under CUDA graph capture the answer cannot be waited for: the kernels then look at every key's padding.
     if start.is_cuda and torch.cuda.is_current_stream_capturing():
-        return start, stop, end, keep, kind.fill_(HOLES)
-    return start, stop, end, keep, kind.copy_(torch.where(plain, PLAIN, torch.where(whole, INTERVALS, HOLES)))
+        return start, stop, end, keep, kind.fill_(HOLES | BLIND)
+    found = torch.where(plain, PLAIN, torch.where(whole, INTERVALS, HOLES)) + torch.where(sighted, 0, BLIND)
+    return start, stop, end, keep, kind.copy_(found)
 
 
 def _mask_fake(
@@ -609,8 +773,9 @@ def _mask_fake(
 # ---------------------------------------------------------------- op
 
 _MASK = (
-    "Tensor? start, Tensor? stop, Tensor? end, Tensor? keep, Tensor? dense, Tensor? kind, "
-    'bool causal, SymInt window, SymInt chunk, float scale, float softcap, str route="auto"'
+    "Tensor? start, Tensor? stop, Tensor? end, Tensor? keep, Tensor? dense, Tensor? kind, Tensor? sinks, Tensor? seed, "
+    "bool causal, SymInt window, SymInt chunk, float scale, float softcap, float dropout_p=0.0, "
+    'str blind="zero", str route="auto"'
 )
 _raw_mask = raw_op(
     "attention_mask(Tensor? padding, Tensor? positions, SymInt chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -620,7 +785,7 @@ _raw_mask = raw_op(
 _raw = raw_op(f"attention(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor, Tensor)", _forward, _forward_fake)
 _raw_backward = raw_op(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool want_q, bool want_kv, "
-    f"{_MASK}) -> (Tensor, Tensor, Tensor)",
+    f"bool want_sinks, {_MASK}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -628,18 +793,21 @@ _raw_backward = raw_op(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, start, stop, end, keep, dense, kind, *constants):
-        out, lse = _raw(q, k, v, start, stop, end, keep, dense, kind, *constants)
-        ctx.save_for_backward(q, k, v, out, lse, start, stop, end, keep, dense, kind)
+    def forward(ctx, q, k, v, sinks, start, stop, end, keep, dense, kind, seed, *constants):
+        mask = start, stop, end, keep, dense, kind, sinks, seed
+        out, lse = _raw(q, k, v, *mask, *constants)
+        ctx.save_for_backward(q, k, v, out, lse, *mask)
         ctx.constants = constants
         return out
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, out, lse, *mask = ctx.saved_tensors
-        want_q, want_k, want_v = ctx.needs_input_grad[:3]
-        dq, dk, dv = _raw_backward(do, q, k, v, out, lse, want_q, want_k or want_v, *mask, *ctx.constants)
-        return (dq if want_q else None, dk if want_k else None, dv if want_v else None, *(None,) * 12)
+        want_q, want_k, want_v, want_sinks = ctx.needs_input_grad[:4]
+        wanted = want_q, want_k or want_v, want_sinks
+        dq, dk, dv, dsinks = _raw_backward(do, q, k, v, out, lse, *wanted, *mask, *ctx.constants)
+        grads = zip((dq, dk, dv, dsinks), ctx.needs_input_grad, strict=False)
+        return (*(grad if wanted else None for grad, wanted in grads), *(None,) * 15)
 
 
 def attention_mask(padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int = 0) -> Found:
@@ -647,8 +815,8 @@ def attention_mask(padding: torch.Tensor | None, positions: torch.Tensor | None,
 
     start: first key that each query sees, chunks included, int32 ``[B, S]``; stop: one past the last query that sees
     each key, likewise. end: one past the last real token, int32 ``[B]``, and keep: padding as uint8 ``[B, S]``; both
-    None without padding. kind: int8 ``[]`` on the CPU, one of HOLES, PLAIN, INTERVALS: waiting for it is the one
-    synchronisation of a step.
+    None without padding. kind: int8 ``[]`` on the CPU, one of HOLES, PLAIN, INTERVALS, with BLIND where queries may see
+    no key: waiting for it is the one synchronisation of a step.
     """
     start, stop, end, keep, kind = _raw_mask(padding, positions, chunk)
     return (start, stop, None, None, kind) if padding is None else (start, stop, end, keep, kind)
@@ -669,6 +837,9 @@ def attention(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``softmax(mask(scale · q kᵀ)) v``, differentiable in q, k and v; see the module for the mask's parts.
 
@@ -676,10 +847,13 @@ def attention(
     of one dtype. window, chunk: in tokens, 0 for none; these and positions need ``causal``. padding: ``[B, Sk]``,
     boolean or integer, nonzero for a real token. positions: ``[B, S]`` integers. dense: broadcastable to
     ``[B, Hq, Sq, Sk]``, boolean or additive, not differentiated. scale: 1/√D by default. Returns ``[B, Hq, Sq, Dv]``,
-    which lies in memory as ``[B, Sq, Hq, Dv]``. mask: what
-    :func:`attention_mask` returned for padding, positions and chunk, in place of the first two.
+    which lies in memory as ``[B, Sq, Hq, Dv]``. mask: what :func:`attention_mask` returned for padding, positions and
+    chunk, in place of the first two. sinks: ``[Hq]``, floating point, differentiable. dropout_p: from 0 to below 1.
+    seed: int64 ``[1]``, which weights dropout drops; drawn from PyTorch's generator of the device by default. blind:
+    what a query that sees no key gives, one of :data:`BLINDS`.
     """
-    return _attend("auto", q, k, v, causal, window, chunk, padding, positions, dense, scale, softcap, mask)
+    options = causal, window, chunk, padding, positions, dense, scale, dropout_p, softcap, mask, sinks, blind, seed
+    return _attend("auto", q, k, v, *options)
 
 
 def _attend(
@@ -694,17 +868,24 @@ def _attend(
     positions: torch.Tensor | None,
     dense: torch.Tensor | None,
     scale: float | None,
+    dropout_p: float,
     softcap: float,
     mask: Found | None,
+    sinks: torch.Tensor | None,
+    blind: str,
+    seed: torch.Tensor | None,
 ) -> torch.Tensor:
     """:func:`attention`, by cuDNN where it takes the call (``route`` "auto"), or by the kernels here ("triton")."""
     if mask is None and (padding is not None or positions is not None):
         mask = attention_mask(padding, positions, chunk)
     start, stop, end, keep, kind = mask or (None,) * 5
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if dropout_p and seed is None:
+        seed = new_seed(q)
     return _Attention.apply(
-        q, k, v, start, stop, end, keep, dense, kind, causal, window, chunk, float(scale), float(softcap), route
-    )
+        q, k, v, sinks, start, stop, end, keep, dense, kind, seed if dropout_p else None,
+        causal, window, chunk, float(scale), float(softcap), float(dropout_p), blind, route,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- variants
@@ -725,9 +906,13 @@ def attention_kernels(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`attention` by the kernels of this file, also where cuDNN would take the call."""
-    return _attend("triton", q, k, v, causal, window, chunk, padding, positions, dense, scale, softcap, mask)
+    options = causal, window, chunk, padding, positions, dense, scale, dropout_p, softcap, mask, sinks, blind, seed
+    return _attend("triton", q, k, v, *options)
 
 
 def attention_sdpa(
@@ -745,10 +930,20 @@ def attention_sdpa(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`attention` by PyTorch's own ``scaled_dot_product_attention``, where :func:`sdpa_supported`."""
     return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=dense, dropout_p=0.0, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        attn_mask=dense,
+        dropout_p=dropout_p,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
@@ -767,10 +962,14 @@ def sdpa_supported(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> Reason | None:
     """None, or why PyTorch's own attention cannot compute this call."""
     options: dict[str, Any] = dict(padding=padding, positions=positions, dense=dense, scale=scale)
     options |= dict(causal=causal, window=window, chunk=chunk, dropout_p=dropout_p, softcap=softcap, mask=mask)
+    options |= dict(sinks=sinks, blind=blind, seed=seed)
     if reason := supported(q, k, v, **options):
         return reason
     # Its mask is dense or causal.
@@ -782,6 +981,12 @@ def sdpa_supported(
         return Reason("mask", f"the mask is {dense.dtype}: scaled_dot_product_attention takes bool or {q.dtype}")
     if softcap:
         return Reason("softcap", "scaled_dot_product_attention caps no scores")
+    if sinks is not None:
+        return Reason("sinks", "scaled_dot_product_attention has no sinks")
+    if seed is not None:
+        return Reason("dropout", "scaled_dot_product_attention draws its dropout itself, and takes no seed")
+    if blind != "zero" and dense is not None:
+        return Reason("mask", "scaled_dot_product_attention gives 0 for a query that sees no key, not the mean")
     return None
 
 
@@ -800,6 +1005,9 @@ def supported(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> Reason | None:
     """None, or why this call cannot run as the op."""
     # fp32, fp16 and bf16 kernels; one dtype goes into a tile product.
@@ -823,9 +1031,21 @@ def supported(
     # A head is kept whole, in registers and shared memory.
     if q.is_cuda and max(q.shape[3], v.shape[3]) > MAX_D:
         return Reason("head_size", f"heads of {q.shape[3]} and {v.shape[3]}: at most {MAX_D} fit the kernel")
-    # The kernels do not draw random numbers.
-    if dropout_p:
-        return Reason("dropout", f"attention dropout is {dropout_p}: the kernels have none, set attention_dropout=0")
+    # What is left is divided by 1 − p.
+    if not 0 <= dropout_p < 1:
+        return Reason("dropout", f"attention dropout is {dropout_p}: from 0 to below 1 is supported")
+    if seed is not None and (seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != q.device):
+        return Reason("dropout", f"the seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}: int64 [1] is needed")
+    # What is computed afterwards has no dropout; a dense mask that adds says itself what it adds.
+    if blind not in BLINDS:
+        return Reason("mask", f"blind is {blind!r}: one of {', '.join(BLINDS)} is supported")
+    if blind == "filled" and dropout_p:
+        return Reason("dropout", "queries that see no key are to give a mean, which dropout is not drawn for")
+    if blind == "added" and dense is not None:
+        return Reason("mask", "a dense mask is to be added to a structured one that adds: one of both is supported")
+    # A sink is one number for each head.
+    if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or (reason := check_dtypes(sinks))):
+        return Reason("sinks", f"sinks are {sinks.dtype} {tuple(sinks.shape)}: one for each of {q.shape[1]} heads")
     # Positions of queries and keys are counted from the same token.
     structured = causal or window or chunk or positions is not None
     if structured and q.shape[2] != k.shape[2]:
@@ -863,6 +1083,9 @@ def cost(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> Cost:
     """The forward's. A window counts as its own length, documents as one: their number is known at run time only."""
     b, h, s, d = (size(n) for n in q.shape)
