@@ -163,9 +163,14 @@ def _helpers() -> bytes:
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in HELPERS)).digest()
 
 
+def parts_of(file: Path) -> list[Path]:
+    """A kernel's file, and those that it is divided into: ``_attention_triton.py`` is a part of ``attention.py``."""
+    return [file, *sorted(file.parent.glob(f"_{file.stem}_*.py"))]
+
+
 def source_of(file: Path) -> str:
-    """sha256 of a kernel's file and of the helpers that it launches with, hex."""
-    return hashlib.sha256(file.read_bytes() + _helpers()).hexdigest()
+    """sha256 of a kernel's file, its parts and the helpers that it launches with, hex."""
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts_of(file)) + _helpers()).hexdigest()
 
 
 SPACES: dict[str, Space] = {}

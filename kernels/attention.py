@@ -14,7 +14,13 @@ The mask is a conjunction; a query q and a key k (positions in the sequence) mus
 * ``positions`` ``[B, S]``: q and k lie in one document; a new one starts where ``diff(position_ids) != 1`` (packing);
 * ``dense``, broadcastable to ``[B, Hq, Sq, Sk]``: boolean (True: visible), or additive.
 
-A query that sees no key gives 0, as PyTorch's own attention does.
+A query that sees no key gives 0, as PyTorch's own attention does. Where hidden scores were set to one finite number
+(``blind="filled"``), or had one added (``"added"``), softmax gives all keys the same weight, and it gives the mean of
+all values. The two differ in whether a gradient reaches q and k from there.
+
+``sinks`` ``[Hq]`` are learned scores, one for each head: they take part in the softmax and have no value (gpt-oss).
+Dropout keeps a weight with probability 1 − p and divides it by that. Which ones are kept is a function of a seed and
+of the weight's place (:func:`kept`), so that the backward draws the same again and nothing is saved.
 
 Except for dense, and for padding between real tokens, every mask lets a query see one interval of keys: from
 ``start(q)``, which never decreases, to q itself or to the sequence's ``end``. So a key is seen by the queries before
@@ -31,9 +37,12 @@ https://arxiv.org/abs/2307.08691, section 3.1)::
 
     p = exp(s − L)      dv = pᵀ do      dp = do vᵀ      δ = Σ_d do · out      ds = p (dp − δ)
 
-times ``1 − tanh²(s / softcap)`` with a softcap; then ``dq = scale · ds k``, ``dk = scale · dsᵀ q``, summed over the
-query heads of a key head. The probabilities are never in memory. dq has its own kernel, dk and dv another that owns a
-tile of keys for all query heads of the group: no atomics.
+With dropout's factors m (0 or 1 / (1 − p)), ``dv = (p m)ᵀ do`` and ``dp = m (do vᵀ)``: δ stays what it is, since
+``Σ_k p dp`` is ``do · out`` again. A sink z has no value and therefore ``dz = −Σ exp(z − L) δ``, over all queries.
+
+ds is taken times ``1 − tanh²(s / softcap)`` with a softcap; then ``dq = scale · ds k``, ``dk = scale · dsᵀ q``, summed
+over the query heads of a key head. The probabilities are never in memory. dq has its own kernel, dk and dv another that
+owns a tile of keys for all query heads of the group: no atomics.
 
 Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hk, Sk, D]``, v ``[B, Hk, Sk, Dv]``, out ``[B, Hq, Sq, Dv]``, of any strides; out
 and the gradients lie in memory as ``[B, S, H, D]``, which is what the projections around attention read and write.
@@ -51,17 +60,25 @@ import sympy
 import torch
 import torch.nn.functional as F
 
+from fastft.kernels._attention_triton import _delta_kernel, _dkdv_kernel, _dq_kernel, _forward_kernel
 from fastft.kernels._config import SHARED_BYTES, Config, Space, crowded
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import INTERPRET, Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import SAME_SUMS, size
-from fastft.kernels._triton import HAS_TRITON, jit, tl, triton
+from fastft.kernels._triton import HAS_TRITON, triton
 
 #: What :func:`attention_mask` finds out: start, stop, end, keep, kind.
 Found = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", torch.Tensor]
 
 #: Kinds of mask: real tokens between which lies padding; nothing hidden; padding on the left and right only, or none.
 HOLES, PLAIN, INTERVALS = 0, 1, 2
+#: Added to a kind: some query may see no key, be the window as long as it may.
+BLIND = 4
+
+#: What a query that sees no key gives: 0, or the mean of all values.
+BLINDS = ("zero", "filled", "added")
+#: As good as −∞ beside any score, and finite.
+_LOWEST = torch.finfo(torch.float32).min
 
 # ---------------------------------------------------------------- reference
 
@@ -124,6 +141,9 @@ def reference(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain PyTorch, differentiable; fp32 inside (fp64 for fp64). Arguments as :func:`attention`'s."""
     start = None
@@ -142,9 +162,53 @@ def reference(
         q.shape[-1] ** -0.5 if scale is None else scale,
         softcap,
     )[0]
-    s = _hide(_hide(s, shown), dense)
-    p = torch.softmax(s, -1).masked_fill(s.amax(-1, keepdim=True) == -math.inf, 0.0)
-    return (torch.dropout(p, dropout_p, True) @ v.to(compute).repeat_interleave(group, 1)).to(q.dtype)
+    for hides in (shown, dense):
+        if hides is None or hides.dtype != torch.bool or blind == "zero":
+            s = _hide(s, hides)
+        elif blind == "filled":
+            s = s.masked_fill(~hides, _LOWEST)
+        else:
+            s = s + torch.zeros_like(hides, dtype=compute).masked_fill(~hides, _LOWEST)
+    if sinks is not None:
+        s = torch.cat((s, sinks.to(compute)[:, None, None].expand(*s.shape[:-1], 1)), -1)
+    p = torch.softmax(s, -1).masked_fill(s.amax(-1, keepdim=True) == -math.inf, 0.0)[..., : k.shape[2]]
+    if dropout_p:
+        keep = kept(new_seed(q) if seed is None else seed, *p.shape, dropout_p)
+        p = torch.where(keep, p / (1 - dropout_p), 0.0)
+    return (p @ v.to(compute).repeat_interleave(group, 1)).to(q.dtype)
+
+
+def new_seed(like: torch.Tensor) -> torch.Tensor:
+    """A seed for :func:`kept`, int64 ``[1]``, drawn from PyTorch's generator of the device of ``like``."""
+    return torch.randint(2**62, (1,), device=like.device)
+
+
+#: Philox 4 × 32 (Salmon et al. 2011): what a round multiplies by, and what it adds to the key.
+_ROUND, _KEY, _LOW = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0xFFFFFFFF
+
+
+def kept(seed: torch.Tensor, batch: int, heads: int, q_length: int, k_length: int, p: float) -> torch.Tensor:
+    """Where dropout keeps a weight: boolean ``[batch, heads, q_length, k_length]``, as the kernels have it.
+
+    seed: int64 ``[1]``. p: probability of dropping, below 1.
+    """
+    device = seed.device
+    key, query, head = (torch.arange(n, device=device) for n in (k_length, q_length, batch * heads))
+    c0, c1, c2 = key[None, None, :], query[None, :, None], head[:, None, None]
+    c3 = torch.zeros((), dtype=torch.int64, device=device)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(7):
+        a, b = c0 * _ROUND[0], c2 * _ROUND[1]  # modulo 2⁶⁴: their high words are right all the same
+        c0, c2 = ((b >> 32) & _LOW) ^ c1 ^ k0, ((a >> 32) & _LOW) ^ c3 ^ k1
+        c1, c3 = b & _LOW, a & _LOW
+        k0, k1 = (k0 + _KEY[0]) & _LOW, (k1 + _KEY[1]) & _LOW
+    drawn = (c0 >> 1).expand(batch * heads, q_length, k_length)
+    return (drawn >= _threshold(p)).view(batch, heads, q_length, k_length)
+
+
+def _threshold(p: float) -> int:
+    """``p`` in units of 2⁻³¹."""
+    return round(p * 2**31)
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -202,7 +266,7 @@ def _roomy(device: torch.device) -> bool:
 #: What a kernel's speed depends on besides device and dtype: batch × heads, and lengths; sizes of a head, rounded up to
 #: powers of two; what of the mask it looks at.
 _TOKENS = ("programs", "q_length", "k_length")
-_SIZES = ("d", "d_v", "group", "causal", "window", "chunk", "start", "end", "holes", "dense", "softcap")
+_SIZES = ("d", "d_v", "group", "causal", "window", "chunk", "start", "end", "holes", "dense", "softcap", "dropout")
 
 
 def _space(kernel: str) -> Space:
@@ -234,439 +298,6 @@ def _space(kernel: str) -> Space:
 
 
 CONFIGS = {kernel: _space(kernel) for kernel in ("forward", "dq", "dkdv")}
-
-
-# ---------------------------------------------------------------- device functions
-
-
-@jit
-def _first_key(q, start_ptr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr):
-    """start(q): the first key that query q sees."""
-    first = q * 0
-    if HAS_START:
-        first = tl.load(start_ptr + q)
-    if WINDOW > 0:
-        first = tl.maximum(first, q - (WINDOW - 1))
-    if CHUNK > 0:
-        first = tl.maximum(first, q // CHUNK * CHUNK)
-    return first
-
-
-@jit
-def _past_query(k, stop_ptr, Sq, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr):
-    """stop(k): one past the last query that sees key k."""
-    past = k * 0 + Sq
-    if HAS_START:
-        past = tl.load(stop_ptr + k)
-    if WINDOW > 0:
-        past = tl.minimum(past, k + WINDOW)
-    if CHUNK > 0:
-        past = tl.minimum(past, k // CHUNK * CHUNK + CHUNK)
-    return past
-
-
-@jit
-def _softcap(s, scale, SOFTCAP: tl.constexpr):
-    """Raw products → scaled (and capped) scores in units of log₂e, and tanh(s / softcap)."""
-    if SOFTCAP > 0:
-        tanh = 2 * tl.sigmoid(s * (scale * (2 / SOFTCAP))) - 1
-        return tanh * (SOFTCAP * 1.4426950408889634), tanh
-    return s * (scale * 1.4426950408889634), s
-
-
-@jit
-def _load(at, mask, MASKED: tl.constexpr):
-    """A tile, zero where ``mask`` is False; without looking at the mask where it is known to be True everywhere."""
-    if MASKED:
-        return tl.load(at, mask=mask, other=0.0)
-    return tl.load(at)
-
-
-@jit
-def _dense_mask(s, mask, DENSE: tl.constexpr):
-    """Apply a tile of a dense mask: boolean (1) or additive (2)."""
-    if DENSE == 1:
-        s = tl.where(mask != 0, s, float("-inf"))
-    if DENSE == 2:
-        # finfo.min times log₂e would be −∞: a row that a finite mask hides everywhere keeps PyTorch's uniform weights.
-        bias = mask.to(tl.float32)
-        s += tl.where(bias == float("-inf"), float("-inf"), tl.maximum(bias * 1.4426950408889634, -1e38))
-    return s
-
-
-# ---------------------------------------------------------------- forward kernel
-
-
-@jit
-def _forward_tiles(
-    acc, m_i, l_i, q, rows, first, lo, hi, k_ptr, v_ptr, keep_ptr, dense_ptr, scale, Sk,
-    k_s, v_s, dense_n, d, dv, D: tl.constexpr, DV: tl.constexpr,
-    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add keys lo..hi to a tile of queries. ``EDGE``: some pairs in there are outside the mask or the sequence."""
-    for n in range(lo, hi, BLOCK_N):
-        cols = n + tl.arange(0, BLOCK_N)
-        inside = cols < Sk
-        n64 = tl.cast(n, tl.int64)
-        k_at = k_ptr + n64 * k_s + (d[:, None] + tl.arange(0, BLOCK_N)[None, :] * k_s)
-        v_at = v_ptr + n64 * v_s + (dv[None, :] + tl.arange(0, BLOCK_N)[:, None] * v_s)
-        k = _load(k_at, inside[None, :] & (d < D)[:, None], EDGE or BLOCK_D != D)
-        v = _load(v_at, inside[:, None] & (dv < DV)[None, :], EDGE or BLOCK_DV != DV)
-        s, _ = _softcap(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
-        if DENSE:
-            s = _dense_mask(
-                s,
-                tl.load(dense_ptr[:, None] + cols.to(tl.int64)[None, :] * dense_n, mask=inside[None, :], other=0),
-                DENSE,
-            )
-        if HAS_PADDING:
-            s = tl.where((tl.load(keep_ptr + cols, mask=inside, other=0) != 0)[None, :], s, float("-inf"))
-        if EDGE:
-            seen = inside[None, :] & (cols[None, :] >= first[:, None])
-            if CAUSAL:
-                seen = seen & (cols[None, :] <= rows[:, None])
-            s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m_i - m_safe)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
-        acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        m_i = m_new
-    return acc, m_i, l_i
-
-
-@jit
-def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, keep_ptr, dense_ptr, out_ptr, lse_ptr,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, dense_b, dense_h, dense_m, dense_n,
-    Hq, Sq, Sk, tiles, scale,
-    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
-    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
-    tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles
-    if CAUSAL:  # the longest rows first
-        tile = tiles - 1 - tile
-    b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
-    m0 = tile * BLOCK_M
-    rows = m0 + tl.arange(0, BLOCK_M)
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    start_ptr += b * Sq
-    keep_ptr += b * Sk
-    if HAS_END:  # no query sees a key from there on
-        Sk = tl.load(end_ptr + b)
-    k_ptr += b * k_b + h // GROUP * k_h
-    v_ptr += b * v_b + h // GROUP * v_h
-    valid = rows < Sq
-    at = rows.to(tl.int64)
-    q = tl.load(
-        q_ptr + b * q_b + h * q_h + at[:, None] * q_s + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0
-    )
-    dense_rows = dense_ptr + b * dense_b + h * dense_h + tl.minimum(at, Sq - 1) * dense_m
-
-    clamped = tl.minimum(rows, Sq - 1)
-    first = _first_key(clamped, start_ptr, WINDOW, CHUNK, HAS_START)
-    lo = 0
-    inner = 0
-    hi = Sk
-    outer = Sk // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        hi = tl.minimum(Sk, m0 + BLOCK_M)
-        outer = tl.minimum(Sk, m0 + 1) // BLOCK_N * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    # Keys in three runs: tiles on the left edge of the interval, those that every query sees whole, those on the right.
-    if BOUNDED:
-        lo = tl.maximum(_first_key(m0, start_ptr, WINDOW, CHUNK, HAS_START), 0) // BLOCK_N * BLOCK_N
-        last = _first_key(tl.minimum(m0 + BLOCK_M, Sq) - 1, start_ptr, WINDOW, CHUNK, HAS_START)
-        inner = tl.cdiv(tl.maximum(last, 0), BLOCK_N) * BLOCK_N
-        acc, m_i, l_i = _forward_tiles(
-            acc, m_i, l_i, q, rows, first, lo, tl.minimum(inner, hi), k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True,
-            BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    acc, m_i, l_i = _forward_tiles(
-        acc, m_i, l_i, q, rows, first, inner, outer, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False,
-        BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
-    )  # fmt: skip
-    acc, m_i, l_i = _forward_tiles(
-        acc, m_i, l_i, q, rows, first, tl.maximum(inner, outer), hi, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True,
-        BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
-    )  # fmt: skip
-
-    # A query that saw no key: out = 0, and L = +∞ makes its p, and so its gradients, 0 in the backward.
-    blind = l_i == 0.0
-    acc = acc / tl.where(blind, 1.0, l_i)[:, None]
-    lse = tl.where(blind, float("inf"), m_i + tl.log2(tl.where(blind, 1.0, l_i)))
-    tl.store(lse_ptr + head.to(tl.int64) * Sq + rows, lse, mask=valid)
-    out_at = out_ptr + b * o_b + h * o_h + at[:, None] * o_s + dv[None, :]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (dv < DV)[None, :])
-
-
-# ---------------------------------------------------------------- backward kernels
-
-
-@jit
-def _delta_kernel(
-    do_ptr, out_ptr, delta_ptr, do_b, do_h, do_s, o_b, o_h, o_s, Hq, Sq, tiles,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """δ = Σ_d do · out, one fp32 number for each query and head."""
-    tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles
-    b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = rows.to(tl.int64)
-    dv = tl.arange(0, BLOCK_DV)
-    mask = (rows < Sq)[:, None] & (dv < DV)[None, :]
-    do = tl.load(do_ptr + b * do_b + h * do_h + at[:, None] * do_s + dv[None, :], mask=mask, other=0.0).to(tl.float32)
-    out = tl.load(out_ptr + b * o_b + h * o_h + at[:, None] * o_s + dv[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + head.to(tl.int64) * Sq + rows, tl.sum(do * out, 1), mask=rows < Sq)
-
-
-@jit
-def _dq_tiles(
-    dq, q, do, lse, delta, rows, first, lo, hi, k_ptr, v_ptr, keep_ptr, dense_ptr, scale, Sk,
-    k_s, v_s, dense_n, d, dv, D: tl.constexpr, DV: tl.constexpr,
-    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    for n in range(lo, hi, BLOCK_N):
-        cols = n + tl.arange(0, BLOCK_N)
-        inside = cols < Sk
-        n64 = tl.cast(n, tl.int64)
-        k_at = k_ptr + n64 * k_s + (d[:, None] + tl.arange(0, BLOCK_N)[None, :] * k_s)
-        v_at = v_ptr + n64 * v_s + (dv[:, None] + tl.arange(0, BLOCK_N)[None, :] * v_s)
-        k = _load(k_at, inside[None, :] & (d < D)[:, None], EDGE or BLOCK_D != D)
-        v = _load(v_at, inside[None, :] & (dv < DV)[:, None], EDGE or BLOCK_DV != DV)
-        s, tanh = _softcap(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
-        if DENSE:
-            s = _dense_mask(
-                s,
-                tl.load(dense_ptr[:, None] + cols.to(tl.int64)[None, :] * dense_n, mask=inside[None, :], other=0),
-                DENSE,
-            )
-        if HAS_PADDING:
-            s = tl.where((tl.load(keep_ptr + cols, mask=inside, other=0) != 0)[None, :], s, float("-inf"))
-        if EDGE:
-            seen = inside[None, :] & (cols[None, :] >= first[:, None])
-            if CAUSAL:
-                seen = seen & (cols[None, :] <= rows[:, None])
-            s = tl.where(seen, s, float("-inf"))
-        ds = tl.exp2(s - lse[:, None]) * (tl.dot(do, v, input_precision=PRECISION) - delta[:, None])
-        if SOFTCAP > 0:
-            ds *= 1 - tanh * tanh
-        dq += tl.dot(ds.to(k.dtype), tl.trans(k), input_precision=PRECISION)
-    return dq
-
-
-@jit
-def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, start_ptr, end_ptr, keep_ptr, dense_ptr, dq_ptr,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dq_b, dq_h, dq_s, dense_b, dense_h, dense_m, dense_n,
-    Hq, Sq, Sk, tiles, scale,
-    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
-    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dq of a tile of queries: walks over keys as the forward does."""
-    BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
-    tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile
-    b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
-    m0 = tile * BLOCK_M
-    rows = m0 + tl.arange(0, BLOCK_M)
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    start_ptr += b * Sq
-    keep_ptr += b * Sk
-    if HAS_END:  # no query sees a key from there on
-        Sk = tl.load(end_ptr + b)
-    k_ptr += b * k_b + h // GROUP * k_h
-    v_ptr += b * v_b + h // GROUP * v_h
-    valid = rows < Sq
-    at = rows.to(tl.int64)
-    q = tl.load(
-        q_ptr + b * q_b + h * q_h + at[:, None] * q_s + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0
-    )
-    do = tl.load(
-        do_ptr + b * do_b + h * do_h + at[:, None] * do_s + dv[None, :],
-        mask=valid[:, None] & (dv < DV)[None, :],
-        other=0.0,
-    )
-    lse = tl.load(lse_ptr + head.to(tl.int64) * Sq + rows, mask=valid, other=float("inf"))
-    delta = tl.load(delta_ptr + head.to(tl.int64) * Sq + rows, mask=valid, other=0.0)
-    dense_rows = dense_ptr + b * dense_b + h * dense_h + tl.minimum(at, Sq - 1) * dense_m
-
-    first = _first_key(tl.minimum(rows, Sq - 1), start_ptr, WINDOW, CHUNK, HAS_START)
-    inner = 0
-    hi = Sk
-    outer = Sk // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        hi = tl.minimum(Sk, m0 + BLOCK_M)
-        outer = tl.minimum(Sk, m0 + 1) // BLOCK_N * BLOCK_N
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if BOUNDED:
-        lo = tl.maximum(_first_key(m0, start_ptr, WINDOW, CHUNK, HAS_START), 0) // BLOCK_N * BLOCK_N
-        last = _first_key(tl.minimum(m0 + BLOCK_M, Sq) - 1, start_ptr, WINDOW, CHUNK, HAS_START)
-        inner = tl.cdiv(tl.maximum(last, 0), BLOCK_N) * BLOCK_N
-        dq = _dq_tiles(
-            dq, q, do, lse, delta, rows, first, lo, tl.minimum(inner, hi),
-            k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True,
-            BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    dq = _dq_tiles(
-        dq, q, do, lse, delta, rows, first, inner, outer, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False,
-        BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
-    )  # fmt: skip
-    dq = _dq_tiles(
-        dq, q, do, lse, delta, rows, first, tl.maximum(inner, outer), hi, k_ptr, v_ptr, keep_ptr, dense_rows, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True,
-        BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
-    )  # fmt: skip
-    dq_at = dq_ptr + b * dq_b + h * dq_h + at[:, None] * dq_s + d[None, :]
-    tl.store(dq_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
-
-
-@jit
-def _dkdv_tiles(
-    dk, dv, k, v, cols, past, lo, hi, q_ptr, do_ptr, lse_ptr, delta_ptr, dense_ptr, scale, Sq,
-    q_s, do_s, dense_m, d, e, D: tl.constexpr, DV: tl.constexpr,
-    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add queries lo..hi of one head to a tile of keys; scores are kept transposed, [keys, queries]."""
-    for m in range(lo, hi, BLOCK_M):
-        rows = m + tl.arange(0, BLOCK_M)
-        inside = rows < Sq
-        m64 = tl.cast(m, tl.int64)
-        q_at = q_ptr + m64 * q_s + (d[:, None] + tl.arange(0, BLOCK_M)[None, :] * q_s)
-        do_at = do_ptr + m64 * do_s + (e[None, :] + tl.arange(0, BLOCK_M)[:, None] * do_s)
-        q = _load(q_at, inside[None, :] & (d < D)[:, None], EDGE or BLOCK_D != D)
-        do = _load(do_at, inside[:, None] & (e < DV)[None, :], EDGE or BLOCK_DV != DV)
-        if EDGE:
-            lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
-            delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
-        else:
-            lse = tl.load(lse_ptr + rows)
-            delta = tl.load(delta_ptr + rows)
-        s, tanh = _softcap(tl.dot(k, q, input_precision=PRECISION), scale, SOFTCAP)
-        if DENSE:
-            s = _dense_mask(
-                s,
-                tl.load(dense_ptr[:, None] + rows.to(tl.int64)[None, :] * dense_m, mask=inside[None, :], other=0),
-                DENSE,
-            )
-        if EDGE:
-            seen = rows[None, :] < past[:, None]
-            if CAUSAL:
-                seen = seen & (cols[:, None] <= rows[None, :])
-            s = tl.where(seen, s, float("-inf"))
-        p = tl.exp2(s - lse[None, :])
-        dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-        if SOFTCAP > 0:
-            ds *= 1 - tanh * tanh
-        dk += tl.dot(ds.to(q.dtype), tl.trans(q), input_precision=PRECISION)
-    return dk, dv
-
-
-@jit
-def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, stop_ptr, end_ptr, keep_ptr, dense_ptr, dk_ptr, dv_ptr,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
-    dense_b, dense_h, dense_m, dense_n, Hq, Sq, Sk, tiles, scale,
-    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
-    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of a tile of keys: walks over the queries that see them, in every query head of the group."""
-    BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
-    tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles
-    heads = Hq // GROUP
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    n0 = tile * BLOCK_N
-    cols = n0 + tl.arange(0, BLOCK_N)
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    valid = cols < Sk
-    at = cols.to(tl.int64)
-    k = tl.load(
-        k_ptr + b * k_b + h * k_h + at[:, None] * k_s + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0
-    )
-    v = tl.load(
-        v_ptr + b * v_b + h * v_h + at[:, None] * v_s + e[None, :], mask=valid[:, None] & (e < DV)[None, :], other=0.0
-    )
-    stop_ptr += b * Sk
-
-    past = _past_query(tl.minimum(cols, Sk - 1), stop_ptr, Sq, WINDOW, CHUNK, HAS_START)
-    lo = 0
-    inner = 0
-    hi = Sq
-    outer = Sq // BLOCK_M * BLOCK_M
-    if BOUNDED:
-        hi = tl.minimum(Sq, _past_query(tl.minimum(n0 + BLOCK_N, Sk) - 1, stop_ptr, Sq, WINDOW, CHUNK, HAS_START))
-        outer = tl.minimum(Sq, _past_query(n0, stop_ptr, Sq, WINDOW, CHUNK, HAS_START)) // BLOCK_M * BLOCK_M
-    if HAS_END:
-        end = tl.load(end_ptr + b)
-        hi = tl.where(n0 < end, hi, 0)
-        outer = tl.where(n0 < end, outer, 0)
-    if CAUSAL:
-        lo = n0 // BLOCK_M * BLOCK_M
-        inner = tl.cdiv(n0 + BLOCK_N - 1, BLOCK_M) * BLOCK_M
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for g in range(GROUP):
-        hq = h * GROUP + g
-        q_at = q_ptr + b * q_b + hq * q_h
-        do_at = do_ptr + b * do_b + hq * do_h
-        lse_at = lse_ptr + (b * Hq + hq) * Sq
-        delta_at = delta_ptr + (b * Hq + hq) * Sq
-        dense_at = dense_ptr + b * dense_b + hq * dense_h + tl.minimum(at, Sk - 1) * dense_n
-        # Queries in three runs, as the forward's keys: the diagonal, those that see the whole tile, the far edge.
-        if CAUSAL:
-            dk, dv = _dkdv_tiles(
-                dk, dv, k, v, cols, past, lo, tl.minimum(inner, hi),
-                q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s, dense_m, d, e,
-                D, DV, CAUSAL, SOFTCAP, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
-            )  # fmt: skip
-        dk, dv = _dkdv_tiles(
-            dk, dv, k, v, cols, past, inner, outer,
-            q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s, dense_m, d, e,
-            D, DV, CAUSAL, SOFTCAP, DENSE, False, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
-        )  # fmt: skip
-        dk, dv = _dkdv_tiles(
-            dk, dv, k, v, cols, past, tl.maximum(inner, outer), hi,
-            q_at, do_at, lse_at, delta_at, dense_at, scale, Sq, q_s, do_s, dense_m, d, e,
-            D, DV, CAUSAL, SOFTCAP, DENSE, True, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
-        )  # fmt: skip
-    dk *= scale
-    # A hidden key reached no output: what was summed for it is not its gradient.
-    if HAS_END:
-        dk = tl.where((cols < end)[:, None], dk, 0.0)
-        dv = tl.where((cols < end)[:, None], dv, 0.0)
-    if HAS_PADDING:
-        keep = (tl.load(keep_ptr + b * Sk + cols, mask=valid, other=0) != 0)[:, None]
-        dk = tl.where(keep, dk, 0.0)
-        dv = tl.where(keep, dv, 0.0)
-    dk_at = dk_ptr + b * dk_b + h * dk_h + at[:, None] * dk_s + d[None, :]
-    tl.store(dk_at, dk.to(dk_ptr.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
-    dv_at = dv_ptr + b * dv_b + h * dv_h + at[:, None] * dv_s + e[None, :]
-    tl.store(dv_at, dv.to(dv_ptr.dtype.element_ty), mask=valid[:, None] & (e < DV)[None, :])
 
 
 # ---------------------------------------------------------------- launchers
@@ -706,18 +337,24 @@ class _Call:
         keep: torch.Tensor | None,
         dense: torch.Tensor | None,
         kind: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        seed: torch.Tensor | None,
         causal: bool,
         window: int,
         chunk: int,
         scale: float,
         softcap: float,
+        dropout_p: float = 0.0,
+        blind: str = "zero",
         route: str = "auto",
     ) -> None:
         self.batch, self.heads, self.q_length, self.d = q.shape
         self.k_length, self.d_v = k.shape[2], v.shape[3]
         self.group = self.heads // k.shape[1]
         self.causal, self.scale, self.softcap = causal, scale, softcap
-        found = HOLES if kind is None else int(kind)
+        self.sinks, self.seed, self.dropout_p = sinks, seed, dropout_p
+        found = HOLES | BLIND if kind is None else int(kind)
+        sighted, found = not found & BLIND, found % BLIND
         if found == PLAIN:
             start = stop = keep = None
         # Keys of another sequence (an encoder's) have padding, and nothing else that is counted along the queries.
@@ -729,10 +366,25 @@ class _Call:
         self.window = 0 if window >= self.k_length else window
         self.start, self.stop, self.end, self.keep, self.dense = start, stop, end, keep, dense
         self.holes = keep is not None and found == HOLES
+        #: Whether a query that sees no key, where there can be one, gives the mean of all values: afterwards.
+        self.means = False
+        if blind != "zero" and sinks is None and not (keep is None and dense is None):
+            self.means = blind == "filled"
+            # A gradient of scores that are not looked at: where there are such queries, all scores are.
+            if blind == "added" and keep is not None and not (sighted and not self.window):
+                shown = self.mask(q.device)
+                assert shown is not None
+                self.dense = torch.zeros_like(shown, dtype=torch.float32).masked_fill_(~shown, _LOWEST)
+                self.causal, self.window, self.chunk, self.holes = False, 0, 0, False
+                start = keep = self.start = self.stop = self.keep = None
+        dense, causal = self.dense, self.causal
         bare = start is None and keep is None and dense is None and not (self.window or self.chunk)
+        # What no attention of PyTorch's knows, or draws as we do.
+        biased = dense is not None and dense.dtype != torch.bool
+        own = bool(softcap or dropout_p or sinks is not None or blind != "zero" or biased)
         if not use_triton(q) or q.dtype == torch.float64:
-            self.backend = "math" if softcap or self.d != self.d_v else "cpu"
-        elif route != "triton" and bare and not softcap and q.is_cuda and _cudnn_takes(q, k, v, causal):
+            self.backend = "math" if own or self.d != self.d_v else "cpu"
+        elif route != "triton" and bare and not own and q.is_cuda and _cudnn_takes(q, k, v, causal):
             self.backend = "cudnn"
         else:
             self.backend = "triton"
@@ -768,11 +420,14 @@ class _Call:
         tiles = CONFIGS[kernel](
             q.device, q.dtype, self.batch * self.heads, self.q_length, self.k_length, d, d_v, self.group,
             self.causal, self.window, self.chunk, start, end, self.holes, dense, bool(self.softcap),
+            bool(self.dropout_p),
         )  # fmt: skip
+        sinks = {"HAS_SINKS": self.sinks is not None} if kernel == "forward" else {}
         return {
             "D": self.d, "DV": self.d_v, "GROUP": self.group,
             "CAUSAL": self.causal, "WINDOW": self.window, "CHUNK": self.chunk,
             "HAS_START": start, "HAS_END": end, "HAS_PADDING": self.holes, "DENSE": dense, "SOFTCAP": self.softcap,
+            **sinks, "DROP": _threshold(self.dropout_p), "KEPT": 1 / (1 - self.dropout_p),
             "BLOCK_D": d, "BLOCK_DV": d_v, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
             **tiles,
         }  # fmt: skip
@@ -783,6 +438,16 @@ class _Call:
             return q, (0, 0, 0, 0)
         dense = self.dense.expand(self.batch, self.heads, self.q_length, self.k_length)
         return (dense.view(torch.uint8) if dense.dtype == torch.bool else dense), dense.stride()
+
+    def kept(self) -> torch.Tensor | None:
+        """Dropout's factors, ``[B, Hq, Sq, Sk]``: see :func:`kept`."""
+        if not self.dropout_p or self.seed is None:
+            return None
+        return kept(self.seed, self.batch, self.heads, self.q_length, self.k_length, self.dropout_p)
+
+
+def _dropped(x: torch.Tensor, keep: torch.Tensor | None, p: float) -> torch.Tensor:
+    return x if keep is None else (x / (1 - p)).masked_fill(~keep, 0.0)
 
 
 def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> bool:
@@ -811,6 +476,21 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any) -> t
         return out.zero_(), lse.fill_(math.inf)
     q, k, v = _unit(q), _unit(k), _unit(v)
     call = _Call(q, k, v, *mask)
+    out, lse = _forward_by(call, q, k, v, out, lse)
+    if call.means:  # queries of padding, which nobody looks at: the kernels need not know them
+        mean = v.mean(2, keepdim=True, dtype=lse.dtype).repeat_interleave(call.group, 1)
+        out.copy_(torch.where(_blind(lse), mean, out))
+    return out, lse
+
+
+def _blind(lse: torch.Tensor) -> torch.Tensor:
+    """``[B, Hq, Sq, 1]``: the queries that saw no key."""
+    return (lse == math.inf).unsqueeze(-1)
+
+
+def _forward_by(
+    call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     if call.backend == "cudnn":
         got, stats, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, call.causal, False, scale=call.scale
@@ -834,7 +514,8 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any) -> t
     tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])
     dense, dense_strides = call.dense_operand(q)
     _forward_kernel[(tiles * call.batch * call.heads,)](
-        q, k, v, _or(call.start, q), _or(call.end, q), _or(call.keep, q), dense, out, lse,
+        q, k, v, _or(call.start, q), _or(call.end, q), _or(call.keep, q), dense, _or(call.sinks, q), _or(call.seed, q),
+        out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *dense_strides,
         call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
     )  # fmt: skip
@@ -852,10 +533,22 @@ def _forward_math(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formulas of the module's docstring, in PyTorch."""
     s, _ = _masked_scores(call, q, k, lse.dtype)
-    blind = s.amax(-1) == -math.inf
-    lse.copy_(torch.logsumexp(s, -1).masked_fill(blind, math.inf))
-    p = torch.exp(s - lse.unsqueeze(-1))
+    every = s
+    if call.sinks is not None:
+        every = torch.cat((s, call.sinks.to(lse.dtype)[:, None, None].expand(*s.shape[:-1], 1)), -1)
+    blind = every.amax(-1) == -math.inf
+    lse.copy_(torch.logsumexp(every, -1).masked_fill(blind, math.inf))
+    p = _dropped(_weights(call, s, lse), call.kept(), call.dropout_p)
     return out.copy_(p @ v.to(lse.dtype).repeat_interleave(call.group, 1)), lse
+
+
+def _weights(call: _Call, s: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """The weights of scores ``[B, Hq, Sq, Sk]`` with logsumexp ``[B, Hq, Sq]``."""
+    p, lse = torch.exp(s - lse.unsqueeze(-1)), lse.unsqueeze(-1)
+    if call.dense is None or call.dense.dtype == torch.bool:
+        return p
+    # A finite mask that hides a row everywhere: beside such numbers the logarithm of a sum is lost.
+    return torch.where((lse < _LOWEST / 2) & (s > -math.inf), 1 / s.shape[-1], p)
 
 
 def _masked_scores(
@@ -880,13 +573,35 @@ def _backward(
     lse: torch.Tensor,
     want_q: bool,
     want_kv: bool,
+    want_sinks: bool,
     *mask: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = _backward_fake(do, q, k, v, out, lse, want_q, want_kv, *mask)
-    if out.numel() == 0 or k.shape[2] == 0 or not (want_q or want_kv):
-        return dq.zero_(), dk.zero_(), dv.zero_()
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv, dsinks = _backward_fake(do, q, k, v, out, lse, want_q, want_kv, want_sinks, *mask)
+    if out.numel() == 0 or k.shape[2] == 0 or not (want_q or want_kv or want_sinks):
+        return dq.zero_(), dk.zero_(), dv.zero_(), dsinks.zero_()
     do, q, k, v = _unit(do), _unit(q), _unit(k), _unit(v)
     call = _Call(q, k, v, *mask)
+    dq, dk, dv = _backward_by(call, do, q, k, v, out, lse, dq, dk, dv, dsinks)
+    if call.means and want_kv:
+        mean = torch.where(_blind(lse), do, 0.0).sum(2, keepdim=True, dtype=lse.dtype) / call.k_length
+        dv.copy_(dv + _group_sum(mean, call.group))
+    return dq, dk, dv, dsinks
+
+
+def _backward_by(
+    call: _Call,
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dsinks: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    want_q, want_kv = dq.numel() > 0, dk.numel() > 0
     if call.backend == "cudnn":
         seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -911,21 +626,26 @@ def _backward(
             dv.copy_(_group_sum(grads[2], call.group))
         return dq, dk, dv
     if call.backend == "math":
-        return _backward_math(call, do, q, k, v, out, lse, dq, dk, dv)
+        return _backward_math(call, do, q, k, v, out, lse, dq, dk, dv, dsinks)
     start, stop, end, keep = (_or(t, q) for t in (call.start, call.stop, call.end, call.keep))
     dense, dense_strides = call.dense_operand(q)
+    seed = _or(call.seed, q)
     delta = torch.empty_like(lse)
-    block = 64
+    block, sinks = 64, call.sinks is not None and dsinks.numel() > 0
     tiles = triton.cdiv(call.q_length, block)
+    partial = lse.new_empty((call.batch, call.heads, tiles) if sinks else 0)
     _delta_kernel[(tiles * call.batch * call.heads,)](
-        do, out, delta, *do.stride()[:3], *out.stride()[:3], call.heads, call.q_length, tiles,
-        DV=call.d_v, BLOCK_DV=triton.next_power_of_2(call.d_v), BLOCK_M=block, **SAME_SUMS,
+        do, out, lse, _or(call.sinks, q), delta, partial,
+        *do.stride()[:3], *out.stride()[:3], call.heads, call.q_length, tiles,
+        DV=call.d_v, HAS_SINKS=sinks, BLOCK_DV=triton.next_power_of_2(call.d_v), BLOCK_M=block, **SAME_SUMS,
     )  # fmt: skip
+    if sinks:
+        dsinks.copy_(partial.sum((0, 2)))
     if want_q:
         constants = call.constants("dq", q)
         tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])
         _dq_kernel[(tiles * call.batch * call.heads,)](
-            q, k, v, do, lse, delta, start, end, keep, dense, dq,
+            q, k, v, do, lse, delta, start, end, keep, dense, seed, dq,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dq.stride()[:3], *dense_strides,
             call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
         )  # fmt: skip
@@ -933,7 +653,7 @@ def _backward(
         constants = call.constants("dkdv", q)
         tiles = triton.cdiv(call.k_length, constants["BLOCK_N"])
         _dkdv_kernel[(tiles * call.batch * k.shape[1],)](
-            q, k, v, do, lse, delta, stop, end, keep, dense, dk, dv,
+            q, k, v, do, lse, delta, stop, end, keep, dense, seed, dk, dv,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
             *dense_strides, call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
         )  # fmt: skip
@@ -956,21 +676,26 @@ def _backward_math(
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
+    dsinks: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The formulas of the module's docstring, in PyTorch."""
-    compute = lse.dtype
+    compute, keep = lse.dtype, call.kept()
     s, tanh = _masked_scores(call, q, k, compute)
-    p = torch.exp(s - lse.unsqueeze(-1))
+    p = _weights(call, s, lse)
     do = do.to(compute)
     delta = (do * out.to(compute)).sum(-1, keepdim=True)
-    ds = p * (do @ v.to(compute).repeat_interleave(call.group, 1).transpose(-1, -2) - delta)
+    dp = _dropped(do @ v.to(compute).repeat_interleave(call.group, 1).transpose(-1, -2), keep, call.dropout_p)
+    ds = p * (dp - delta)
     if tanh is not None:
         ds = ds * (1 - tanh * tanh)
     if dq.numel():
         dq.copy_(ds @ k.to(compute).repeat_interleave(call.group, 1) * call.scale)
     if dk.numel():
         dk.copy_(_group_sum(ds.transpose(-1, -2) @ q.to(compute), call.group) * call.scale)
-        dv.copy_(_group_sum(p.transpose(-1, -2) @ do, call.group))
+        dv.copy_(_group_sum(_dropped(p, keep, call.dropout_p).transpose(-1, -2) @ do, call.group))
+    if call.sinks is not None and dsinks.numel():
+        weight = torch.exp(call.sinks.to(compute)[:, None] - lse)
+        dsinks.copy_(-(weight * delta.squeeze(-1)).sum((0, 2)))
     return dq, dk, dv
 
 
@@ -983,13 +708,16 @@ def _backward_fake(
     lse: torch.Tensor,
     want_q: bool,
     want_kv: bool,
+    want_sinks: bool,
     *mask: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     def grad(x: torch.Tensor, want: bool) -> torch.Tensor:
         b, h, s, d = x.shape
         return _bshd(b, h, s, d, x) if want else x.new_empty(0)
 
-    return grad(q, want_q), grad(k, want_kv), grad(v, want_kv)
+    sinks = mask[6]
+    dsinks = q.new_empty(0) if sinks is None or not want_sinks else torch.empty_like(sinks)
+    return grad(q, want_q), grad(k, want_kv), grad(v, want_kv), dsinks
 
 
 def _mask(
@@ -1003,6 +731,7 @@ def _mask(
     left: torch.Tensor | int = 0
     first = torch.zeros_like(start, dtype=torch.int64)
     plain = whole = torch.ones((), dtype=torch.bool, device=start.device)
+    sighted = torch.ones((), dtype=torch.bool, device=start.device)
     if positions is not None:
         new = _documents(positions)
         plain = ~new.any()
@@ -1016,14 +745,17 @@ def _mask(
         plain = plain & real.all()
         whole = (real.sum(-1) == (last - left[:, 0]).clamp_min(0)).all()
         first = torch.maximum(first, left)
+        # Padding on the right sees what is before it, unless a chunk or a document of its own hides that.
+        sighted = ~left.any() & whole if positions is None and not chunk else real.all()
     if chunk:
         first = torch.maximum(first, torch.div(order - left, chunk, rounding_mode="floor") * chunk + left)
     start.copy_(first)
     stop.copy_(torch.searchsorted(start, order.to(torch.int32).expand(batch, -1).contiguous(), right=True))
     # Under CUDA graph capture the answer cannot be waited for: the kernels then look at every key's padding.
     if start.is_cuda and torch.cuda.is_current_stream_capturing():
-        return start, stop, end, keep, kind.fill_(HOLES)
-    return start, stop, end, keep, kind.copy_(torch.where(plain, PLAIN, torch.where(whole, INTERVALS, HOLES)))
+        return start, stop, end, keep, kind.fill_(HOLES | BLIND)
+    found = torch.where(plain, PLAIN, torch.where(whole, INTERVALS, HOLES)) + torch.where(sighted, 0, BLIND)
+    return start, stop, end, keep, kind.copy_(found)
 
 
 def _mask_fake(
@@ -1041,8 +773,9 @@ def _mask_fake(
 # ---------------------------------------------------------------- op
 
 _MASK = (
-    "Tensor? start, Tensor? stop, Tensor? end, Tensor? keep, Tensor? dense, Tensor? kind, "
-    'bool causal, SymInt window, SymInt chunk, float scale, float softcap, str route="auto"'
+    "Tensor? start, Tensor? stop, Tensor? end, Tensor? keep, Tensor? dense, Tensor? kind, Tensor? sinks, Tensor? seed, "
+    "bool causal, SymInt window, SymInt chunk, float scale, float softcap, float dropout_p=0.0, "
+    'str blind="zero", str route="auto"'
 )
 _raw_mask = raw_op(
     "attention_mask(Tensor? padding, Tensor? positions, SymInt chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -1052,7 +785,7 @@ _raw_mask = raw_op(
 _raw = raw_op(f"attention(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor, Tensor)", _forward, _forward_fake)
 _raw_backward = raw_op(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool want_q, bool want_kv, "
-    f"{_MASK}) -> (Tensor, Tensor, Tensor)",
+    f"bool want_sinks, {_MASK}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -1060,18 +793,21 @@ _raw_backward = raw_op(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, start, stop, end, keep, dense, kind, *constants):
-        out, lse = _raw(q, k, v, start, stop, end, keep, dense, kind, *constants)
-        ctx.save_for_backward(q, k, v, out, lse, start, stop, end, keep, dense, kind)
+    def forward(ctx, q, k, v, sinks, start, stop, end, keep, dense, kind, seed, *constants):
+        mask = start, stop, end, keep, dense, kind, sinks, seed
+        out, lse = _raw(q, k, v, *mask, *constants)
+        ctx.save_for_backward(q, k, v, out, lse, *mask)
         ctx.constants = constants
         return out
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, out, lse, *mask = ctx.saved_tensors
-        want_q, want_k, want_v = ctx.needs_input_grad[:3]
-        dq, dk, dv = _raw_backward(do, q, k, v, out, lse, want_q, want_k or want_v, *mask, *ctx.constants)
-        return (dq if want_q else None, dk if want_k else None, dv if want_v else None, *(None,) * 12)
+        want_q, want_k, want_v, want_sinks = ctx.needs_input_grad[:4]
+        wanted = want_q, want_k or want_v, want_sinks
+        dq, dk, dv, dsinks = _raw_backward(do, q, k, v, out, lse, *wanted, *mask, *ctx.constants)
+        grads = zip((dq, dk, dv, dsinks), ctx.needs_input_grad, strict=False)
+        return (*(grad if wanted else None for grad, wanted in grads), *(None,) * 15)
 
 
 def attention_mask(padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int = 0) -> Found:
@@ -1079,8 +815,8 @@ def attention_mask(padding: torch.Tensor | None, positions: torch.Tensor | None,
 
     start: first key that each query sees, chunks included, int32 ``[B, S]``; stop: one past the last query that sees
     each key, likewise. end: one past the last real token, int32 ``[B]``, and keep: padding as uint8 ``[B, S]``; both
-    None without padding. kind: int8 ``[]`` on the CPU, one of HOLES, PLAIN, INTERVALS: waiting for it is the one
-    synchronisation of a step.
+    None without padding. kind: int8 ``[]`` on the CPU, one of HOLES, PLAIN, INTERVALS, with BLIND where queries may see
+    no key: waiting for it is the one synchronisation of a step.
     """
     start, stop, end, keep, kind = _raw_mask(padding, positions, chunk)
     return (start, stop, None, None, kind) if padding is None else (start, stop, end, keep, kind)
@@ -1101,6 +837,9 @@ def attention(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``softmax(mask(scale · q kᵀ)) v``, differentiable in q, k and v; see the module for the mask's parts.
 
@@ -1108,10 +847,13 @@ def attention(
     of one dtype. window, chunk: in tokens, 0 for none; these and positions need ``causal``. padding: ``[B, Sk]``,
     boolean or integer, nonzero for a real token. positions: ``[B, S]`` integers. dense: broadcastable to
     ``[B, Hq, Sq, Sk]``, boolean or additive, not differentiated. scale: 1/√D by default. Returns ``[B, Hq, Sq, Dv]``,
-    which lies in memory as ``[B, Sq, Hq, Dv]``. mask: what
-    :func:`attention_mask` returned for padding, positions and chunk, in place of the first two.
+    which lies in memory as ``[B, Sq, Hq, Dv]``. mask: what :func:`attention_mask` returned for padding, positions and
+    chunk, in place of the first two. sinks: ``[Hq]``, floating point, differentiable. dropout_p: from 0 to below 1.
+    seed: int64 ``[1]``, which weights dropout drops; drawn from PyTorch's generator of the device by default. blind:
+    what a query that sees no key gives, one of :data:`BLINDS`.
     """
-    return _attend("auto", q, k, v, causal, window, chunk, padding, positions, dense, scale, softcap, mask)
+    options = causal, window, chunk, padding, positions, dense, scale, dropout_p, softcap, mask, sinks, blind, seed
+    return _attend("auto", q, k, v, *options)
 
 
 def _attend(
@@ -1126,17 +868,24 @@ def _attend(
     positions: torch.Tensor | None,
     dense: torch.Tensor | None,
     scale: float | None,
+    dropout_p: float,
     softcap: float,
     mask: Found | None,
+    sinks: torch.Tensor | None,
+    blind: str,
+    seed: torch.Tensor | None,
 ) -> torch.Tensor:
     """:func:`attention`, by cuDNN where it takes the call (``route`` "auto"), or by the kernels here ("triton")."""
     if mask is None and (padding is not None or positions is not None):
         mask = attention_mask(padding, positions, chunk)
     start, stop, end, keep, kind = mask or (None,) * 5
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if dropout_p and seed is None:
+        seed = new_seed(q)
     return _Attention.apply(
-        q, k, v, start, stop, end, keep, dense, kind, causal, window, chunk, float(scale), float(softcap), route
-    )
+        q, k, v, sinks, start, stop, end, keep, dense, kind, seed if dropout_p else None,
+        causal, window, chunk, float(scale), float(softcap), float(dropout_p), blind, route,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- variants
@@ -1157,9 +906,13 @@ def attention_kernels(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`attention` by the kernels of this file, also where cuDNN would take the call."""
-    return _attend("triton", q, k, v, causal, window, chunk, padding, positions, dense, scale, softcap, mask)
+    options = causal, window, chunk, padding, positions, dense, scale, dropout_p, softcap, mask, sinks, blind, seed
+    return _attend("triton", q, k, v, *options)
 
 
 def attention_sdpa(
@@ -1177,10 +930,20 @@ def attention_sdpa(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`attention` by PyTorch's own ``scaled_dot_product_attention``, where :func:`sdpa_supported`."""
     return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=dense, dropout_p=0.0, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        attn_mask=dense,
+        dropout_p=dropout_p,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
@@ -1199,10 +962,14 @@ def sdpa_supported(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> Reason | None:
     """None, or why PyTorch's own attention cannot compute this call."""
     options: dict[str, Any] = dict(padding=padding, positions=positions, dense=dense, scale=scale)
     options |= dict(causal=causal, window=window, chunk=chunk, dropout_p=dropout_p, softcap=softcap, mask=mask)
+    options |= dict(sinks=sinks, blind=blind, seed=seed)
     if reason := supported(q, k, v, **options):
         return reason
     # Its mask is dense or causal.
@@ -1214,6 +981,12 @@ def sdpa_supported(
         return Reason("mask", f"the mask is {dense.dtype}: scaled_dot_product_attention takes bool or {q.dtype}")
     if softcap:
         return Reason("softcap", "scaled_dot_product_attention caps no scores")
+    if sinks is not None:
+        return Reason("sinks", "scaled_dot_product_attention has no sinks")
+    if seed is not None:
+        return Reason("dropout", "scaled_dot_product_attention draws its dropout itself, and takes no seed")
+    if blind != "zero" and dense is not None:
+        return Reason("mask", "scaled_dot_product_attention gives 0 for a query that sees no key, not the mean")
     return None
 
 
@@ -1232,6 +1005,9 @@ def supported(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> Reason | None:
     """None, or why this call cannot run as the op."""
     # fp32, fp16 and bf16 kernels; one dtype goes into a tile product.
@@ -1255,9 +1031,21 @@ def supported(
     # A head is kept whole, in registers and shared memory.
     if q.is_cuda and max(q.shape[3], v.shape[3]) > MAX_D:
         return Reason("head_size", f"heads of {q.shape[3]} and {v.shape[3]}: at most {MAX_D} fit the kernel")
-    # The kernels do not draw random numbers.
-    if dropout_p:
-        return Reason("dropout", f"attention dropout is {dropout_p}: the kernels have none, set attention_dropout=0")
+    # What is left is divided by 1 − p.
+    if not 0 <= dropout_p < 1:
+        return Reason("dropout", f"attention dropout is {dropout_p}: from 0 to below 1 is supported")
+    if seed is not None and (seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != q.device):
+        return Reason("dropout", f"the seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}: int64 [1] is needed")
+    # What is computed afterwards has no dropout; a dense mask that adds says itself what it adds.
+    if blind not in BLINDS:
+        return Reason("mask", f"blind is {blind!r}: one of {', '.join(BLINDS)} is supported")
+    if blind == "filled" and dropout_p:
+        return Reason("dropout", "queries that see no key are to give a mean, which dropout is not drawn for")
+    if blind == "added" and dense is not None:
+        return Reason("mask", "a dense mask is to be added to a structured one that adds: one of both is supported")
+    # A sink is one number for each head.
+    if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or (reason := check_dtypes(sinks))):
+        return Reason("sinks", f"sinks are {sinks.dtype} {tuple(sinks.shape)}: one for each of {q.shape[1]} heads")
     # Positions of queries and keys are counted from the same token.
     structured = causal or window or chunk or positions is not None
     if structured and q.shape[2] != k.shape[2]:
@@ -1295,6 +1083,9 @@ def cost(
     dropout_p: float = 0.0,
     softcap: float = 0.0,
     mask: Found | None = None,
+    sinks: torch.Tensor | None = None,
+    blind: str = "zero",
+    seed: torch.Tensor | None = None,
 ) -> Cost:
     """The forward's. A window counts as its own length, documents as one: their number is known at run time only."""
     b, h, s, d = (size(n) for n in q.shape)

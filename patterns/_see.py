@@ -132,6 +132,11 @@ def _mean(node: fx.Node) -> Seen:
     return Seen("mean", (x, dim, keepdim)) if out_dtype in (None, dtype(x)) else UNKNOWN
 
 
+def _einsum(node: fx.Node) -> Seen:
+    operands = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    return Seen("einsum", (node.args[0], *operands)) if not node.kwargs else UNKNOWN
+
+
 def _getitem(node: fx.Node) -> Seen:
     x, index = node.args[:2]
     if isinstance(value(x), torch.Tensor):
@@ -186,6 +191,7 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node], Seen]] = {
     torch._C._nn.linear: _pick("linear", "input", "weight", "bias"),
     torch.matmul: _binary("matmul"),
     operator.matmul: _binary("matmul"),
+    torch.einsum: _einsum,
     F.silu: _activation("silu"),
     F.relu: _activation("relu"),
     torch.relu: _pick("relu", "input"),

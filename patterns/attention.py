@@ -1,13 +1,20 @@
-"""Attention: ``scaled_dot_product_attention`` with keys and values repeated for their query heads and a dense mask.
+"""Attention: ``scaled_dot_product_attention``, or what is written out as a product, a softmax and a product, with keys
+and values repeated for their query heads and a dense mask.
 
 The op takes the keys and values as they were before ``repeat_kv``, and the mask's structure
 (:mod:`fastft.patterns.masks`) in place of the mask, which nobody computes any more once its last user is replaced. A
 mask that is not understood stays, as an operand.
+
+Written out, scores are scaled, capped (Gemma 2), masked by a sum, a fill or a choice, joined by sinks (gpt-oss), and
+their weights may be dropped: each of these at most once, in this order, as transformers' eager attention has them.
 """
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +24,15 @@ from fastft.autotune.variants import run
 from fastft.kernels.attention import OP as ATTENTION
 from fastft.kernels.attention import attention, attention_mask
 from fastft.patterns._match import (
+    Bindings,
     Match,
+    Pattern,
     Reason,
     Rewrite,
     Table,
     Var,
     dtype,
+    is_noop,
     op,
     rank,
     row,
@@ -32,7 +42,7 @@ from fastft.patterns._match import (
     through,
     value,
 )
-from fastft.patterns.masks import Structure, recover
+from fastft.patterns.masks import HIDES, Structure, number_of, recover, recover_added, recover_hidden
 
 
 def _rounded(
@@ -47,6 +57,25 @@ def rounded_attention(*qkv: torch.Tensor, variant: str = "", **options: Any) -> 
     return run(ATTENTION.name, variant, *args, **options)
 
 
+@dataclass(frozen=True)
+class Spelled:
+    """Attention as it stands in the graph. ``mask`` shows keys where it is True ("shows"), hides them ("hides"), or is
+    added to the scores ("adds"). ``below``: what hidden scores are set to, where they are set to something.
+    """
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None = None
+    kind: str = "shows"
+    below: float = -math.inf
+    is_causal: bool = False
+    scale: float | None = None
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    dropout_p: float = 0.0
+
+
 def _sdpa(m: Match) -> Rewrite | Reason | None:
     q, k, v, mask, dropout_p, is_causal, scale, _ = see(m.anchor).args
     if any(rank(t) != 4 for t in (q, k, v)):
@@ -54,47 +83,63 @@ def _sdpa(m: Match) -> Rewrite | Reason | None:
     for name, number in (("scale", scale), ("dropout", dropout_p)):
         if isinstance(number, fx.Node):
             return Reason(name, f"attention's {name} is an input of the graph ({number.name}), not a constant")
-    k, v = _solid(k), _solid(v)
+    kind = "shows" if mask is None or dtype(mask) == torch.bool else "adds"
+    site = Spelled(q, k, v, mask, kind, is_causal=bool(is_causal), scale=scale, dropout_p=float(dropout_p or 0.0))
+    return _attention(m, site)
+
+
+def _attention(m: Match, site: Spelled) -> Rewrite | Reason | None:
+    q, k, v, mask, is_causal = site.q, _solid(site.k), _solid(site.v), site.mask, site.is_causal
     short_k, short_v = _unrepeated(k), _unrepeated(v)
     if same_size(shape(short_k)[1], shape(short_v)[1]):
         k, v = short_k, short_v
-    options: dict[str, Any] = {"dropout_p": float(dropout_p or 0.0)}
-    if scale is not None:
-        options["scale"] = scale
+    options: dict[str, Any] = {"dropout_p": site.dropout_p}
+    options |= {"scale": site.scale} if site.scale is not None else {}
+    options |= {"softcap": site.softcap} if site.softcap else {}
+    options |= {"sinks": site.sinks} if site.sinks is not None else {}
+    always = dict(options)
     note = "full"
     if is_causal:
         options["causal"], note = True, "causal"
-    unrecovered = None
     if mask is not None:
-        structure = _recover(mask, q, k)
+        structure = _recover(site)
+        unrecovered = structure if isinstance(structure, Reason) else None
         if isinstance(structure, Structure):
             note = str(structure)
             options |= {
-                "causal": structure.causal or bool(is_causal),
+                "causal": structure.causal or is_causal,
                 "window": structure.window,
                 "chunk": structure.chunk,
             }
+            # Only padding can hide every key from a query; one finite number for all of them hides none of them then.
+            if structure.padding is not None and structure.below > -math.inf and site.sinks is None:
+                options["blind"] = "added" if site.kind == "adds" else "filled"
             # What they hold is looked at once for all layers, by a node of its own.
             found = {"padding": structure.padding, "positions": structure.positions}
             unrecovered = _problem(m, q, k, v, {**options, **found})
             if unrecovered is None and (structure.padding is not None or structure.positions is not None):
                 options["mask"] = _shared(structure)
-        else:
-            unrecovered = structure
         if unrecovered is not None:
-            options = {key: options[key] for key in ("dropout_p", "scale") if key in options} | {
-                "causal": bool(is_causal),
-                "dense": mask,
-            }
+            options = {**always, "causal": is_causal, "dense": mask}
+            if site.below > -math.inf and site.kind != "adds" and site.sinks is None:
+                options["blind"] = "filled"
+            if site.kind == "hides":
+                if problem := _problem(m, q, k, v, options):
+                    return problem
+                options["dense"] = _negated(mask)
             note = f"dense: {unrecovered.text}"
     if problem := _problem(m, q, k, v, {key: o for key, o in options.items() if key != "mask"}):
         return problem
+    if site.sinks is not None:
+        note += "; sinks"
     if not same_size(shape(q)[1], shape(k)[1]):
         note += f"; {shape(q)[1]} query heads on {shape(k)[1]}"
     if all(dtype(t) == dtype(m.anchor) for t in (q, k, v)):
-        return Rewrite(attention, (q, k, v), options, notes=note, kernel=ATTENTION)
+        return Rewrite(attention, (q, k, v), options, inside=m.inside, notes=note, kernel=ATTENTION)
     options["to"] = dtype(m.anchor)
-    return Rewrite(rounded_attention, (q, k, v), options, notes=note, kernel=ATTENTION, prepare=_rounded)
+    return Rewrite(
+        rounded_attention, (q, k, v), options, inside=m.inside, notes=note, kernel=ATTENTION, prepare=_rounded
+    )
 
 
 def _problem(m: Match, q: fx.Node, k: fx.Node, v: fx.Node, options: dict[str, Any]) -> Reason | None:
@@ -104,11 +149,31 @@ def _problem(m: Match, q: fx.Node, k: fx.Node, v: fx.Node, options: dict[str, An
     return ATTENTION.supported(q, k, v, **{key: value(o) for key, o in options.items()})
 
 
-def _recover(mask: fx.Node, q: fx.Node, k: fx.Node) -> Structure | Reason:
-    structure = recover(mask)
-    if isinstance(structure, Reason) or dtype(mask) == torch.bool:
+def _recover(site: Spelled) -> Structure | Reason:
+    """The mask's structure. What it adds must be as good as infinite, where a query may see no key."""
+    mask = site.mask
+    assert mask is not None
+    if site.kind == "adds":
+        structure = recover_added(mask)
+        kind = dtype(mask)
+        assert kind is not None
+        padded = isinstance(structure, Structure) and structure.padding is not None
+        if isinstance(structure, Structure) and padded and structure.below > torch.finfo(kind).min / 2:
+            return Reason("mask", f"{structure.below} is added to hidden scores, which is not below all others")
         return structure
-    return Reason("mask", f"the mask is {dtype(mask)}: only boolean masks are recovered")
+    structure = (recover if site.kind == "shows" else recover_hidden)(mask)
+    return replace(structure, below=site.below) if isinstance(structure, Structure) else structure
+
+
+def _negated(mask: fx.Node) -> fx.Node:
+    """``~mask``, right after it."""
+    node = next((u for u in mask.users if u.target is torch.logical_not), None)
+    if node is None:
+        with mask.graph.inserting_after(mask):
+            node = mask.graph.call_function(torch.logical_not, (mask,))
+        with value(mask).fake_mode:
+            node.meta["example_value"] = torch.logical_not(value(mask))
+    return node
 
 
 def _shared(structure: Structure) -> tuple[fx.Node | None, ...]:
@@ -200,26 +265,241 @@ def _inserts_third(index: tuple[Any, ...]) -> bool:
     return len(index) >= 3 and index[2] is None and all(i == slice(None) for n, i in enumerate(index) if n != 2)
 
 
+# ---------------------------------------------------------------- written out
+
+
+class Written(Pattern):
+    """``dropout(softmax(mask(cap(q kᵀ · scale)) and sinks)) v``, bound to ``site`` as :class:`Spelled`."""
+
+    anchors = frozenset({"matmul", "einsum"})
+
+    def match(self, found: Any, bound: Bindings) -> Iterator[Bindings]:
+        walk = _Walk()
+        site = walk.site(found)
+        if site is not None:
+            more = Bindings(bound.names, bound.inside | walk.inside).bind("site", site)
+            if more is not None:
+                yield more
+
+
+class _Walk:
+    """From the last product up to the first one; ``inside``: the nodes passed by."""
+
+    def __init__(self) -> None:
+        self.inside: set[fx.Node] = set()
+
+    def take(self, node: Any, *ops: str) -> Any:
+        """``node``, seen through no-ops and ``ops``."""
+        while isinstance(node, fx.Node):
+            seen = see(node)
+            if seen.op not in ops and not is_noop(seen):
+                break
+            self.inside.add(node)
+            node = seen.args[0]
+        return node
+
+    def site(self, anchor: Any) -> Spelled | None:
+        product = _product(anchor)
+        if product is None or product[2]:
+            return None
+        self.inside.add(anchor)
+        p, v, _ = product
+        dropout_p = 0.0
+        p = self.take(p, "cast")
+        if see(p).op == "dropout":  # one that drops: the others are no-ops
+            self.inside.add(p)
+            dropout_p, p = see(p).args[1], self.take(see(p).args[0], "cast")
+        cut = see(p).op == "index" and _drops_last(see(p).args[1])
+        if cut:
+            self.inside.add(p)
+            p = self.take(see(p).args[0], "cast")
+        softmax = see(p)
+        if softmax.op != "softmax" or rank(p) != 4 or softmax.args[1] not in (-1, 3):
+            return None
+        self.inside.add(p)
+        s = self.take(softmax.args[0], "cast")
+        s = self.take(self._unshifted(s), "cast")
+        sinks = None
+        if cut:
+            joined = see(s)
+            if joined.op != "cat" or joined.args[1] not in (-1, 3) or len(joined.args[0]) != 2:
+                return None
+            self.inside.add(s)
+            s, sinks = self.take(joined.args[0][0], "cast"), _per_head(joined.args[0][1], shape(p)[1])
+            if sinks is None:
+                return None
+        s, mask, kind, below = self._unmasked(s)
+        s, softcap = self._uncapped(self.take(s, "cast"))
+        scale = 1.0
+        s = self.take(s, "cast")
+        while (factor := _factor(see(s))) is not None:
+            self.inside.add(s)
+            scale, s = scale * factor, self.take(see(s).args[0], "cast")
+        product = _product(s)
+        if product is None:
+            return None
+        self.inside.add(s)
+        q, k, transposed = product
+        if not transposed:
+            k = self._transposed(k)
+        if k is None or any(rank(t) != 4 for t in (q, k, v)) or isinstance(dropout_p, fx.Node):
+            return None
+        return Spelled(q, k, v, mask, kind, below, False, scale, softcap, sinks, dropout_p)
+
+    def _unshifted(self, s: Any) -> Any:
+        """Without the subtraction of the largest score, which softmax does by itself."""
+        seen = see(s)
+        if seen.op != "sub" or not isinstance(seen.args[1], fx.Node):
+            return s
+        x, largest = seen.args[0], through(seen.args[1], "noop")
+        passed = {s, seen.args[1], largest}
+        if see(largest).op == "getitem" and see(largest).args[1] == 0:
+            largest = see(largest).args[0]
+            passed.add(largest)
+        name = getattr(largest.target, "__name__", largest.target)
+        dim = largest.kwargs.get("dim", largest.args[1] if len(largest.args) > 1 else None)
+        if name not in ("max", "amax") or dim not in (-1, 3) or largest.args[:1] != (x,):
+            return s
+        self.inside |= passed
+        return x
+
+    def _unmasked(self, s: Any) -> tuple[Any, fx.Node | None, str, float]:
+        """The scores before the mask, the mask, how it hides, and what it sets hidden scores to."""
+        seen, name = see(s), str(getattr(getattr(s, "target", None), "__name__", getattr(s, "target", "")))
+        if seen.op == "add" and all(isinstance(t, fx.Node) for t in seen.args):
+            for scores, mask in (seen.args, seen.args[::-1]):
+                if _scores(scores) and not _scores(mask) and shape(scores) == shape(s):
+                    self.inside.add(s)
+                    return scores, mask, "adds", -math.inf
+        args = s.args if isinstance(s, fx.Node) else ()
+        if name in ("masked_fill", "where") and len(args) == 3:
+            if name == "where":
+                hides = _scores(args[2]) and not _scores(args[1])
+                scores, mask, fill = (args[2], args[0], args[1]) if hides else (args[1], args[0], args[2])
+            else:
+                hides, (scores, mask, fill) = True, args
+            below = number_of(fill)
+            if below is not None and below <= HIDES and _scores(scores) and dtype(mask) == torch.bool:
+                self.inside.add(s)
+                return scores, mask, "hides" if hides else "shows", below
+        return s, None, "shows", -math.inf
+
+    def _uncapped(self, s: Any) -> tuple[Any, float]:
+        """The scores before ``cap · tanh(scores / cap)``, and the cap; 0.0 where there is none."""
+        cap = _factor(see(s))
+        inner = through(see(s).args[0], "noop", "cast") if cap is not None else None
+        if cap is None or see(inner).op != "tanh":
+            return s, 0.0
+        divided = through(see(inner).args[0], "noop", "cast")
+        factor = _factor(see(divided))
+        if factor is None or not math.isclose(factor * cap, 1.0, rel_tol=1e-6):
+            return s, 0.0
+        for node in (s, inner, divided):
+            self.inside.add(node)
+        self.take(see(s).args[0], "cast")
+        self.take(see(inner).args[0], "cast")
+        return see(divided).args[0], cap
+
+    def _transposed(self, node: Any) -> Any:
+        """What ``node`` is the transpose of, over its last two axes; None: it is none."""
+        node = self.take(node)
+        seen = see(node)
+        if seen.op == "transpose" and {a % 4 for a in seen.args[1:]} == {2, 3}:
+            self.inside.add(node)
+            return seen.args[0]
+        if seen.op == "permute" and seen.args[1] == (0, 1, 3, 2):
+            self.inside.add(node)
+            return seen.args[0]
+        return None
+
+
+def _product(node: Any) -> tuple[Any, Any, bool] | None:
+    """The operands of a product over heads, and whether the second one is transposed."""
+    seen = see(node)
+    if seen.op == "matmul":
+        return (*seen.args, False)
+    if seen.op != "einsum" or len(seen.args) != 3 or not isinstance(seen.args[0], str):
+        return None
+    inputs, _, output = seen.args[0].replace(" ", "").partition("->")
+    a, _, b = inputs.partition(",")
+    if not all(len(set(t)) == len(t) == 4 for t in (a, b, output)) or not a[:2] == b[:2] == output[:2]:
+        return None
+    if output[2:] == a[2] + b[3] and a[3] == b[2]:
+        return seen.args[1], seen.args[2], False
+    if output[2:] == a[2] + b[2] and a[3] == b[3]:
+        return seen.args[1], seen.args[2], True
+    return None
+
+
+def _factor(seen: Any) -> float | None:
+    """The number that a product or quotient with a number multiplies by."""
+    if seen.op in ("mul", "div") and isinstance(seen.args[1], (int, float)) and seen.args[1] != 0:
+        return float(seen.args[1]) if seen.op == "mul" else 1.0 / seen.args[1]
+    return None
+
+
+def _drops_last(index: Any) -> bool:
+    """Whether an index is ``[..., :-1]``."""
+    index = index if isinstance(index, (tuple, list)) else (index,)
+    rest = all(i is Ellipsis or i == slice(None) for i in index[:-1])
+    return rest and len(index) in (2, 4) and index[-1] == slice(None, -1)
+
+
+def _per_head(node: Any, heads: Any) -> fx.Node | None:
+    """The ``[heads]`` that a ``[batch, heads, seq, 1]`` repeats; None: it repeats something else."""
+    if not same_size(shape(node)[-1], 1) or rank(node) != 4:
+        return None
+    node = through(node, "expand", "noop")
+    while rank(node) == 4:
+        sizes, seen = shape(node), see(node)
+        if not all(same_size(n, 1) for n in (sizes[0], *sizes[2:])) or not same_size(sizes[1], heads):
+            return None
+        if seen.op not in ("view", "index", "unsqueeze", "cast", "expand") and not is_noop(seen):
+            return None
+        node = seen.args[0]
+    return node if rank(node) == 1 and same_size(shape(node)[0], heads) else None
+
+
+def _written(m: Match) -> Rewrite | Reason | None:
+    return _attention(m, m["site"])
+
+
+#: What other libraries leave in a graph for their own attention kernels.
+_FOREIGN = {
+    "flex_attention": "FlexAttention, which brings its own kernel; attn_implementation='sdpa' has one here",
+    "flash_attn": "FlashAttention's own op, which stays; attn_implementation='sdpa' has one here",
+    "flash_attention": "FlashAttention's own op, which stays; attn_implementation='sdpa' has one here",
+}
+
+
 def _seed(node: fx.Node) -> str | None:
     seen = see(node)
     if seen.op == "sdpa":
         return "scaled_dot_product_attention"
     if seen.op == "softmax" and rank(node) == 4 and _scores(seen.args[0]):
-        return "softmax of attention scores, spelled out (attn_implementation='eager')"
-    return None
+        return "softmax of attention scores, spelled out in another way than transformers' eager attention"
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", node.target))
+    return next((what for word, what in _FOREIGN.items() if word in name), None)
 
 
 def _scores(node: Any) -> bool:
     """Whether a value is a product, scaled, capped, masked, shifted, or standing first in a ``cat`` with sinks."""
     while True:
-        seen = see(through(node, "noop", "cast", "add", "mul", "div", "sub", "index", "tanh"))
+        node = through(node, "noop", "cast", "add", "mul", "div", "sub", "index", "tanh")
+        seen = see(node)
+        if isinstance(node, fx.Node) and str(getattr(node.target, "__name__", node.target)) == "masked_fill":
+            node = node.args[0]
+            continue
         if seen.op != "cat" or not isinstance(seen.args[0], (tuple, list)):
-            return seen.op == "matmul"
+            return seen.op == "matmul" or _product(node) is not None
         node = seen.args[0][0]
 
 
 TABLE = Table(
     "attention",
-    (row(op("sdpa", Var("q"), Var("k"), Var("v")), _sdpa),),  # softmax(mask(scale · q kᵀ)) v
+    (
+        row(op("sdpa", Var("q"), Var("k"), Var("v")), _sdpa),  # softmax(mask(scale · q kᵀ)) v
+        row(Written(), _written),  # the same, written out (gpt-oss, Gemma 2 with its cap)
+    ),
     _seed,
 )

@@ -5,6 +5,10 @@ transformers, while tracing, builds every mask as a boolean ``[B, 1, Sq, Sk]`` f
 evaluates that graph on symbols instead of numbers, from the mask upward, and answers with the conjunction it stands
 for. Constants come from the graph; nothing is read off names or configs.
 
+What is written out by hand has other forms: a float mask that is added to the scores, 0 where a key is seen and far
+below 0 where it is not (:func:`recover_added`), or scores that are overwritten where a boolean hides them
+(:func:`recover_hidden`).
+
 The symbols: a :class:`Coordinate` is an integer tensor that counts along one axis of the mask; :class:`Rows` is a
 tensor with one row for each sequence of the batch; :class:`Gathered` is such a row laid along an axis of the mask; a
 :class:`Constant` is the same number everywhere; a :class:`Mask` is a conjunction of parts. Whatever else is met is
@@ -13,6 +17,7 @@ tensor with one row for each sequence of the batch; :class:`Gathered` is such a 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,22 +27,30 @@ import torch
 from torch import fx
 
 from fastft.kernels._op import Reason
-from fastft.patterns._see import dtype, rank, same_size, see, shape, value
+from fastft.patterns._see import dtype, rank, same_size, see, shape, through, value
 
-__all__ = ["Structure", "recover"]
+__all__ = ["HIDES", "Structure", "number_of", "recover", "recover_added", "recover_hidden"]
 
 BATCH, QUERY, KEY = -4, -2, -1  # axes of the mask, counted from the last as broadcasting does
 
 
+#: From here on down a score has no weight beside any that is not hidden.
+HIDES = -1e4
+
+
 @dataclass(frozen=True)
 class Structure:
-    """A conjunction: its parts, their constants, the tensors they read (padding ``[B, Sk]``, positions ``[B, S]``)."""
+    """A conjunction: its parts, their constants, the tensors they read (padding ``[B, Sk]``, positions ``[B, S]``).
+
+    ``below``: the number that is added to a hidden score.
+    """
 
     causal: bool = False
     window: int = 0
     chunk: int = 0
     padding: fx.Node | None = None
     positions: fx.Node | None = None
+    below: float = -math.inf
 
     def __str__(self) -> str:
         parts = [
@@ -112,7 +125,24 @@ Symbol = Coordinate | Rows | Gathered | Constant | Mask | Unknown
 
 def recover(mask: fx.Node) -> Structure | Reason:
     """The conjunction that ``mask`` computes, or a Reason that names the first thing that is not understood."""
-    found = _evaluate(mask, {})
+    return _structure(mask, _evaluate(mask, {}))
+
+
+def recover_hidden(mask: fx.Node) -> Structure | Reason:
+    """The same of a boolean that is True where a key is hidden."""
+    return _structure(mask, _shown(mask, {}))
+
+
+def recover_added(mask: fx.Node) -> Structure | Reason:
+    """The same of a mask that is added to the scores: 0 where a key is seen, ``below`` (-1e4 or less) elsewhere."""
+    below: set[float] = set()
+    structure = _structure(mask, _added(mask, {}, below))
+    if isinstance(structure, Structure) and below:
+        structure = replace(structure, below=max(below))
+    return structure
+
+
+def _structure(mask: fx.Node, found: Symbol) -> Structure | Reason:
     if isinstance(found, Constant) and found.number:
         return Structure()
     if not isinstance(found, Mask):
@@ -169,6 +199,89 @@ def _symbol(node: fx.Node, memo: dict[fx.Node, Symbol]) -> Symbol:
     return (
         found if found is not None else Unknown(f"{node.name} = {getattr(node.target, '__name__', node.target)}(...)")
     )
+
+
+_NOT = ("invert", "__invert__", "logical_not", "bitwise_not")
+_OPPOSITE = {"gt": "le", "ge": "lt", "lt": "ge", "le": "gt", "eq": "ne", "ne": "eq"}
+
+
+def _name(node: Any) -> str:
+    """What a node calls: the function's or the method's name; empty for other nodes and for numbers."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+        return ""
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def _shown(node: Any, memo: dict[fx.Node, Symbol]) -> Symbol:
+    """What a boolean that hides leaves: the symbol of ``~node``."""
+    name = _name(node)
+    bare = name.strip("_")
+    if name in _NOT:
+        return _evaluate(node.args[0], memo)
+    if bare == "eq" and not isinstance(node.args[1], fx.Node) and node.args[1] == 0:
+        seen = _evaluate(node.args[0], memo)
+        if isinstance(seen, Mask) or (isinstance(seen, Rows) and seen.kind == "values"):
+            return seen
+    if bare in _OPPOSITE and dtype(node) == torch.bool:
+        return _compare(_OPPOSITE[bare])(node, lambda x: _evaluate(x, memo)) or Unknown(f"{node.name} = {name}(...)")
+    if name in _MOVES:
+        return _MOVES[name](node, lambda x: _shown(x, memo)) or Unknown(f"{node.name} = {name}(...)")
+    if name == "triu" and _argument(node, 1, "diagonal", 0) == 1 and number_of(node.args[0]) == 1:
+        return Mask(frozenset({("causal",)}))
+    found = _evaluate(node, memo)
+    if isinstance(found, Constant):
+        return Constant(not found.number)
+    return found if isinstance(found, Unknown) else Unknown(f"{node.name} hides what is not known to be a mask's rest")
+
+
+def _added(node: Any, memo: dict[fx.Node, Symbol], below: set[float]) -> Symbol:
+    """What an additive mask shows. ``below`` collects the numbers that it hides by."""
+    unknown = Unknown(f"{node.name} = {_name(node) or node.op}(...)")
+    name = _name(node)
+    if name == "where" and len(node.args) == 3:
+        condition, a, b = node.args
+        a, b = number_of(a), number_of(b)
+        if a == 0 and b is not None and b <= HIDES:
+            below.add(b)
+            return _evaluate(condition, memo)
+        if b == 0 and a is not None and a <= HIDES:
+            below.add(a)
+            return _shown(condition, memo)
+        return unknown
+    if name == "masked_fill" and len(node.args) == 3 and number_of(node.args[0]) == 0:
+        fill = number_of(node.args[2])
+        if fill is not None and fill <= HIDES:
+            below.add(fill)
+            return _shown(node.args[1], memo)
+        return unknown
+    if name == "triu" and _argument(node, 1, "diagonal", 0) == 1:
+        fill = number_of(node.args[0])
+        if fill is not None and fill <= HIDES:
+            below.add(fill)
+            return Mask(frozenset({("causal",)}))
+        return unknown
+    if name in _CASTS and dtype(node.args[0]) != torch.bool:
+        return _added(node.args[0], memo, below)
+    if name in _MOVES:
+        return _MOVES[name](node, lambda x: _added(x, memo, below)) or unknown
+    return Constant(True) if number_of(node) == 0 else unknown
+
+
+def number_of(node: Any) -> float | None:
+    """The number that a value is everywhere; None where it is none, or not known."""
+    if isinstance(node, (int, float)):
+        return float(node)
+    node = through(node, "noop", "cast", "expand", "unsqueeze", "view")
+    name = _name(node)
+    if name in ("zeros", "zeros_like", "new_zeros"):
+        return 0.0
+    if name in ("ones", "ones_like", "new_ones"):
+        return 1.0
+    at = {"tensor": 0, "scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}.get(name)
+    if at is None:
+        return None
+    number = _argument(node, at, "data" if at == 0 else "fill_value")
+    return float(number) if isinstance(number, (int, float)) else None
 
 
 Evaluate = Callable[[Any], Symbol]
@@ -472,4 +585,13 @@ _RULES: dict[str, Callable[[fx.Node, Evaluate], Symbol | None]] = {
     **{spelling: _compare(name) for name in ("eq", "ne", "le", "lt", "ge", "gt") for spelling in (name, f"__{name}__")},
     **dict.fromkeys(("and_", "__and__", "logical_and", "bitwise_and"), _and),
     "tril": _tril,
+}
+
+_CASTS = ("to", "float", "half", "bfloat16", "type_as", "type", "contiguous", "clone", "detach", "cuda", "cpu")
+#: What moves a mask's axes and changes none of its numbers.
+_MOVES: dict[str, Callable[[fx.Node, Evaluate], Symbol | None]] = {
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
+    "unsqueeze": _unsqueeze,
+    "getitem": _index,
+    **dict.fromkeys(("to", "bool", "contiguous", "clone", "detach", "cuda", "cpu"), lambda node, of: of(node.args[0])),
 }

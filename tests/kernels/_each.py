@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import fastft.kernels
+from fastft.kernels._config import parts_of
 from fastft.kernels._op import Op
 
 
@@ -32,6 +34,12 @@ def homes() -> dict[str, list[str]]:
 def kernels(home: str) -> ModuleType:
     """The file itself, as a module."""
     return importlib.import_module(f"fastft.kernels.{home}")
+
+
+def parts(home: str) -> list[ModuleType]:
+    """The file, and those that it is divided into, as modules."""
+    file = Path(str(kernels(home).__file__))
+    return [importlib.import_module(f"fastft.kernels.{part.stem}") for part in parts_of(file)]
 
 
 def own_tests(home: str) -> str:

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastft.kernels import _rows
-from tests.kernels._each import homes, kernels
+from tests.kernels._each import homes, parts
 
 # ----------------------------------------------------------------------------------------------------- exact numbers
 
@@ -276,6 +276,9 @@ ATEN: dict[str, Callable[..., Any]] = {
     "any": lambda x: any(not _same(v, 0) for v in x.flat),
     "eq": EQUAL,
     "ne": lambda x, y: ~EQUAL(x, y).astype(bool),
+    "lt": lambda x, y: (x < y).astype(bool),
+    "gt": lambda x, y: (x > y).astype(bool),
+    "bitwise_and": np.logical_and,
     "where": np.where,
     "masked_fill": lambda x, mask, value: np.where(mask, value, x),
     "mm": lambda x, y: x @ y,
@@ -367,6 +370,18 @@ class Language:
     def num_programs(self, axis: int) -> int:
         return self.grid[axis]
 
+    def philox(self, seed: Any, *counters: Any) -> tuple[Block, ...]:
+        """As :func:`fastft.kernels.attention.kept` has it: integers, which expressions know nothing of."""
+        *counters, rounds = counters  # type: ignore[assignment]
+        c = [np.asarray(n).astype(np.uint64) for n in counters]
+        key = [int(np.asarray(seed)) & 0xFFFFFFFF, int(np.asarray(seed)) >> 32]
+        low, word = np.uint64(0xFFFFFFFF), np.uint64(32)
+        for _ in range(rounds):
+            a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+            c = [(b >> word) ^ c[1] ^ np.uint64(key[0]), b & low, (a >> word) ^ c[3] ^ np.uint64(key[1]), a & low]
+            key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+        return tuple(block(n.astype(np.int64)) for n in c)
+
     def debug_barrier(self) -> None:
         """A program is one thread here."""
 
@@ -457,7 +472,7 @@ def triton_bodies() -> Iterator[None]:
     """Within, ops launch their kernels, and these run on expressions."""
     jitted, language = type(_rows.row_offset), Language()
     with contextlib.ExitStack() as stack:
-        for module in (_rows, *map(kernels, homes())):
+        for module in {_rows, *(m for home in homes() for m in parts(home))}:
             for name, value in vars(module).copy().items():
                 if isinstance(value, jitted):
                     stack.enter_context(mock.patch.object(module, name, Kernel(value.fn, language)))  # type: ignore[attr-defined]

@@ -110,9 +110,9 @@ def _attention(s: Shape, dtype: torch.dtype) -> None:
         _empty(s["batch"], s["seq"], s[n], s["head_dim"], dtype=dtype).transpose(1, 2)
         for n in ("heads", "kv_heads", "kv_heads")
     )
-    mask = (None,) * 6, True, s["window"] or 0, 0, 0.1, s["softcap"] or 0.0
+    mask = (None,) * 8, True, s["window"] or 0, 0, 0.1, s["softcap"] or 0.0
     out, lse = attention._forward(q, k, v, *mask[0], *mask[1:])
-    attention._backward(out, q, k, v, out, lse, True, True, *mask[0], *mask[1:])
+    attention._backward(out, q, k, v, out, lse, True, True, False, *mask[0], *mask[1:])
 
 
 def _linear_cross_entropy(s: Shape, dtype: torch.dtype) -> None:

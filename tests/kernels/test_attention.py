@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from fastft.compare import assert_within
+from fastft.compare import assert_within, compare, rounding
 from fastft.kernels import attention as module
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
@@ -50,6 +50,9 @@ class Case:
     dense: str = ""
     softcap: float = 0.0
     scale: float | None = None
+    sinks: bool = False
+    dropout_p: float = 0.0
+    blind: str = "zero"
 
     def __str__(self) -> str:
         default = Case()
@@ -100,6 +103,9 @@ def inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[list[torch.Te
     elif case.dense == "finite":  # what older transformers builds: finfo.min, not −∞
         dense = torch.where(torch.rand(case.b, 1, case.sq, case.sk) > 0.4, 0.0, torch.finfo(torch.float32).min)
         dense[..., 0] = 0.0
+    elif case.dense == "finite rows":  # all keys of some queries
+        dense = torch.where(torch.rand(case.b, 1, case.sq, 1) > 0.4, 0.0, torch.finfo(torch.float32).min)
+        dense = dense.expand(-1, -1, -1, case.sk)
     padding = padding_mask(case.padding, case.b, case.sk)
     positions = packed_positions(case.b, case.sq) if case.packed else None
     mask = {
@@ -107,8 +113,16 @@ def inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[list[torch.Te
         "padding": None if padding is None else padding.to(DEVICE),
         "positions": None if positions is None else positions.to(DEVICE),
         "dense": None if dense is None else dense.to(DEVICE),
+        "dropout_p": case.dropout_p, "blind": case.blind,
+        "seed": torch.tensor([seed + 2**40 + 12345], device=DEVICE) if case.dropout_p else None,
     }  # fmt: skip
-    return [t.to(DEVICE, dtype) for t in (q, k, v)], mask
+    sinks = [torch.randn(case.hq)] if case.sinks else []
+    return [t.to(DEVICE, dtype) for t in (q, k, v, *sinks)], mask
+
+
+def called(fn: Callable[..., torch.Tensor], mask: dict[str, Any]) -> Callable[..., torch.Tensor]:
+    """``fn`` of q, k, v and the sinks, if there are any."""
+    return lambda q, k, v, sinks=None: fn(q, k, v, sinks=sinks, **mask)
 
 
 def run(call, tensors: list[torch.Tensor], do: torch.Tensor) -> list[torch.Tensor]:
@@ -117,12 +131,32 @@ def run(call, tensors: list[torch.Tensor], do: torch.Tensor) -> list[torch.Tenso
     return [out.detach(), *torch.autograd.grad(out, leaves, do)]
 
 
-def sdpa(q, k, v, *, scale, softcap, dense, **parts):
+def eager(q, k, v, mask, blind, *, scale, softcap, sinks, dropout_p, seed):
+    """What transformers' eager attention runs, masked by a finite number, with gpt-oss's sinks."""
+    s = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    s = torch.tanh(s / softcap) * softcap if softcap else s
+    if mask is not None:
+        lowest = torch.finfo(torch.float32 if s.dtype == torch.float64 else s.dtype).min
+        s = s + torch.where(mask, 0.0, lowest).to(s.dtype) if blind == "added" else torch.where(mask, s, lowest)
+    if sinks is not None:
+        s = torch.cat([s, sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)], -1)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    p = F.softmax(s, -1, dtype=wide)[..., : k.shape[2]].to(q.dtype)
+    if dropout_p:
+        p = p * module.kept(seed, *p.shape, dropout_p) / (1 - dropout_p)
+    return p @ v
+
+
+def sdpa(q, k, v, *, scale, softcap, dense, sinks, dropout_p, blind, seed, **parts):
     """What stock transformers runs: repeated keys and a dense mask."""
-    if softcap:
+    if softcap and not (sinks is not None or dropout_p or blind != "zero"):
         return reference(q, k, v, scale=scale, softcap=softcap, dense=dense, **parts)
     group = q.shape[1] // k.shape[1]
     mask = visible(q.shape[2], k.shape[2], q.device, **parts)
+    if sinks is not None or dropout_p or blind != "zero":
+        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+        mask = dense if mask is None else mask
+        return eager(q, k, v, mask, blind, scale=scale, softcap=softcap, sinks=sinks, dropout_p=dropout_p, seed=seed)
     if dense is not None and dense.dtype != torch.bool:
         mask = dense.to(q.dtype) if mask is None else torch.where(mask, dense, -torch.inf).to(q.dtype)
     elif dense is not None:
@@ -157,6 +191,7 @@ CASES = [
     Case(causal=False, dense="bool"),
     Case(causal=False, dense="additive"),
     Case(causal=False, dense="finite"),
+    Case(causal=False, dense="finite rows", dv=40),
     Case(dense="additive", padding="right"),
     Case(softcap=3.0),
     Case(softcap=3.0, window=9, padding="left"),
@@ -164,6 +199,19 @@ CASES = [
     Case(d=128, dv=128, b=1, hq=2, hk=1, packed=True, sq=40, sk=40),
     Case(d=256, dv=256, b=1, hq=2, hk=1, window=9, sq=40, sk=40),
     Case(sq=1, sk=1),
+    Case(sinks=True),
+    Case(hq=4, hk=2, d=24, dv=40, window=9, padding="left", sinks=True),
+    Case(causal=False, sq=19, sk=45, dense="bool", sinks=True),
+    Case(packed=True, sinks=True, softcap=3.0),
+    Case(dropout_p=0.25),
+    Case(hq=4, hk=2, padding="right", window=20, dropout_p=0.5),
+    Case(causal=False, sq=19, sk=45, dropout_p=0.1, sinks=True),
+    Case(padding="left", blind="filled"),
+    Case(padding="all", blind="filled", window=9, hq=4, hk=2),
+    Case(padding="left", blind="added"),
+    Case(padding="right", blind="added", hq=4, hk=2),
+    Case(padding="all", blind="added", window=9, softcap=3.0),
+    Case(d=96, dv=64, b=1, hq=2, hk=2, padding="left"),
 ]  # fmt: skip
 #: Sizes that fill several tiles of the real kernels.
 LARGE = [
@@ -175,6 +223,9 @@ LARGE = [
     Case(hq=8, sq=1000, sk=1000, d=64, dv=64, window=200, softcap=30.0),
     Case(hq=8, sq=1000, sk=1000, d=256, dv=256, window=200),
     Case(hq=8, sq=900, sk=1000, d=64, dv=64, causal=False, dense="bool"),
+    Case(hq=8, sq=1000, sk=1000, d=64, dv=64, window=128, sinks=True, padding="left"),
+    Case(hq=8, sq=1000, sk=1000, d=128, dv=128, dropout_p=0.1),
+    Case(hq=8, hk=8, sq=1000, sk=1000, d=192, dv=128, packed=True),
 ]
 
 
@@ -189,24 +240,28 @@ def trials() -> list:
 @pytest.mark.parametrize("case, dtype", trials())
 def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
     tensors, mask = inputs(case, dtype)
-    assert supported(*tensors, **mask) is None
+    assert called(supported, mask)(*tensors) is None
     do = torch.randn(case.b, case.hq, case.sq, case.dv).to(DEVICE, dtype)
-    ours = run(lambda *t: attention(*t, **mask), tensors, do)
+    ours = run(called(attention, mask), tensors, do)
     exact_dtype = torch.float32 if CUDA and case.sq > 500 else torch.float64
-    exact = run(lambda *t: reference(*t, **mask), [t.to(exact_dtype) for t in tensors], do.to(exact_dtype))
+    exact = run(called(reference, mask), [t.to(exact_dtype) for t in tensors], do.to(exact_dtype))
     # PyTorch keeps the repeated keys' gradients in the same dtype before it adds them up.
-    torch_run = run(lambda *t: sdpa(*t, **mask), tensors, do)
-    for name, a, b, e in zip(("out", "dq", "dk", "dv"), ours, torch_run, exact, strict=True):
+    torch_run = run(called(sdpa, mask), tensors, do)
+    for name, a, b, e in zip(("out", "dq", "dk", "dv", "dsinks"), ours, torch_run, exact, strict=False):
         assert torch.isfinite(a).all()
+        if name == "dsinks":  # few numbers, of δ: the rounded output's, as in every flash attention
+            found = compare(name, a, b, e, length=case.sq * case.b)
+            assert found.error <= found.bound + 3 * rounding(dtype), found
+            continue
         assert_within(f"{name} ({case}, {dtype})", a, b, e, length=max(case.sk, case.d))
     assert ours[0].transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("case", CASES[:25], ids=str)
+@pytest.mark.parametrize("case", CASES[:26] + CASES[32:], ids=str)
 def test_reference_is_what_sdpa_computes(case: Case) -> None:
     tensors, mask = inputs(case, torch.float64)
     do = torch.randn(case.b, case.hq, case.sq, case.dv, dtype=torch.float64, device=DEVICE)
-    ours, theirs = (run(lambda *t, f=f: f(*t, **mask), tensors, do) for f in (reference, sdpa))
+    ours, theirs = (run(called(f, mask), tensors, do) for f in (reference, sdpa))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)  # two formulas in fp64, none of them a kernel
 
@@ -220,6 +275,8 @@ def test_reference_is_what_sdpa_computes(case: Case) -> None:
         Case(sq=9, sk=9, d=4, dv=6, window=3, padding="left"),
         Case(sq=12, sk=12, d=4, dv=4, packed=True, chunk=5),
         Case(sq=5, sk=8, d=4, dv=4, causal=False, dense="bool"),
+        Case(sq=7, sk=7, d=4, dv=6, padding="left", sinks=True, dropout_p=0.3),
+        Case(sq=7, sk=7, d=4, dv=4, padding="all", blind="filled"),
     ],
     ids=str,
 )
@@ -228,24 +285,27 @@ def test_backward_by_finite_differences(case: Case, softcap: float) -> None:
     tensors, mask = inputs(dataclasses.replace(case, b=2, hq=2, hk=1, softcap=softcap), torch.float64)
     leaves = [t.cpu().requires_grad_() for t in tensors]
     mask = {key: m.cpu() if isinstance(m, torch.Tensor) else m for key, m in mask.items()}
-    assert torch.autograd.gradcheck(lambda *t: attention(*t, **mask), leaves)
-    assert torch.autograd.gradcheck(lambda *t: reference(*t, **mask), leaves)
+    assert torch.autograd.gradcheck(called(attention, mask), leaves)
+    assert torch.autograd.gradcheck(called(reference, mask), leaves)
 
 
-@pytest.mark.parametrize("case", [Case(), Case(padding="left", chunk=12), Case(packed=True)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(), Case(padding="left", chunk=12), Case(packed=True), Case(sinks=True, dropout_p=0.25)], ids=str
+)
 def test_opcheck(case: Case) -> None:
     case = dataclasses.replace(case, b=1, hq=2, hk=1, sq=18, sk=18)
-    (q, k, v), mask = inputs(case, torch.float32)
+    (q, k, v, *sinks), mask = inputs(case, torch.float32)
     found = (None,) * 5
     if mask["padding"] is not None or mask["positions"] is not None:
         args = (mask["padding"], mask["positions"], mask["chunk"])
         torch.library.opcheck(torch.ops.fastft.attention_mask.default, args)
         found = module.attention_mask(*args)
-    rest = (*found[:4], mask["dense"], found[4], case.causal, case.window, case.chunk, 0.25, 0.0)
+    operands = (*found[:4], mask["dense"], found[4], sinks[0] if sinks else None, mask["seed"])
+    rest = (*operands, case.causal, case.window, case.chunk, 0.25, 0.0, case.dropout_p)
     torch.library.opcheck(torch.ops.fastft.attention.default, (q, k, v, *rest))
     out, lse = torch.ops.fastft.attention(q, k, v, *rest)
     for want_q, want_kv in ((True, True),) if case.packed else ((True, False), (False, True)):
-        args = (torch.randn_like(out), q, k, v, out, lse, want_q, want_kv, *rest)
+        args = (torch.randn_like(out), q, k, v, out, lse, want_q, want_kv, case.sinks, *rest)
         torch.library.opcheck(torch.ops.fastft.attention_backward.default, args)
 
 
@@ -268,14 +328,18 @@ def test_mask_op(padding: str, packed: bool, chunk: int) -> None:
     wanted_kind = KINDS.get(padding, module.INTERVALS)
     if packed and wanted_kind == module.PLAIN:
         wanted_kind = module.INTERVALS
-    assert kind.device.type == "cpu" and int(kind) == wanted_kind
+    assert kind.device.type == "cpu" and int(kind) % module.BLIND == wanted_kind
     seen = (order >= start[:, :, None]) & (order <= order[:, None])
     if pad is None:
         assert end is None and keep is None
     else:
-        seen &= keep.bool()[:, None, :] if int(kind) == module.HOLES else (order < end[:, None])[:, None, :]
+        seen &= (
+            keep.bool()[:, None, :] if int(kind) % module.BLIND == module.HOLES else (order < end[:, None])[:, None, :]
+        )
     wanted = visible(s, s, DEVICE, causal=True, chunk=chunk, padding=pad, positions=positions)[:, 0]
     assert torch.equal(seen, wanted.expand_as(seen))
+    # What is said to see, sees.
+    assert int(kind) & module.BLIND or bool(wanted.any(-1).all())
     # No query sees a key from its stop on, and none before, from the key itself, is hidden by its start.
     assert torch.equal(stop[:, :, None] > order, (order[:, None] >= start[:, None, :]))
 
@@ -328,6 +392,70 @@ def test_repeats_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+def test_dropout_draws_from_the_generator() -> None:
+    """The generator's state decides what is dropped, a step's backward drops the same, and a seed decides it alone."""
+    tensors, mask = inputs(Case(dropout_p=0.5), torch.float32)
+    mask["seed"] = None
+    do = torch.ones(2, 2, 44, 16, device=DEVICE)
+    torch.manual_seed(7)
+    first, other = (run(called(attention, mask), tensors, do) for _ in range(2))
+    torch.manual_seed(7)
+    again = run(called(attention, mask), tensors, do)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    torch.manual_seed(7)
+    mask["seed"] = module.new_seed(tensors[0])
+    seeded = run(called(attention, mask), tensors, do)
+    assert all(torch.equal(a, b) for a, b in zip(first, seeded, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_keeps_as_many_as_it_says(p: float) -> None:
+    """Of all weights, of each head's, query's and key's; neighbours and other seeds know nothing of each other."""
+    one, two = (module.kept(torch.tensor([s]), 3, 4, 100, 90, p).float() for s in (1, 2))
+    for axes, count in (((0, 1, 2, 3), 108000), ((2, 3), 9000), ((0, 1, 3), 1080), ((0, 1, 2), 1200)):
+        share = one.mean(axes)
+        assert ((share - (1 - p)).abs() <= 5 * (p * (1 - p) / count) ** 0.5).all()
+    chance, spread = p * p + (1 - p) * (1 - p), 5 * 0.5 / 100000**0.5
+    for a, b in ((one, two), (one[1:], one[:-1]), (one[:, 1:], one[:, :-1]), (one[:, :, 1:], one[:, :, :-1])):
+        assert abs(float((a == b).float().mean()) - chance) <= spread
+    assert abs(float((one[..., 1:] == one[..., :-1]).float().mean()) - chance) <= spread
+
+
+def test_dropout_of_philox() -> None:
+    """The numbers of Random123's own test vectors, for seven rounds."""
+    keep = module.kept(torch.zeros(1, dtype=torch.int64), 1, 1, 1, 1, 0x5F6FB709 / 2**32)
+    more = module.kept(torch.zeros(1, dtype=torch.int64), 1, 1, 1, 1, (0x5F6FB709 + 2) / 2**32)
+    assert bool(keep) and not bool(more)
+
+
+def test_dropout_is_the_same_when_it_is_recomputed() -> None:
+    """Checkpointing under torch.compile: the forward that is computed again drops what the first one dropped."""
+    from torch.utils.checkpoint import checkpoint
+
+    tensors, mask = inputs(Case(dropout_p=0.5), torch.float32)
+    mask["seed"] = None
+    do = torch.ones(2, 2, 44, 16, device=DEVICE)
+
+    def twice(q, k, v):
+        return attention(q, k, attention(q, k, v, **mask).sin(), **mask).sin()
+
+    def step(fn):
+        torch.manual_seed(3)
+        return run(fn, tensors, do)
+
+    q, k, v = tensors
+    k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+    tensors = [q, k, v]
+    plain = step(twice)
+    for fn in (
+        lambda *t: checkpoint(twice, *t, use_reentrant=False),
+        torch.compile(lambda *t: checkpoint(twice, *t, use_reentrant=False), backend="aot_eager", fullgraph=True),
+    ):
+        for a, b in zip(step(fn), plain, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_under_autocast() -> None:
     """Ambient autocast does not reach the body."""
     tensors, mask = inputs(Case(), torch.float32)
@@ -354,7 +482,13 @@ def test_compiles_without_a_break() -> None:
 @pytest.mark.parametrize(
     "code, change",
     [
-        ("dropout", {"dropout_p": 0.1}),
+        ("dropout", {"dropout_p": 1.0}),
+        ("dropout", {"dropout_p": 0.1, "seed": torch.zeros(2)}),
+        ("dropout", {"dropout_p": 0.1, "blind": "filled"}),
+        ("mask", {"blind": "none"}),
+        ("mask", {"blind": "added", "dense": torch.zeros(44, 44)}),
+        ("sinks", {"sinks": torch.zeros(3)}),
+        ("sinks", {"sinks": torch.zeros(2, dtype=torch.int64)}),
         ("mask", {"causal": False, "window": 4}),
         ("dtype", {"k": torch.float64}),
         ("shape", {"padding": torch.ones(2, 3)}),
@@ -402,14 +536,16 @@ def test_plain_causal_is_cudnn_on_cuda() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET or CUDA or not HAS_TRITON, reason="Triton's compiler, in place of a GPU")
 @pytest.mark.parametrize("roomy", [True, False], ids=["H100", "smaller GPU"])
-@pytest.mark.parametrize("d", [128, 256])
-def test_compiles_within_shared_memory(d: int, roomy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("d, more", [(128, {}), (256, {}), (128, {"sinks": True, "dropout_p": 0.1})], ids=str)
+def test_compiles_within_shared_memory(
+    d: int, more: dict[str, Any], roomy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.kernels._hopper import compiling
 
     monkeypatch.setattr(module, "_roomy", lambda device: roomy)
-    tensors, mask = inputs(Case(hq=4, d=d, dv=d, padding="left"), torch.bfloat16)
+    tensors, mask = inputs(Case(hq=4, d=d, dv=d, padding="left", **more), torch.bfloat16)
     with compiling(module) as kernels:
-        run(lambda *t: attention(*t, **mask), tensors, torch.zeros(2, 4, 44, d, dtype=torch.bfloat16))
+        run(called(attention, mask), tensors, torch.zeros(2, 4, 44, d, dtype=torch.bfloat16))
     assert len(kernels) == 4, "forward, delta, dq, dk and dv"
     for kernel in kernels:
         assert kernel.metadata.shared <= (227 if roomy else 99) * 1024
@@ -439,6 +575,11 @@ def _attention_samples(new: New, n: int) -> Named:
     yield "packed, softcap", qkv(), {"causal": True, "positions": packed, "softcap": 2.0}
     yield "chunk", qkv(), {"causal": True, "chunk": 3, "scale": 0.3}
     yield "boolean mask", qkv(), {"dense": new(2, 1, s, s, grad=False) > -1}
+    yield "sinks, window", (*qkv(),), {"causal": True, "window": 4, "sinks": new(2)}
+    seed = torch.tensor([2**50 + 11], device=new.device)
+    yield "dropout, sinks", qkv(6), {"causal": True, "dropout_p": 0.3, "seed": seed, "sinks": new(2), "padding": left}
+    yield "mean where nothing is seen", qkv(), {"causal": True, "padding": left, "blind": "filled"}
+    yield "the same, added", qkv(), {"causal": True, "padding": left, "blind": "added"}
     yield "additive mask, softcap", qkv(), {"dense": new(1, 2, s, s, grad=False), "softcap": 3.0}
 
 
@@ -475,6 +616,14 @@ def _attention_case(d: Draw) -> Sample:
         mask = torch.randn(batch, 1, queries, keys, generator=d.generator).to(d.device)
         options["dense"] = mask > -1 if dense == "bool" else mask.to(d.dtype)
 
+    if d(flags):
+        options["sinks"] = d.tensor(heads * group, scale=1.0, grad=True)
+    if d(st.integers(0, 3)) == 0:
+        options["dropout_p"] = d(st.sampled_from((0.1, 0.5)))
+        options["seed"] = d.integers(2**62, 1)
+    elif "sinks" not in options and "dense" not in options:
+        options["blind"] = d(st.sampled_from(module.BLINDS))
+
     def rows(length: int, count: int, width: int) -> torch.Tensor:
         return d.tensor(batch, length, count, width, scale=1.0, grad=True).detach().transpose(1, 2).requires_grad_()
 
@@ -491,10 +640,13 @@ def _attention_derivations() -> list[Derivation]:
         k: Array,
         v: Array,
         bias: Array | None = None,
+        sinks: Array | None = None,
         *,
         scale: str,
         cap: int = 0,
         sees: Callable[[int, int, int], bool] = lambda b, i, j: True,
+        keeps: Array | None = None,
+        p: str = "0",
     ) -> list[Array]:
         out = np.full((*q.shape[:3], v.shape[3]), sympy.Integer(0), dtype=object)
         for b, h, i in np.ndindex(q.shape[:3]):
@@ -504,8 +656,10 @@ def _attention_derivations() -> list[Derivation]:
             s = [cap * sympy.tanh(u / cap) for u in s] if cap else s
             s = [u + bias[0, h, i, j] for u, j in zip(s, seen, strict=True)] if bias is not None else s
             e = [sympy.exp(u) for u in s]
+            total = sum(e) + (0 if sinks is None else sympy.exp(sinks[h]))
             for j, weight in zip(seen, e, strict=True):
-                out[b, h, i] = out[b, h, i] + weight / sum(e) * v[b, kv, j]
+                if keeps is None or keeps[b, h, i, j]:
+                    out[b, h, i] = out[b, h, i] + weight / total / (1 - ratio(p)) * v[b, kv, j]
         return [out]
 
     def derive(
@@ -518,14 +672,16 @@ def _attention_derivations() -> list[Derivation]:
         **rest: Any,
     ) -> Derivation:
         hq, hk, d, dv = sizes
-        bias = {"bias": (1, hq, length, length)} if "frozen" in rest else {}
+        more = {"bias": (1, hq, length, length)} if "frozen" in rest else {}
+        if rest.pop("sinks", False):
+            more["sinks"] = (hq,)
 
-        def call(fn: Any, q: Any, k: Any, v: Any, bias: Any = None) -> Any:
-            return fn(q, k, v, scale=0.7, dense=bias, **of_call)
+        def call(fn: Any, q: Any, k: Any, v: Any, bias: Any = None, sinks: Any = None) -> Any:
+            return fn(q, k, v, scale=0.7, dense=bias, sinks=sinks, **of_call)
 
         return Derivation(
             name,
-            {"q": (b, hq, length, d), "k": (b, hk, length, d), "v": (b, hk, length, dv), **bias},
+            {"q": (b, hq, length, d), "k": (b, hk, length, d), "v": (b, hk, length, dv), **more},
             call,
             functools.partial(formula, scale="0.7", **of_formula),
             **rest,
@@ -537,6 +693,9 @@ def _attention_derivations() -> list[Derivation]:
     left = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     holes = torch.tensor([[1, 0, 1]])
     documents = torch.tensor([[0, 1, 0, 1]])
+    seed = torch.tensor([2**33 + 5])
+    keeps = module.kept(seed, 1, 2, 3, 3, 0.25).numpy()
+    assert 0 < keeps.sum() < keeps.size
     return [
         derive("a row of scores", 1, 2, {}, {}, (1, 1, 1, 2), simplify=("PyTorch",)),
         derive("a row of capped scores", 1, 2, {"cap": 3}, {"softcap": 3.0}, (1, 1, 1, 2), simplify=("PyTorch",)),
@@ -566,6 +725,17 @@ def _attention_derivations() -> list[Derivation]:
             {"causal": True, "positions": documents},
             (1, 1, 1, 2),
         ),
+        derive("a row of scores with a sink", 1, 1, {}, {}, (1, 1, 1, 2), sinks=True, simplify=("PyTorch",)),
+        derive("sinks, causal", 1, 3, {"sees": causal}, {"causal": True}, (2, 1, 1, 2), sinks=True),
+        derive(
+            "dropout, sinks",
+            1,
+            3,
+            {"keeps": keeps, "p": "0.25"},
+            {"dropout_p": 0.25, "seed": seed},
+            (2, 1, 1, 2),
+            sinks=True,
+        ),
         derive("additive mask", 1, 2, {"cap": 2}, {"softcap": 2.0}, (2, 1, 1, 2), frozen=("bias",)),
     ]
 
@@ -577,7 +747,7 @@ SMALL_TILES = {"_tiles": lambda *_: {"BLOCK_M": 2, "BLOCK_N": 2, "num_warps": 1,
 MUTANTS = (
     Mutant(
         "attention: causal off by one",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "            if CAUSAL:\n"
         "                seen = seen & (cols[None, :] <= rows[:, None])\n"
         '            s = tl.where(seen, s, float("-inf"))\n'
@@ -591,7 +761,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: window off by one",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "first = tl.maximum(first, q - (WINDOW - 1))",
         "first = tl.maximum(first, q - WINDOW)",
         'tests/kernels/test_attention.py -k "forward_and_gradients and window"',
@@ -599,7 +769,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: window of the keys off by one",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "past = tl.minimum(past, k + WINDOW)",
         "past = tl.minimum(past, k + WINDOW + 1)",
         'tests/kernels/test_attention.py -k "forward_and_gradients and window"',
@@ -607,7 +777,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: no rescaling of the sum",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "l_i = l_i * alpha + tl.sum(p, 1)",
         "l_i = l_i + tl.sum(p, 1)",
         'tests/kernels/test_attention.py -k "forward_and_gradients"',
@@ -615,15 +785,15 @@ MUTANTS = (
     ),
     Mutant(
         "attention: dq without delta",
-        "kernels/attention.py",
-        "ds = tl.exp2(s - lse[:, None]) * (tl.dot(do, v, input_precision=PRECISION) - delta[:, None])",
-        "ds = tl.exp2(s - lse[:, None]) * tl.dot(do, v, input_precision=PRECISION)",
+        "kernels/_attention_triton.py",
+        "ds = _weights(s, lse[:, None], Sk, DENSE) * (dp - delta[:, None])",
+        "ds = _weights(s, lse[:, None], Sk, DENSE) * dp",
         'tests/kernels/test_attention.py -k "forward_and_gradients"',
         interpret=True,
     ),
     Mutant(
         "attention: dk without scale",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "    dk *= scale\n",
         "",
         'tests/kernels/test_attention.py -k "forward_and_gradients"',
@@ -631,7 +801,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: dk of the first query head of a group",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "        hq = h * GROUP + g\n",
         "        hq = h * GROUP\n",
         'tests/kernels/test_attention.py -k "forward_and_gradients"',
@@ -639,7 +809,7 @@ MUTANTS = (
     ),
     Mutant(
         "attention: softcap forgotten in dkdv",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "            ds *= 1 - tanh * tanh\n        dk +=",
         "            ds *= 1\n        dk +=",
         'tests/kernels/test_attention.py -k "forward_and_gradients and softcap"',
@@ -661,12 +831,114 @@ MUTANTS = (
     ),
     Mutant(
         "attention: padding counts as a key",
-        "kernels/attention.py",
+        "kernels/_attention_triton.py",
         "    if HAS_END:\n"
         "        dk = tl.where((cols < end)[:, None], dk, 0.0)\n"
         "        dv = tl.where((cols < end)[:, None], dv, 0.0)\n",
         "",
         'tests/kernels/test_attention.py -k "forward_and_gradients"',
         interpret=True,
+    ),
+    *(
+        Mutant(
+            f"attention: {name}",
+            f"kernels/{file}.py",
+            old,
+            new,
+            f'tests/kernels/test_attention.py -k "forward_and_gradients and {which}"',
+            interpret=file.startswith("_"),
+        )
+        for name, which, file, old, new in (
+            (
+                "no sink in the sum",
+                "sinks",
+                "_attention_triton",
+                "        l_i = tl.full([BLOCK_M], 1.0, tl.float32)\n",
+                "        l_i = tl.zeros([BLOCK_M], tl.float32)\n",
+            ),
+            (
+                "a sink's gradient of the other sign",
+                "sinks",
+                "_attention_triton",
+                "-tl.sum(p * delta, 0))",
+                "tl.sum(p * delta, 0))",
+            ),
+            (
+                "a sink's gradient of one tile",
+                "sinks and window",
+                "_attention_triton",
+                "tl.store(dsinks_ptr + tl.program_id(0),",
+                "tl.store(dsinks_ptr + head * tiles,",
+            ),
+            (
+                "PyTorch's sink without a gradient",
+                "sinks",
+                "attention",
+                "dsinks.copy_(-(weight",
+                "dsinks.copy_(0 * (weight",
+            ),
+            (
+                "dropout in the sum of the softmax",
+                "dropout",
+                "_attention_triton",
+                "        l_i = l_i * alpha + tl.sum(p, 1)\n        acc = acc * alpha[:, None]\n"
+                "        if DROP > 0:  # of what is added up, not of the sum that it is divided by\n"
+                "            p = _kept(p, seed, rows[:, None], cols[None, :], head, DROP, KEPT)\n",
+                "        acc = acc * alpha[:, None]\n"
+                "        if DROP > 0:\n"
+                "            p = _kept(p, seed, rows[:, None], cols[None, :], head, DROP, KEPT)\n"
+                "        l_i = l_i * alpha + tl.sum(p, 1)\n",
+            ),
+            (
+                "other weights dropped in dq",
+                "dropout",
+                "_attention_triton",
+                "dp = _kept(dp, seed, rows[:, None], cols[None, :], head, DROP, KEPT)",
+                "dp = _kept(dp, seed + 1, rows[:, None], cols[None, :], head, DROP, KEPT)",
+            ),
+            (
+                "nothing dropped in dv",
+                "dropout",
+                "_attention_triton",
+                "dv += tl.dot(dropped.to(do.dtype), do",
+                "dv += tl.dot(p.to(do.dtype), do",
+            ),
+            (
+                "dropout of one head for all",
+                "dropout",
+                "_attention_triton",
+                "tl.cast(head, tl.int32) + zero",
+                "zero",
+            ),
+            (
+                "PyTorch's dp without dropout",
+                "dropout",
+                "attention",
+                "    ds = p * (dp - delta)\n",
+                "    ds = p * (do @ v.to(compute).repeat_interleave(call.group, 1).transpose(-1, -2) - delta)\n",
+            ),
+            (
+                "a query that sees nothing gives 0",
+                "blind",
+                "attention",
+                "    if call.means:  #",
+                "    if False:  #",
+            ),
+            (
+                "a hidden row's weights of 1",
+                "rows",
+                "_attention_triton",
+                "    if DENSE == 2:  # of a row",
+                "    if False:  # of a row",
+            ),
+            ("no gradient of means", "blind", "attention", "    if call.means and want_kv:", "    if False:"),
+            (
+                "queries before the first token see",
+                "blind",
+                "attention",
+                "sighted = ~left.any() & whole if",
+                "sighted = whole if",
+            ),
+        )
     ),
 )

@@ -160,6 +160,21 @@ def test_an_edit_of_what_decides_a_launch_is_another_source(
         _config._helpers.cache_clear()
 
 
+def test_an_edit_of_a_part_is_another_source(tmp_path: Path) -> None:
+    """A file's kernels may stand in another one: ``_attention_triton.py``."""
+    from fastft.kernels import attention
+
+    file = attention.CONFIGS["dq"].file
+    parts = _config.parts_of(file)
+    assert [part.name for part in parts] == ["attention.py", "_attention_triton.py"]
+    for part in parts:
+        (tmp_path / part.name).write_bytes(part.read_bytes())
+    assert _config.source_of(tmp_path / file.name) == _config.source_of(file)
+    with (tmp_path / "_attention_triton.py").open("a", encoding="utf-8") as part:
+        part.write("# edited\n")
+    assert _config.source_of(tmp_path / file.name) != _config.source_of(file)
+
+
 def test_a_name_is_taken_once() -> None:
     with pytest.raises(ValueError, match="registered already"):
         Space("rms_norm.forward", {}, lambda *_: {})

@@ -31,8 +31,8 @@ _SIZES: dict[str, Any] = {
 @dataclass(frozen=True)
 class Family:
     """``norms``: RMSNorms by module count; ``linears``: in a layer, ``joint``: groups of them that read one input,
-    ``sums``: of them, without adapters, and the residual stream (Gemma has a norm in between). A layer has one rotary,
-    attention and MLP site.
+    ``sums``: of them, without adapters, and the residual stream (Gemma has a norm in between); ``mlps``: of all layers.
+    A layer has one rotary and one attention site.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Family:
     linears: int = 7
     joint: int = 2
     sums: int = 2
+    mlps: int = LAYERS
 
     def sites(self, lora: float | None = None, trained_input: bool = False) -> dict[str, int]:
         """Replaced sites that a training step must have, by pattern. ``lora``: its dropout, None without LoRA. With
@@ -52,7 +53,7 @@ class Family:
             "attention": LAYERS,
             "rotary": LAYERS,
             "rms_norm": self.norms,
-            "mlp": LAYERS,
+            **({"mlp": self.mlps} if self.mlps else {}),
             # Two norms of a layer read the stream that goes around them; the last one's stream ends there.
             "residual_norm": 2 * LAYERS - (lora is not None and not trained_input),
         }
@@ -107,6 +108,43 @@ def _phi4() -> transformers.PreTrainedModel:
     )
 
 
+def _gpt_oss() -> transformers.PreTrainedModel:
+    """Attention with sinks, which transformers writes out, in windows and whole. Experts stay as they are; all of them
+    are asked, since in bf16 it would be chance which ones.
+    """
+    config = transformers.GptOssConfig(
+        **_SIZES, head_dim=16, sliding_window=16, num_local_experts=2, num_experts_per_tok=2
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+def _gemma2_eager() -> transformers.PreTrainedModel:
+    """With the scores' cap, which transformers' SDPA leaves out."""
+    config = transformers.Gemma2Config(
+        **_SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=16, attn_implementation="eager"
+    )
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def _deepseek3() -> transformers.PreTrainedModel:
+    """Latent attention: the heads of v are narrower than those of q and k."""
+    config = transformers.DeepseekV3Config(
+        **{**_SIZES, "num_key_value_heads": 4},
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
 FAMILIES = {
     f.name: f
     for f in (
@@ -120,6 +158,23 @@ FAMILIES = {
 }
 
 
+def _with_dropout() -> transformers.PreTrainedModel:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES, attention_dropout=0.2))
+
+
+#: Attention that those do not have.
+ATTENTIONS = {
+    f.name: f
+    for f in (
+        Family("gpt-oss", _gpt_oss, norms=2 * LAYERS + 1, sums=0, mlps=0),
+        Family("gemma2, eager", _gemma2_eager, norms=4 * LAYERS + 1, sums=0),
+        # The second layer has shared experts, and those that are chosen, which stay as they are.
+        Family("deepseek3", _deepseek3, norms=4 * LAYERS + 1, mlps=LAYERS + 1),
+    )
+}
+DROPOUT = Family("llama, attention dropout", _with_dropout, norms=2 * LAYERS + 1)
+
+
 def build(
     name: str,
     *,
@@ -130,7 +185,7 @@ def build(
 ) -> torch.nn.Module:
     """A family's model in train mode. ``lora``: LoRA on all linears with this dropout (None: full fine-tuning)."""
     torch.manual_seed(seed)
-    model = FAMILIES[name].build()
+    model = {**FAMILIES, **ATTENTIONS, DROPOUT.name: DROPOUT}[name].build()
     # Norm weights of a fresh model are all one (or zero): a dropped weight would not be noticed.
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,7 +8,7 @@ import torch
 import fastft
 from fastft import reporting
 
-from ._families import FAMILIES, batch, build
+from ._families import ATTENTIONS, DROPOUT, FAMILIES, batch, build
 from ._training import check_equal, check_rule, compiled, compiled_step, step
 
 
@@ -22,6 +22,52 @@ def test_every_site_is_replaced_and_exact(name: str, kind: str) -> None:
     assert report.counts == FAMILIES[name].sites(), str(report)
     assert not report.missed, str(report)
     check_equal((loss, grads), eager)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("kind", ["plain", "padding", "packing"])
+def test_attention_of_other_kinds(name: str, kind: str) -> None:
+    """Sinks, caps and narrow values: the same for families that have them."""
+    data = batch(kind)
+    eager = step(build(name), data)
+    loss, grads, report = compiled_step(build(name), data)
+    assert report.counts == ATTENTIONS[name].sites() and report.graphs == 1, str(report)
+    assert not report.missed, str(report)
+    assert not any("dense" in s.notes for s in report.sites), str(report)
+    check_equal((loss, grads), eager)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_of_other_kinds_in_bf16(name: str) -> None:
+    """With checkpointing, padded on the left too: errors at most twice bf16 eager's against fp32."""
+    batches = [batch("padding", seed=seed) for seed in range(4)]
+    for data in batches:  # the first row's first tokens
+        data["attention_mask"][0, :5] = 0
+        data["labels"][0, :6] = -100
+    exact = [step(build(name, dtype=torch.bfloat16).float(), data, seed) for seed, data in enumerate(batches)]
+    model = build(name, dtype=torch.bfloat16, checkpointing=True)
+    eager = [step(model, data, seed) for seed, data in enumerate(batches)]
+    call = compiled(model)
+    ours = [step(model, data, seed, call) for seed, data in enumerate(batches)]
+    assert fastft.report().counts == ATTENTIONS[name].sites(), str(fastft.report())
+    check_rule(ours, eager, exact, tokens=int((batches[0]["labels"] != -100).sum()))
+
+
+@pytest.mark.parametrize("residual", ["eager", "inductor"])
+def test_attention_dropout(residual: str) -> None:
+    """A seed says what is dropped, and what a checkpoint computes again drops the same."""
+    data = batch("padding")
+    found = []
+    for checkpointing in (False, True):
+        model = build(DROPOUT.name, checkpointing=checkpointing)
+        options = {"residual": residual} | ({"inductor": {"fallback_random": True}} if residual == "inductor" else {})
+        call = compiled(model, **options)
+        first, again, other = (step(model, data, seed, call) for seed in (0, 0, 1))
+        assert fastft.report().counts == DROPOUT.sites() and not fastft.report().missed, str(fastft.report())
+        check_equal(again, first)
+        assert abs(float(other[0] - first[0])) > 1e-4
+        found.append(first)
+    check_equal(found[1], found[0])
 
 
 #: Kind of batch, checkpointing, dropout: each half has every pair of values of any two of the three (and no more: all

@@ -185,7 +185,7 @@ def refused(fn, *args, code: str) -> None:
 
 
 def test_reasons() -> None:
-    refused(lambda q, k, v: sdpa(q, k, v, causal(), dropout_p=0.1), *leaves(), code="dropout")
+    refused(lambda q, k, v: sdpa(q, k, v, causal(), dropout_p=1.0), *leaves(), code="dropout")
     bias = torch.randn(1, HQ, S, S, requires_grad=True)
     refused(sdpa, *leaves(), bias, code="mask")
     refused(lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), *leaves(hk=HQ), code="shape")
@@ -214,19 +214,239 @@ def test_only_one_of_two_repeated() -> None:
     check_site(layer, q, k, torch.randn(B, HQ, S, D, requires_grad=True), counts={"attention": 1})
 
 
-def test_eager_attention_is_reported_as_missed() -> None:
-    def eager(q, k, v):
-        scores = torch.matmul(q, repeat_kv(k, 2).transpose(2, 3)) * 0.3
-        return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), repeat_kv(v, 2))
+# ---------------------------------------------------------------- written out
 
-    def sinks(q, k, v, sink):
-        """gpt-oss: a learned score that takes part in the softmax and reaches no value."""
-        scores = torch.matmul(q, repeat_kv(k, 2).transpose(2, 3)) * 0.3 + torch.zeros(S, S)
-        both = torch.cat([scores, sink.reshape(1, -1, 1, 1).expand(B, -1, S, -1)], dim=-1)
-        both = both - both.max(dim=-1, keepdim=True).values
-        return torch.matmul(F.softmax(both, dim=-1, dtype=torch.float32)[..., :-1].to(q.dtype), repeat_kv(v, 2))
+LOWEST = torch.finfo(torch.float32).min
 
-    for fn, args in ((eager, leaves()), (sinks, [*leaves(), torch.zeros(HQ)])):
-        _, report, _ = rewritten(fn, *args)
-        (missed,) = report.missed
-        assert missed.pattern == "attention" and "eager" in missed.reason
+
+def written(q, k, v, mask=None, *, cap=0.0, sinks=None, dropout=0.0):
+    """transformers' ``eager_attention_forward``, with Gemma 2's cap and gpt-oss's sinks."""
+    k, v = (repeat_kv(t, q.shape[1] // t.shape[1]) for t in (k, v))
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.3
+    if cap:
+        scores = torch.tanh(scores / cap) * cap
+    if mask is not None:
+        scores = scores + mask
+    if sinks is None:
+        p = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    else:
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)], dim=-1)
+        scores = scores - scores.max(dim=-1, keepdim=True).values
+        p = F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1]
+    return torch.matmul(F.dropout(p, p=dropout, training=True).to(v.dtype), v).transpose(1, 2).contiguous()
+
+
+def added(mask: torch.Tensor) -> torch.Tensor:
+    """transformers' ``eager_mask``."""
+    return torch.where(mask, torch.tensor(0.0), LOWEST)
+
+
+def sink() -> torch.Tensor:
+    return torch.randn(HQ, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+
+def test_written_out() -> None:
+    graph = check_site(lambda q, k, v: written(q, k, v, added(causal())), *leaves(), counts={"attention": 1})
+    node = site(graph)
+    assert node.kwargs["causal"] and node.kwargs["scale"] == 0.3 and node.args[1].meta["example_value"].shape[1] == HK
+    assert not dense_nodes(graph) and "blind" not in node.kwargs
+
+
+def test_a_cap() -> None:
+    graph = check_site(
+        lambda q, k, v: written(q, k, v, added(causal(window=5)), cap=2.0), *leaves(), counts={"attention": 1}
+    )
+    assert site(graph).kwargs["softcap"] == 2.0 and site(graph).kwargs["window"] == 5
+    assert not dense_nodes(graph)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_sinks(padded: bool) -> None:
+    """A sink takes all of what a query that sees no key would give."""
+
+    def layer(q, k, v, sinks, m):
+        return written(q, k, v, added(causal(m if padded else None)), sinks=sinks)
+
+    graph = check_site(layer, *leaves(), sink(), padding(), counts={"attention": 1})
+    assert site(graph).kwargs["sinks"].op == "placeholder" and not dense_nodes(graph)
+    assert "blind" not in site(graph).kwargs
+    assert notes(layer, *leaves(), sink(), padding()).endswith("; sinks; 4 query heads on 2")
+
+
+def test_queries_of_padding_give_a_mean() -> None:
+    """One finite number for every key is no mask, and softmax gives all of them the same weight."""
+
+    def layer(q, k, v, m):
+        return written(q, k, v, added(causal(m)))
+
+    graph = check_site(layer, *leaves(), padding(), counts={"attention": 1})
+    assert site(graph).kwargs["blind"] == "added" and not dense_nodes(graph)
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_an_added_mask_in_sdpa(blocked: bool) -> None:
+    def layer(q, k, v, m):  # PyTorch's own gradient of a query that sees no key takes every weight for 1
+        return sdpa(q, k, v, added(causal(m if blocked else None))) * m[:, None, :, None]
+
+    graph = check_site(layer, *leaves(), padding(), counts={"attention": 1})
+    assert not dense_nodes(graph) and site(graph).kwargs.get("blind") == ("added" if blocked else None)
+
+
+def later() -> torch.Tensor:
+    return torch.arange(S)[None, :] > torch.arange(S)[:, None]
+
+
+OF_SCORES = {
+    "fill": lambda s: s.masked_fill(~causal(), LOWEST),
+    "fill by a function": lambda s: torch.masked_fill(s, torch.logical_not(causal()), float("-inf")),
+    "fill above the diagonal": lambda s: s.masked_fill(torch.ones(S, S).triu(diagonal=1).bool(), -1e9),
+    "fill later keys": lambda s: s.masked_fill(later(), -1e9),
+    "fill where tril is 0": lambda s: s.masked_fill(torch.tril(torch.ones(S, S)) == 0, float("-inf")),
+    "where seen": lambda s: torch.where(causal(), s, LOWEST),
+    "where hidden": lambda s: torch.where(~causal(), torch.full((), LOWEST), s),
+    "triu": lambda s: s + torch.triu(torch.full((S, S), float("-inf")), diagonal=1),
+    "filled zeros": lambda s: s + torch.zeros(S, S).masked_fill(later(), float("-inf"))[None, None],
+    "mask first": lambda s: torch.where(causal(), 0.0, -1e9) + s,
+}
+
+
+@pytest.mark.parametrize("spelling", OF_SCORES)
+def test_ways_to_mask(spelling: str) -> None:
+    def layer(q, k, v):
+        scores = OF_SCORES[spelling](q @ k.transpose(-2, -1) / 3.0)
+        return scores.softmax(-1) @ v
+
+    graph = check_site(layer, *leaves(hk=HQ), counts={"attention": 1})
+    assert site(graph).kwargs["causal"] and not dense_nodes(graph)
+
+
+def test_hidden_padding() -> None:
+    def layer(q, k, v, m):
+        scores = (q @ k.transpose(-2, -1)).masked_fill((m == 0)[:, None, None, :], -1e9)
+        return scores.softmax(-1) @ v
+
+    graph = check_site(layer, *leaves(hk=HQ), padding(), counts={"attention": 1})
+    assert not dense_nodes(graph) and site(graph).kwargs["blind"] == "filled"
+
+
+def test_products_by_einsum() -> None:
+    def layer(q, k, v):
+        scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * 0.3
+        return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(scores, dim=-1), v)
+
+    check_site(layer, *leaves(hk=HQ), counts={"attention": 1})
+    check_site(
+        lambda q, k, v: torch.einsum("bhij, bhjd -> bhid", (q @ k.transpose(3, 2)).softmax(-1), v),
+        *leaves(hk=HQ),
+        counts={"attention": 1},
+    )
+
+
+def test_keys_of_another_sequence() -> None:
+    def layer(q, k, v, m):
+        return written(q, k, v, added(m.bool()[:, None, None, :].expand(B, 1, 5, S)))
+
+    q, k, v = leaves(d_v=6)
+    check_site(layer, q[:, :, :5].detach().requires_grad_(), k, v, padding(), counts={"attention": 1})
+
+
+@pytest.mark.parametrize("way", [sdpa, written])
+def test_dropout(way) -> None:
+    """It is the op's; its weights are those that the op draws."""
+
+    def layer(q, k, v):
+        more = {"dropout_p": 0.5} if way is sdpa else {"dropout": 0.5}
+        return way(q, k, v, causal() if way is sdpa else added(causal()), **more)
+
+    args = leaves()
+    torch.manual_seed(5)
+    result, report, graph = rewritten(layer, *args)
+    assert report.counts == {"attention": 1} and not report.missed
+    assert site(graph).kwargs["dropout_p"] == 0.5
+    torch.manual_seed(5)
+    wanted = attention(*args, causal=True, dropout_p=0.5, scale=site(graph).kwargs.get("scale"))
+    torch.testing.assert_close(result, wanted if way is sdpa else wanted.transpose(1, 2))
+
+
+def test_a_mask_that_is_not_known_stays() -> None:
+    mask = torch.rand(B, 1, S, S) > 0.3
+    for layer in (
+        lambda q, k, v, m: written(q, k, v, m.float() * -3.0),
+        lambda q, k, v, m: (q @ k.transpose(2, 3)).masked_fill(m, -1e9).softmax(-1) @ v,
+        lambda q, k, v, m: torch.where(m, q @ k.transpose(2, 3), float("-inf")).softmax(-1) @ v,
+    ):
+        graph = check_site(layer, *leaves(hk=HQ), mask, counts={"attention": 1})
+        assert site(graph).kwargs["dense"] is not None
+        assert notes(layer, *leaves(hk=HQ), mask).startswith("dense: the mask")
+
+
+def test_a_mask_that_hides_too_little() -> None:
+    """Where every key is hidden, what −10,000 is added to still counts."""
+
+    def layer(q, k, v, m):
+        return written(q, k, v, torch.where(causal(m), 0.0, -1e4))
+
+    graph = check_site(layer, *leaves(), padding(), counts={"attention": 1})
+    assert site(graph).kwargs["dense"] is not None
+
+    def less(q, k, v):
+        return written(q, k, v, torch.where(causal(), 0.0, -3.0))
+
+    assert site(check_site(less, *leaves(), counts={"attention": 1})).kwargs["dense"] is not None
+
+
+def test_reasons_of_what_is_written_out() -> None:
+    refused(written, *leaves(), torch.randn(1, HQ, S, S, requires_grad=True), code="mask")
+
+    def weights_too(q, k, v):
+        p = (q @ k.transpose(2, 3)).softmax(-1)
+        return p @ v, p
+
+    refused(weights_too, *leaves(hk=HQ), code="escapes")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda q, k, v: (q @ k.transpose(2, 3)).softmax(-2) @ v,
+        lambda q, k, v: (q @ k.transpose(2, 3)).softmax(-1).transpose(2, 3) @ v,
+        lambda q, k, v: (torch.tanh((q @ k.transpose(2, 3)) / 2.0) * 3.0).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.transpose(2, 3)).softmax(-1)[..., :-1] @ v[:, :, 1:],
+        lambda q, k, v: (q @ k.transpose(2, 3)).masked_fill(causal(), 0.0).softmax(-1) @ v,
+        lambda q, k, v: torch.einsum("bhqk,bhdk->bhqd", (q @ k.transpose(2, 3)).softmax(-1), v.transpose(2, 3)),
+    ],
+    ids=["other axis", "transposed", "other cap", "cut without sinks", "filled with 0", "other product"],
+)
+def test_near_misses(layer) -> None:
+    result, report, _ = rewritten(layer, *leaves(hk=HQ))
+    assert not report.counts, report
+    torch.testing.assert_close(result, layer(*leaves(hk=HQ)))
+
+
+@pytest.mark.parametrize("what", ["of each query", "two for each head", "in front"])
+def test_what_is_no_sink(what: str) -> None:
+    def layer(q, k, v, more):
+        scores = q @ k.transpose(2, 3)
+        both = [scores, more.expand(B, HQ, S, -1)]
+        p = torch.cat(both[::-1] if what == "in front" else both, dim=-1).softmax(-1)
+        return p[..., : -more.shape[-1]] @ v if what != "in front" else p[..., :-1] @ v
+
+    more = torch.randn(*{"of each query": (1, 1, S, 1), "two for each head": (1, HQ, 1, 2)}.get(what, (1, HQ, 1, 1)))
+    result, report, _ = rewritten(layer, *leaves(hk=HQ), more)
+    assert not report.counts
+    torch.testing.assert_close(result, layer(*leaves(hk=HQ), more))
+
+
+def test_other_libraries_kernels_are_reported() -> None:
+    """FlexAttention's, and FlashAttention's as transformers calls it."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    (q, k, v) = (t.detach() for t in leaves(hk=HQ, d_v=D))
+    _, report, _ = rewritten(lambda q, k, v: flex_attention(q, k, v), q, k, v)
+    assert [s.reason for s in report.missed if "FlexAttention" in s.reason], report
+    with torch.library._scoped_library("flash_attn_test", "DEF") as library:
+        library.define("_flash_attn_forward(Tensor q, Tensor k, Tensor v) -> Tensor")
+        library.impl("_flash_attn_forward", lambda q, k, v: q + k + v, "CompositeImplicitAutograd")
+        op = torch.ops.flash_attn_test._flash_attn_forward
+        _, report, _ = rewritten(lambda q, k, v: op(q, k, v), q, k, v)
+    assert [s.reason for s in report.missed if "FlashAttention" in s.reason], report
