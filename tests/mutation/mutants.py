@@ -422,6 +422,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_bridges.py -k head",
     ),
     Mutant(
+        "bridge trl_head: the entropy is a constant",
+        "backend/bridges/trl_head.py",
+        '        entropy="entropy" in outputs,\n',
+        '        entropy="entropy" in outputs,\n        entropy_gradient=False,\n',
+        "tests/backend/test_bridges.py -k head",
+    ),
+    Mutant(
+        "bridge trl_head: no more compilations than torch allows",
+        "backend/bridges/trl_head.py",
+        "    compat.allow_compilations(COMPILATIONS)\n",
+        "",
+        "tests/backend/test_bridges.py -k often",
+    ),
+    Mutant(
+        "reporting: calls beyond torch's recompile limit are not counted",
+        "backend/reporting.py",
+        " + Counter(given_up)",
+        "",
+        "tests/backend/test_reporting.py -k too_often",
+    ),
+    Mutant(
         "bridge peft_hook: no gradient wanted",
         "backend/bridges/peft_hook.py",
         "    return with_grad(output, _LEAVES[key])\n",
