@@ -22,8 +22,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "PREFER_RECOMPUTE", "allow_compilations", "autocast_nodes", "backend_in_trace", "cache_stamp",
-    "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "dynamo_counters", "fake_mode", "fake_mode_of",
-    "forget_loaded_code",
+    "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "dynamo_counters", "fake_mode",
+    "fake_mode_of", "forget_loaded_code",
     "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
     "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "process_group_store",
     "qualified_name", "registered_backend", "size_hint", "storage_of", "tree_map", "version", "whole_cache_entries",
