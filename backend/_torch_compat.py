@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
-    "PREFER_RECOMPUTE", "autocast_nodes", "backend_in_trace", "cache_stamp", "compile_with_aot_eager",
-    "compile_with_inductor", "control_flow", "copy_graph", "dynamo_counters", "fake_mode", "fake_mode_of",
-    "forget_loaded_code",
+    "PREFER_RECOMPUTE", "allow_compilations", "autocast_nodes", "backend_in_trace", "cache_stamp",
+    "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "dynamo_counters", "fake_mode",
+    "fake_mode_of", "forget_loaded_code",
     "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
     "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "process_group_store",
     "qualified_name", "registered_backend", "size_hint", "storage_of", "tree_map", "version", "whole_cache_entries",
@@ -260,6 +260,11 @@ def is_recompile() -> bool:
     """Whether the frame that is being compiled was compiled before (another shape, another grad mode)."""
     compile_id = CompileContext.current_compile_id()
     return compile_id is not None and bool(getattr(compile_id, "frame_compile_id", 0))
+
+
+def allow_compilations(count: int) -> None:
+    """Let Dynamo compile the same code ``count`` times, before it leaves calls that fit none of these uncompiled."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
 
 
 def numbers_are_inputs() -> bool:

@@ -234,10 +234,14 @@ def report() -> Report:
 
 
 def graph_breaks() -> Counter[str]:
-    """Dynamo's own count of graph breaks in this process, by reason."""
+    """Dynamo's own count of graph breaks in this process, by reason; and of calls that it left uncompiled, as the code
+    had been compiled too often already.
+    """
     from fastft._torch_compat import dynamo_counters
 
-    return Counter(dynamo_counters().get("graph_break", {}))
+    counters = dynamo_counters()
+    given_up = {why: n for why, n in counters.get("unimplemented", {}).items() if "recompile limit" in why}
+    return Counter(counters.get("graph_break", {})) + Counter(given_up)
 
 
 def forget_breaks(breaks: Counter[str]) -> None:

@@ -169,6 +169,14 @@ def _activation(op: str) -> Callable[[fx.Node], Seen]:
     return read
 
 
+_log_softmax = _pick("log_softmax", "input", "dim", "dtype")
+
+
+def _log_softmax_of_nn(node: fx.Node) -> Seen:
+    seen = _pick("log_softmax", "input", "dim", "_stacklevel", "dtype")(node)
+    return seen if seen is UNKNOWN else Seen(seen.op, (*seen.args[:2], seen.args[3]))
+
+
 def _gelu(node: fx.Node) -> Seen:
     return Seen(
         "gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu",
@@ -227,6 +235,22 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node], Seen]] = {
         reduction="mean",
         label_smoothing=0.0,
     ),
+    F.nll_loss: _pick(
+        "nll_loss",
+        "input",
+        "target",
+        "weight",
+        "size_average",
+        "ignore_index",
+        "reduce",
+        "reduction",
+        ignore_index=-100,
+        reduction="mean",
+    ),
+    F.log_softmax: _log_softmax_of_nn,
+    torch.log_softmax: _log_softmax,
+    torch.logsumexp: _pick("logsumexp", "input", "dim", "keepdim", keepdim=False),
+    torch.gather: _pick("gather", "input", "dim", "index"),
     torch.cat: _pick("cat", "tensors", "dim", dim=0),
     torch.chunk: _pick("chunk", "input", "chunks", "dim", dim=0),
     torch.split: _pick("split", "input", "split_size", "dim", dim=0),
@@ -286,6 +310,9 @@ _METHODS: dict[str, Callable[[fx.Node], Seen]] = {
     "chunk": _pick("chunk", "input", "chunks", "dim", dim=0),
     "split": _pick("split", "input", "split_size", "dim", dim=0),
     "softmax": _pick("softmax", "input", "dim", "dtype"),
+    "log_softmax": _log_softmax,
+    "logsumexp": _pick("logsumexp", "input", "dim", "keepdim", keepdim=False),
+    "gather": _pick("gather", "input", "dim", "index"),
     "size": _pick("size", "input", "dim"),
     **{m: _cast for m in ("to", "float", "half", "bfloat16", "double", "type_as", "type")},
 }

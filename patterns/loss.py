@@ -1,17 +1,18 @@
 """The language model's head and its cross-entropy, as transformers and hand-written loops spell them::
 
-    linear → [× or / a scale] → [/ c → tanh → × c] → float → rows shifted, flattened → cross_entropy(labels)
+    linear → [× or / a scale] → [/ c → tanh → × c] → float → rows shifted, flattened, chunked → cross_entropy(labels)
 
-The labels' side (pad, shift, view) is integer work on [batch, seq] and stays as it is; the row operations on logits are
-made on hidden states instead. Logits that the model also returns become lazy: the graph returns hidden states in their
-place.
+or ``log_softmax`` and ``nll_loss`` in place of the last, or, for each token's log-probability, ``log_softmax`` and
+``gather``, or the difference of ``gather`` and ``logsumexp``. The labels' side (pad, shift, view) is integer work on
+[batch, seq] and stays as it is; the row operations on logits are made on hidden states instead. Logits that the model
+also returns become lazy: the graph returns hidden states in their place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -43,12 +44,30 @@ NAME = "linear_cross_entropy"
 FLAT = "flat"
 
 
+class Part(NamedTuple):
+    """A piece of the rows: ``x.chunk(size, dim)[number]``, or of ``x.split``. ``dim`` is counted from the front."""
+
+    way: str
+    size: Any
+    dim: int
+    number: int
+
+
 def _of_rows(
     hidden: torch.Tensor, *others: Any, rows: tuple[Any, ...], out_dtype: torch.dtype, **options: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (_picked(hidden, rows).reshape(-1, hidden.shape[-1]), *others), options
+
+
+def _picked(hidden: torch.Tensor, rows: tuple[Any, ...]) -> torch.Tensor:
     for index in rows:
-        hidden = hidden.reshape(-1, hidden.shape[-1]) if index == FLAT else hidden[index]
-    return (hidden.reshape(-1, hidden.shape[-1]), *others), options
+        if index == FLAT:
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+        elif isinstance(index, Part):
+            hidden = getattr(hidden, index.way)(index.size, index.dim)[index.number]
+        else:
+            hidden = hidden[index]
+    return hidden
 
 
 def rows_linear_cross_entropy(
@@ -92,18 +111,24 @@ class _Maths:
 @dataclass(frozen=True)
 class _Chain:
     """From the head's linear to the loss: ``maths`` in all, ``rows`` picked on the way, and for each node that still
-    has
-    every row (``logits``) what was computed up to it."""
+    has every row (``logits``) what was computed up to it. ``normalised``: a log_softmax was among that."""
 
+    anchor: fx.Node
     linear: fx.Node
     maths: _Maths
     rows: tuple[Any, ...]
     logits: dict[fx.Node, _Maths]
     inside: frozenset[fx.Node]
+    normalised: bool
 
 
 def _number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+#: Ops that pick and arrange rows. A piece (``getitem``) is of ``chunk`` or ``split``.
+_ROWS = ("view", "flatten", "index", "getitem", "chunk", "split")
+_LOSSES = ("cross_entropy", "nll_loss", "gather", "logsumexp")
 
 
 def _walk(anchor: fx.Node, logits: Any) -> _Chain | Reason:
@@ -112,7 +137,7 @@ def _walk(anchor: fx.Node, logits: Any) -> _Chain | Reason:
     node = logits
     while isinstance(node, fx.Node) and see(node).op != "linear":
         seen = see(node)
-        known = seen.op in ("view", "flatten", "index", "mul", "div", "tanh")
+        known = seen.op in (*_ROWS, "mul", "div", "tanh", "log_softmax")
         if not (known or is_noop(seen) or is_widening(seen)):
             return _not_a_head(node)
         path.append(node)
@@ -120,7 +145,7 @@ def _walk(anchor: fx.Node, logits: Any) -> _Chain | Reason:
     if not isinstance(node, fx.Node):
         return Reason("head", "the logits are no tensor of this graph")
     rows: list[Any] = []
-    maths, found = _Maths(), {node: _Maths()}
+    maths, found, normalised = _Maths(), {node: _Maths()}, False
     vocab = shape(node)[-1]
     for step in reversed(path):
         seen = see(step)
@@ -135,16 +160,49 @@ def _walk(anchor: fx.Node, logits: Any) -> _Chain | Reason:
             if not same_size(shape(step)[-1], vocab):
                 return Reason("shape", f"{step.name} does not keep the vocabulary as last dimension")
             rows.append(FLAT)
+        elif seen.op == "getitem":
+            part = _part(seen, FLAT in rows)
+            if part is None:
+                return Reason("shape", f"{step.name} takes a part of the logits that is not whole rows")
+            rows.append(part)
+        elif seen.op == "log_softmax":
+            if not _over_vocabulary(seen) or maths.tanh:
+                return Reason("maths", f"{step.name} is no log-softmax over the vocabulary, or of rounded logits")
+            normalised = True
+        elif normalised and not is_noop(seen) and seen.op in ("mul", "div", "tanh"):
+            return Reason("maths", f"{step.name} changes log-probabilities")
         elif seen.op in ("mul", "div", "tanh") and not is_noop(seen):
             more = _apply(maths, seen)
             if more is None:
                 return Reason("maths", f"{step.name} is no scaling by a number and no softcap")
             maths = more
-        if not rows:
+        if not rows and not normalised:
             found[step] = maths
     if maths.tanh:
         return Reason("maths", "a tanh of the logits is not scaled back")
-    return _Chain(node, maths, tuple(rows), found, frozenset((anchor, node, *path)))
+    return _Chain(anchor, node, maths, tuple(rows), found, frozenset((anchor, node, *path)), normalised)
+
+
+def _part(seen: Any, flat: bool) -> Part | None:
+    """Which rows an item of ``chunk`` or ``split`` has."""
+    pieces, number = seen.args
+    of = see(pieces)
+    if of.op not in ("chunk", "split") or not isinstance(number, int):
+        return None
+    logits, size, dim = of.args
+    rank = len(shape(logits))
+    if not isinstance(dim, int) or dim % rank == rank - 1 or (flat and rank != 2):
+        return None
+    return Part(of.op, size, dim % rank, number)
+
+
+def _over_vocabulary(seen: Any) -> bool:
+    """Whether a softmax or sum is over the last dimension, and rounds nothing before."""
+    x, dim, *rest = seen.args
+    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    wanted = rest[0] if seen.op == "log_softmax" else None
+    widens = wanted is None or torch.promote_types(dtype(x), wanted) == wanted  # type: ignore[arg-type]
+    return isinstance(dim, int) and dim in (-1, len(shape(x)) - 1) and widens
 
 
 def _apply(maths: _Maths, seen: Any) -> _Maths | None:
@@ -188,10 +246,11 @@ def _returned(chain: _Chain) -> dict[fx.Node, dict[str, Any]] | Reason:
     lazy: dict[fx.Node, dict[str, Any]] = {}
     x, weight, bias = see(chain.linear).args
     for node in chain.inside:
-        if see(node).op == "cross_entropy":
+        if node is chain.anchor:
             continue
+        in_pieces = all(see(user).op in ("index", "getitem") and not is_noop(see(user)) for user in node.users)
         for user in node.users:
-            if user in chain.inside:
+            if user in chain.inside or (in_pieces and _ends_in_losses(user)):
                 continue
             result = _leads_out(node, user)
             if result is None:
@@ -212,6 +271,12 @@ def _returned(chain: _Chain) -> dict[fx.Node, dict[str, Any]] | Reason:
     return lazy
 
 
+def _ends_in_losses(node: fx.Node) -> bool:
+    """Whether a piece of the logits is read by losses only, which are sites of their own."""
+    known = see(node).op in (*_ROWS, *_LOSSES, "log_softmax") or is_noop(see(node)) or is_widening(see(node))
+    return known and (see(node).op in _LOSSES or all(map(_ends_in_losses, node.users)))
+
+
 def _leads_out(node: fx.Node, user: fx.Node) -> fx.Node | None:
     """The graph output that ``user`` makes of ``node``: itself, or a cast of it that nobody else reads (accelerate's
     ``float()``).
@@ -224,8 +289,29 @@ def _leads_out(node: fx.Node, user: fx.Node) -> fx.Node | None:
     return None
 
 
+def _fused(chain: _Chain, labels: Any, **options: Any) -> tuple[Any, ...] | Reason:
+    """Operands of the head's op, its options, and the logits that are returned; or the reason against it."""
+    x, w, b = see(chain.linear).args
+    lazy = _returned(chain)
+    if isinstance(lazy, Reason):
+        return lazy
+    if lazy and not requires_grad(chain.linear):
+        return Reason("no_grad", "without gradients (evaluation) the logits are returned as they are")
+    maths, hidden = chain.maths, through(x, "noop")
+    options = {
+        **options,
+        "softcap": maths.softcap,
+        "logit_scale": maths.scale / maths.divisor,
+        "dtype": dtype(chain.linear),
+    }
+    if reason := OPS[NAME].supported(value(hidden), value(w), value(b), value(labels), **options):
+        return reason
+    return (hidden, w, b, labels), options, lazy
+
+
 def _build(m: Match) -> Rewrite | Reason | None:
-    logits, labels, class_weight, size_average, ignore_index, reduce, reduction, smoothing = see(m.anchor).args
+    logits, labels, class_weight, size_average, ignore_index, reduce, reduction, *rest = see(m.anchor).args
+    smoothing = rest[0] if rest else 0.0
     if class_weight is not None:
         return Reason("class_weight", "the loss has class weights")
     if smoothing != 0.0:
@@ -234,42 +320,236 @@ def _build(m: Match) -> Rewrite | Reason | None:
         return Reason("reduction", "the loss is called with the deprecated size_average or reduce")
     if not isinstance(ignore_index, int) or reduction not in ("mean", "sum", "none"):
         return Reason("reduction", f"ignore_index {ignore_index!r} or reduction {reduction!r} is no constant")
-    if len(shape(logits)) != 2 or len(shape(labels)) != 1:
+    classes_second = _before_transpose(logits)
+    rank = 2 if classes_second is None else 3
+    if len(shape(logits)) != rank or len(shape(labels)) != rank - 1:
         return Reason(
             "shape",
             f"the loss is of logits {tuple(shape(logits))} and labels {tuple(shape(labels))}, not [tokens, vocab] and "
-            "[tokens]",
+            "[tokens], or [batch, vocab, seq] and [batch, seq]",
         )
-    chain = _walk(m.anchor, logits)
+    chain = _walk(m.anchor, logits if classes_second is None else classes_second)
     if isinstance(chain, Reason):
         return chain
-    x, w, b = see(chain.linear).args
-    lazy = _returned(chain)
-    if isinstance(lazy, Reason):
-        return lazy
-    if lazy and not requires_grad(chain.linear):
-        return Reason("no_grad", "without gradients (evaluation) the logits are returned as they are")
-    maths, hidden = chain.maths, through(x, "noop")
-    kernel = OPS[NAME]
-    options = {
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "softcap": maths.softcap,
-        "logit_scale": maths.scale / maths.divisor,
-        "dtype": dtype(chain.linear),
-    }
-    if reason := kernel.supported(value(hidden), value(w), value(b), value(labels), **options):
-        return reason
+    if see(m.anchor).op == "nll_loss" and not chain.normalised:
+        return Reason("maths", "nll_loss is of logits that no log_softmax has normalised")
+    if classes_second is not None:
+        chain = replace(chain, inside=chain.inside | {through(logits, "noop"), logits})
+    fused = _fused(chain, labels, ignore_index=ignore_index, reduction=reduction)
+    if isinstance(fused, Reason):
+        return fused
+    operands, options, lazy = fused
     return Rewrite(
         rows_linear_cross_entropy,
-        (hidden, w, b, labels),
+        operands,
         {"rows": chain.rows, "out_dtype": dtype(m.anchor), **options},
         inside=chain.inside,
         may_escape=chain.inside,
         lazy=lazy,
         notes="logits are computed when read" if lazy else "",
-        kernel=kernel,
+        kernel=OPS[NAME],
         prepare=_of_rows,
+    )
+
+
+def _before_transpose(logits: Any) -> Any:
+    """``x`` [batch, seq, vocab] when ``logits`` are [batch, vocab, seq] of it."""
+    seen = see(through(logits, "noop"))
+    if seen.op == "transpose" and {d % 3 for d in seen.args[1:]} == {1, 2} and len(shape(seen.args[0])) == 3:
+        return seen.args[0]
+    if seen.op == "permute" and seen.args[1] in ((0, 2, 1), (0, -1, 1), (0, -1, -2)):
+        return seen.args[0]
+    return None
+
+
+# Each token's log-probability, without a loss of torch's.
+
+
+def _of_labels(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    rows: tuple[Any, ...],
+    ignore_index: int | None,
+    **options: Any,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    flat = labels.reshape(-1)
+    if ignore_index is not None:
+        flat = torch.where(flat == ignore_index, ignore_index, flat.clamp(min=0))
+        options["ignore_index"] = ignore_index
+    for ours in ("sign", "axes", "out_dtype"):
+        options.pop(ours, None)
+    return (_picked(hidden, rows).reshape(-1, hidden.shape[-1]), weight, bias, flat), options
+
+
+def rows_log_prob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    sign: int,
+    axes: int,
+    out_dtype: torch.dtype,
+    variant: str = "",
+    **options: Any,
+) -> torch.Tensor:
+    """``sign`` times each label's log-probability (:func:`linear_log_prob` of the rows that ``rows`` picks), in the
+    labels' shape with ``axes`` = 1 axis of size 1 more, or -1: one less, at the end. ``ignore_index``: the label of
+    which it is 0 (None: there is none).
+    """
+    args, options = _of_labels(hidden, weight, bias, labels, **options)
+    found = run("linear_log_prob", variant, *args, **options).log_prob * sign
+    return found.view((*labels.shape, 1)[: labels.dim() + axes]).to(out_dtype)
+
+
+@dataclass(frozen=True)
+class _Pick:
+    """One value of each row of ``rows`` [..., vocab], at ``index`` [..., 1] or [...]. ``nodes`` are those that pick."""
+
+    rows: Any
+    index: fx.Node
+    nodes: frozenset[fx.Node]
+
+
+def _picks(node: Any) -> _Pick | None:
+    """What ``node`` picks: ``x.gather(-1, index)``, with or without its last axis, or ``x[arange, index]``."""
+    seen = see(node)
+    if seen.op == "gather":
+        x, dim, index = seen.args
+        whole = isinstance(index, fx.Node) and dim in (-1, len(shape(x)) - 1) and _one_of_each(x, shape(index))
+        return _Pick(x, index, frozenset((node,))) if whole else None
+    if _drops_last(seen) and see(seen.args[0]).op == "gather":
+        inner = _picks(seen.args[0])
+        return inner and replace(inner, nodes=inner.nodes | {node})
+    if seen.op == "index" and isinstance(seen.args[1], tuple) and len(seen.args[1]) == 2:
+        x, (first, index) = seen.args
+        every = isinstance(first, fx.Node) and first.target is torch.arange and len(first.args) == 1
+        if every and isinstance(index, fx.Node) and len(shape(x)) == 2 and len(shape(index)) == 1:
+            same = same_size(value(first.args[0]), shape(x)[0]) and same_size(shape(index)[0], shape(x)[0])
+            return _Pick(x, index, frozenset((node,))) if same else None
+    return None
+
+
+def _drops_last(seen: Any) -> bool:
+    """``x.squeeze(-1)``, ``x[..., 0]``: without the last axis, if its size is 1."""
+    if seen.op == "squeeze":
+        return seen.args[1] in (-1, len(shape(seen.args[0])) - 1)
+    return seen.op == "index" and seen.args[1] == (Ellipsis, 0)
+
+
+def _one_of_each(x: Any, index: tuple[Any, ...]) -> bool:
+    """Whether an index of this shape has one column, and a row for each of ``x``'s."""
+    whole = len(index) == len(shape(x)) and same_size(index[-1], 1)
+    return whole and all(same_size(a, b) for a, b in zip(index[:-1], shape(x)[:-1], strict=True))
+
+
+def _build_picked(m: Match) -> Rewrite | Reason | None:
+    picked = _picks(m.anchor)
+    if picked is None:
+        return None
+    chain = _walk(m.anchor, picked.rows)
+    if isinstance(chain, Reason):
+        return chain if _is_normalised(picked.rows) else None
+    return _log_prob(m.anchor, chain, picked, 1) if chain.normalised else None
+
+
+def _ignored_labels(anchor: fx.Node, index: fx.Node) -> tuple[fx.Node, int] | None:
+    """``(labels, ignore_index)`` where ``index`` are these labels with the ignored ones made valid, and what is picked
+    is set to zero there.
+    """
+    source = _made_valid(_before_views(index))
+    fills = _zeroed([anchor])
+    if source is None or isinstance(fills, Reason) or not fills or None in fills:
+        return None
+    same = all(_same(f[0], source) and f[1] == fills[0][1] for f in fills)  # type: ignore[index]
+    ignore_index = fills[0][1]  # type: ignore[index]
+    negative = isinstance(ignore_index, int) and ignore_index < 0
+    rows = len(shape(anchor)) - len(shape(source)) in (0, 1)
+    rows = rows and all(same_size(a, b) for a, b in zip(shape(source), shape(anchor), strict=False))
+    return (source, ignore_index) if same and negative and rows else None
+
+
+def _before_views(node: Any) -> Any:
+    """What ``node`` is, in another shape."""
+    while see(node := through(node, "view", "flatten", "unsqueeze", "noop")).op == "index":
+        if see(node).args[1] != (Ellipsis, None):
+            break
+        node = see(node).args[0]
+    return node
+
+
+def _made_valid(node: Any) -> Any:
+    """``y`` of ``y.clamp(min=0)``, ``y.masked_fill(y == i, 0)`` or ``torch.where(y != i, y, 0)``."""
+    if _is(node, "clamp", "clamp_min") and _argument(node, 1, "min") == 0 and _argument(node, 2, "max") is None:
+        return node.args[0]
+    if _is(node, "masked_fill") and _argument(node, 2, "value") == 0:
+        mask = _ignored_by(_argument(node, 1, "mask"))
+        return node.args[0] if mask is not None and _same(mask[0], node.args[0]) else None
+    if _is(node, "where") and len(node.args) == 3 and node.args[2] == 0:
+        mask = _kept_by(node.args[0])
+        return node.args[1] if mask is not None and _same(mask[0], node.args[1]) else None
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are the same: one node, or the same view of the same node."""
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b:
+        one, two = see(a), see(b)
+        views = one.op == two.op and (one.op in _ROWS or is_noop(one)) and len(one.args) == len(two.args)
+        return views and all(_same(x, y) for x, y in zip(one.args, two.args, strict=True))
+    return a is b if isinstance(a, fx.Node) or isinstance(b, fx.Node) else a == b
+
+
+def _is_normalised(rows: Any) -> bool:
+    """Whether a log_softmax is what values are picked of."""
+    return see(through(rows, *_ROWS, "widen", "noop")).op == "log_softmax"
+
+
+def _build_difference(m: Match) -> Rewrite | Reason | None:
+    for sign, (a, b) in ((-1, see(m.anchor).args), (1, see(m.anchor).args[::-1])):
+        total, picked = see(a), _picks(b)
+        if total.op != "logsumexp" or picked is None or not _over_vocabulary(total):
+            continue
+        alike = len(shape(a)) == len(shape(b)) == len(shape(m.anchor))
+        if not alike or not all(same_size(x, y) for x, y in zip(shape(a), shape(b), strict=True)):
+            return Reason("shape", f"{a.name} and {b.name} are not of the same rows")
+        chain, other = _walk(m.anchor, picked.rows), _walk(m.anchor, total.args[0])
+        if isinstance(chain, Reason) or isinstance(other, Reason):
+            return None
+        if (chain.linear, chain.maths, chain.rows) != (other.linear, other.maths, other.rows) or chain.normalised:
+            return Reason("maths", f"{a.name} and {b.name} are not of the same logits")
+        inside = chain.inside | other.inside | {a}
+        chain = replace(chain, inside=inside, logits={**chain.logits, **other.logits})
+        return _log_prob(m.anchor, chain, picked, sign)
+    return None
+
+
+def _log_prob(anchor: fx.Node, chain: _Chain, picked: _Pick, sign: int) -> Rewrite | Reason:
+    chain = replace(chain, inside=chain.inside | picked.nodes)
+    ignored = _ignored_labels(anchor, picked.index)
+    # The labels as they were, before those that are ignored were made valid ones.
+    labels, ignore_index = (picked.index, None) if ignored is None else ignored
+    axes = len(shape(anchor)) - len(shape(labels))
+    fused = _fused(chain, labels)
+    if isinstance(fused, Reason):
+        return fused
+    operands, options, lazy = fused
+    options |= {"sign": sign, "axes": axes, "ignore_index": ignore_index}
+    return Rewrite(
+        rows_log_prob,
+        operands,
+        {"rows": chain.rows, "out_dtype": dtype(anchor), **options},
+        inside=chain.inside,
+        may_escape=chain.inside,
+        lazy=lazy,
+        notes="; ".join(
+            ["logits are computed when read"] * bool(lazy) + ["ignored tokens are left out"] * bool(ignored)
+        ),
+        kernel=OPS["linear_log_prob"],
+        prepare=_of_labels,
     )
 
 
@@ -279,7 +559,14 @@ def _seed(node: fx.Node) -> str | None:
 
 LOSS = Table(
     NAME,
-    (row(op("cross_entropy"), _build),),  # -log softmax(softcap(scale · W h))[label], reduced
+    (
+        row(op("cross_entropy"), _build),  # -log softmax(softcap(scale · W h))[label], reduced
+        row(op("nll_loss"), _build),  # the same, of log_softmax
+        row(op("squeeze"), _build_picked),  # log softmax(z)[label]
+        row(op("gather"), _build_picked),
+        row(op("index"), _build_picked),
+        row(op("sub"), _build_difference),  # z[label] - log Σ exp z, or its negative
+    ),
     _seed,
 )
 
@@ -355,6 +642,34 @@ def _ignored_by(mask: Any) -> tuple[Any, Any] | None:
     return compared.args[0], compared.args[1]
 
 
+def _kept_by(mask: Any) -> tuple[Any, Any] | None:
+    """``(labels, ignore_index)`` when ``mask``, of any dtype, is true exactly where labels are not ignored."""
+    mask = through(mask, "cast", "noop")
+    negated = _is(mask, "invert", "bitwise_not", "logical_not", "__invert__")
+    compared = mask.args[0] if negated else mask
+    if not _is(compared, *(("eq", "__eq__") if negated else ("ne", "__ne__"))) or len(compared.args) != 2:
+        return None
+    return compared.args[0], compared.args[1]
+
+
+def _zeroed(results: list[fx.Node]) -> list[tuple[Any, Any] | None] | Reason:
+    """By which labels each use of ``results`` is set to zero (None: by something else); or that one is not."""
+    fills = []
+    users = [user for result in results for user in result.users]
+    while users:
+        user = users.pop()
+        seen = see(user)
+        if seen.op in ("view", "flatten", "squeeze", "neg") or is_noop(seen) or is_widening(seen):
+            users += user.users
+        elif _is(user, "masked_fill") and _argument(user, 2, "value") == 0:
+            fills.append(_ignored_by(_argument(user, 1, "mask")))
+        elif seen.op == "mul" and any(_kept_by(factor) is not None for factor in seen.args):
+            fills.append(next(kept for factor in seen.args if (kept := _kept_by(factor)) is not None))
+        else:
+            return Reason("unmasked", f"{user.name} reads results of positions whose label is ignored")
+    return fills
+
+
 def _build_ignoring(m: Match) -> Rewrite | Reason | None:
     hidden, weight, bias, labels = m.anchor.args
     clamped = through(labels, "noop", "view", "flatten")
@@ -364,17 +679,9 @@ def _build_ignoring(m: Match) -> Rewrite | Reason | None:
     if _argument(clamped, 1, "min") != 0 or _argument(clamped, 2, "max") is not None:
         return None
     fields: list[Any] = sorted(m.anchor.users, key=lambda n: str(n.args[1]))
-    fills = []
-    for field in fields:
-        users = list(field.users)
-        while users:
-            user = users.pop()
-            if see(user).op in ("view", "flatten") or is_noop(see(user)):
-                users += user.users
-            elif _is(user, "masked_fill") and _argument(user, 2, "value") == 0:
-                fills.append(_ignored_by(_argument(user, 1, "mask")))
-            else:
-                return Reason("unmasked", f"{user.name} reads results of positions whose label is ignored")
+    fills = _zeroed(fields)
+    if isinstance(fills, Reason):
+        return fills
     if not fills or any(f != fills[0] for f in fills) or fills[0] is None or fills[0][0] is not source:
         return Reason("mask", "the results are not all filled with 0 where the same labels are ignored")
     if not isinstance(fills[0][1], int):

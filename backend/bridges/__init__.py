@@ -66,7 +66,7 @@ TABLE: tuple[Spec, ...] = (
         modules=("trl.trainer.utils",),
         library="trl",
         oldest="1.16",
-        does="TRL's chunked head is traced as one linear_log_prob, without graph breaks",
+        does="TRL's chunked head is traced as one linear_log_prob, and what holds it may compile 32 times",
         otherwise="the model's backbone is compiled, TRL's head runs in eager",
     ),
     Spec(

@@ -9,6 +9,10 @@ While fastft traces, both names in ``trl.trainer.utils`` lead elsewhere:
 * ``_use_triton`` is False, which is the way TRL itself takes where shapes must not depend on data: every position is
   scored, and those whose label is -100 are filled with 0 afterwards.
 
+Generation, scoring, the reference and training all call the one function that TRL puts in ``model.forward``, each with
+fixed lengths first and with changing ones later. That is more than the eight compilations that Dynamo allows one piece
+of code: the ninth, which may be training, would run uncompiled. So it is allowed :data:`COMPILATIONS`.
+
 TRL 1.15 knows no such way: there the mask is applied in any case, so this bridge is for 1.16 and later.
 """
 
@@ -20,6 +24,7 @@ from typing import Any
 
 import torch
 
+from fastft import _torch_compat as compat
 from fastft.bridges._bridge import StayOut, attribute
 from fastft.bridges._tracing import tracing
 from fastft.kernels.linear_cross_entropy import linear_log_prob
@@ -36,6 +41,8 @@ ARGUMENTS = (
     "logit_scale",
     "outputs",
 )
+#: Four kinds of calls (see above), each with one or several adapters, of fixed or changing lengths, and to spare.
+COMPILATIONS = 32
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 torch.compiler.allow_in_graph(linear_log_prob)
@@ -100,6 +107,7 @@ def apply(module: ModuleType) -> None:
 
     module._ChunkedLogProbFunction = ChunkedLogProbFunction  # type: ignore[attr-defined]
     module._use_triton = _use_triton  # type: ignore[attr-defined]
+    compat.allow_compilations(COMPILATIONS)
 
 
 def check(stock: Any, module: ModuleType) -> None:

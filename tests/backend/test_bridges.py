@@ -602,7 +602,12 @@ def test_hook_stays_out(body: str) -> None:
 
 
 @pytest.fixture
-def head() -> ModuleType:
+def head() -> Iterator[ModuleType]:
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield with_head()
+
+
+def with_head() -> ModuleType:
     """The two names of ``trl.trainer.utils``, as on CUDA, where TRL masks by a boolean index; with the bridge."""
     pytest.importorskip("trl", minversion="1.16")
     import trl.trainer.utils as stock
@@ -662,6 +667,16 @@ def test_head(ours: Recorder, other: Recorder, head: ModuleType, maths: dict[str
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
     # Another backend sees what TRL wrote: a boolean index and mm(out=).
     assert breaks() > 0 and other.calls("linear_log_prob") == 0
+
+
+def test_the_function_that_trl_puts_into_a_model_may_be_compiled_often() -> None:
+    """RLOO's step needs nine graphs of it; torch stops at eight, and would train uncompiled. More than we ask for
+    stays.
+    """
+    for limit, expected in ((8, 32), (64, 64)):
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            with_head()
+            assert torch._dynamo.config.recompile_limit == expected
 
 
 def test_head_under_autocast(ours: Recorder, head: ModuleType) -> None:

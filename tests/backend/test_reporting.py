@@ -114,3 +114,19 @@ def test_reset() -> None:
     reporting.reset()
     assert fastft.reports() == []
     assert (fastft.report().graphs, fastft.report().breaks) == (0, 0)
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_what_runs_uncompiled_as_its_code_was_compiled_too_often_is_a_break() -> None:
+    torch._dynamo.reset()
+
+    def scaled(x: torch.Tensor, by: str) -> torch.Tensor:
+        return x * len(by)
+
+    compiled = torch.compile(scaled, backend="fastft", options={"residual": "eager"})
+    for by in ("a", "bb"):
+        compiled(torch.ones(3), by)
+    assert fastft.report().breaks == 0
+    assert compiled(torch.ones(3), "ccc").tolist() == [3, 3, 3]
+    report = fastft.report()
+    assert (report.graphs, report.breaks) == (2, 1) and "recompile limit" in next(iter(report.break_reasons))

@@ -14,10 +14,11 @@ import fastft
 import fastft.bridges.trl_head  # lets Dynamo keep linear_log_prob as one call
 from fastft.autotune import variants
 from fastft.compare import assert_bitwise, assert_within, compare, rounding
+from fastft.kernels import linear_cross_entropy as loss_op
 from fastft.kernels._op import OPS
 from fastft.kernels.linear_cross_entropy import linear_log_prob, linear_log_prob_reference
 from fastft.lazy_logits import LazyLogits
-from fastft.patterns.loss import ignoring_log_prob, rows_linear_cross_entropy
+from fastft.patterns.loss import ignoring_log_prob, rows_linear_cross_entropy, rows_log_prob
 from tests.patterns._sites import check_site, exactly, rewritten
 
 B, S, H, V = 2, 6, 8, 19
@@ -94,12 +95,171 @@ SPELLINGS = {
 }
 
 
+VALID = LABELS.clamp(min=0)
+
+
+def in_chunks(z, ways=3, dim=1):
+    """A loop over pieces of the sequence."""
+    total = 0.0
+    for part, labels in zip(z.chunk(ways, dim), LABELS.chunk(ways, dim), strict=True):
+        total = total + F.cross_entropy(part.reshape(-1, V).float(), labels.reshape(-1), reduction="sum")
+    return total
+
+
+def in_slices(z, size=2):
+    return sum(
+        F.cross_entropy(z[:, i : i + size].reshape(-1, V), LABELS[:, i : i + size].reshape(-1), reduction="sum")
+        for i in range(0, S, size)
+    )
+
+
+def picked(z, labels=VALID):
+    return z.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def masked(log_prob, mask=LABELS != -100):
+    return (log_prob * mask).sum() / mask.sum()
+
+
+def of_ignored(z, make_valid, zero, labels=None):
+    """Log-probabilities where labels that are ignored were made valid ones, and what comes of them is zero."""
+    labels = LABELS if labels is None else labels
+    return zero(picked(z, make_valid(labels)), labels)
+
+
+SPELLINGS |= {
+    "log_softmax, nll_loss": lambda h, w: F.nll_loss(
+        F.log_softmax(F.linear(h, w).float(), dim=-1).view(-1, V), LABELS.flatten()
+    ),
+    "nll_loss of flat rows": lambda h, w: torch.nn.NLLLoss(reduction="sum")(
+        F.linear(h, w)[:, :-1].flatten(0, 1).log_softmax(1, dtype=torch.float32), LABELS[:, 1:].flatten()
+    ),
+    "log_softmax twice": lambda h, w: F.cross_entropy(
+        torch.log_softmax(F.linear(h, w), -1).view(-1, V), LABELS.flatten()
+    ),
+    "classes second": lambda h, w: F.cross_entropy(F.linear(h, w).transpose(1, 2), LABELS),
+    "classes second, shifted": lambda h, w: F.cross_entropy(
+        F.linear(h, w)[:, :-1].permute(0, 2, 1), LABELS[:, 1:], reduction="none"
+    ),
+    "classes second, nll_loss": lambda h, w: F.nll_loss(F.log_softmax(F.linear(h, w), 2).transpose(-1, -2), LABELS),
+    "log_softmax, gather": lambda h, w: picked(F.linear(h, w)),
+    "log_softmax, gather, a column": lambda h, w: torch.gather(
+        F.log_softmax(F.linear(h, w), -1, dtype=torch.float32), 2, VALID[..., None]
+    ),
+    "log_softmax, gather, no squeeze": lambda h, w: (
+        F.linear(h, w).flatten(0, 1).log_softmax(-1).gather(1, VALID.view(-1, 1))[..., 0]
+    ),
+    "log_softmax, arange": lambda h, w: (
+        -F.linear(h, w).view(-1, V).log_softmax(-1)[torch.arange(B * S), VALID.flatten()].mean()
+    ),
+    "logsumexp - gather": lambda h, w: masked(
+        (z := F.linear(h, w).float()).logsumexp(-1) - z.gather(-1, VALID[..., None]).squeeze(-1)
+    ),
+    "gather - logsumexp": lambda h, w: (
+        (z := F.linear(h, w) / 0.7)[:, 1:].gather(-1, VALID[:, 1:, None])
+        - torch.logsumexp(z[:, 1:], dim=-1, keepdim=True)
+    ),
+    "arange - logsumexp": lambda h, w: (
+        (z := softcap(F.linear(h, w)).view(-1, V))[torch.arange(B * S), VALID.view(-1)] - z.logsumexp(1)
+    ),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spellings(spelling, dtype):
     graph = check_site(SPELLINGS[spelling], *operands(dtype), counts=ONE)
     left = {n.target for n in graph.graph.nodes}
-    assert rows_linear_cross_entropy in left and not left & {F.cross_entropy, torch._C._nn.linear, torch.tanh}
+    assert left & {rows_linear_cross_entropy, rows_log_prob}
+    assert not left & {F.cross_entropy, F.nll_loss, torch._C._nn.linear, torch.tanh, "gather", "logsumexp"}
+
+
+LOOPS = {
+    "chunk": (3, lambda h, w: in_chunks(F.linear(h, w))),
+    "chunk of the batch": (2, lambda h, w: in_chunks(F.linear(h, w), 2, 0)),
+    "chunk of the hidden states": (
+        3,
+        lambda h, w: sum(
+            F.cross_entropy(F.linear(x, w).view(-1, V), y.reshape(-1), reduction="sum")
+            for x, y in zip(h.chunk(3, 1), LABELS.chunk(3, 1), strict=True)
+        ),
+    ),
+    "split": (
+        2,
+        lambda h, w: sum(
+            picked(part, labels).sum()
+            for part, labels in zip(F.linear(h, w).split(4, dim=1), VALID.split(4, dim=1), strict=True)
+        ),
+    ),
+    "split of flat rows": (
+        3,
+        lambda h, w: sum(
+            F.cross_entropy(part, labels, reduction="sum")
+            for part, labels in zip(
+                torch.split(F.linear(h, w).view(-1, V), [5, 4, 3]), LABELS.view(-1).split([5, 4, 3]), strict=True
+            )
+        ),
+    ),
+    "slices": (3, lambda h, w: in_slices(F.linear(h, w))),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_loops_over_pieces_of_the_logits(loop):
+    """Each piece is a site, and nothing of the whole logits is left."""
+    pieces, fn = LOOPS[loop]
+    graph = check_site(fn, *operands(), counts={"linear_cross_entropy": pieces})
+    assert not {n.target for n in graph.graph.nodes} & {F.cross_entropy, torch._C._nn.linear}
+
+
+IGNORING = {
+    "clamp, masked_fill": lambda z: of_ignored(z, lambda y: y.clamp(min=0), lambda p, y: p.masked_fill(y == -100, 0)),
+    "clamp, times the mask": lambda z: of_ignored(z, lambda y: y.clamp_min(0), lambda p, y: -p * (y != -100)),
+    "masked_fill, times a float mask": lambda z: of_ignored(
+        z, lambda y: y.masked_fill(y == -100, 0), lambda p, y: (y != -100).float() * p
+    ),
+    "where": lambda z: of_ignored(
+        z, lambda y: torch.where(y != -100, y, 0), lambda p, y: p.masked_fill(~(y != -100), 0)
+    ),
+    "shifted twice": lambda z: of_ignored(
+        z[:, :-1], lambda y: y[:, 1:].clamp(min=0), lambda p, y: p * (y[:, 1:] != -100)
+    ),
+    "logsumexp": lambda z: (
+        (z.logsumexp(-1) - z.gather(-1, LABELS.clamp(min=0).unsqueeze(-1)).squeeze(-1)) * (LABELS != -100)
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", IGNORING)
+def test_ignored_tokens_of_hand_written_losses_are_left_out(spelling, monkeypatch):
+    """They never reach the op as labels that count: half of them ignored costs half."""
+    seen = []
+    stock_op = loss_op._forward_all
+    monkeypatch.setattr(loss_op, "_forward_all", lambda h, *rest: seen.append(h.shape[0]) or stock_op(h, *rest))
+    monkeypatch.setitem(globals(), "LABELS", LABELS.clone())
+    LABELS[:, :3] = -100
+    fn = IGNORING[spelling]
+    check_site(lambda h, w: fn(F.linear(h, w)), *operands(), counts=ONE)
+    assert set(seen) == {int((LABELS[:, 1:] if spelling == "shifted twice" else LABELS).ne(-100).sum())}
+
+
+SCORED_ANYWAY = {
+    "not masked": lambda z: picked(z, LABELS.clamp(min=0)),
+    "another mask": lambda z: picked(z, LABELS.clamp(min=0)) * (LABELS != OTHER),
+    "masked once of twice": lambda z: (p := picked(z, LABELS.clamp(min=0))) * (LABELS != -100) + p,
+    "a mask of moved labels": lambda z: picked(z, LABELS.clamp(min=0)) * (LABELS.roll(1, 0) != -100),
+    "a valid label is ignored": lambda z: picked(z, LABELS.clamp(min=0)) * (LABELS != 3),
+    "filled with one": lambda z: picked(z, LABELS.clamp(min=0)).masked_fill(LABELS == -100, 1),
+    "clamped at one": lambda z: picked(z, LABELS.clamp(min=1)) * (LABELS != -100),
+}
+
+
+@pytest.mark.parametrize("spelling", SCORED_ANYWAY)
+def test_hand_written_losses_that_use_every_token(spelling):
+    fn = SCORED_ANYWAY[spelling]
+    graph = check_site(lambda h, w: fn(F.linear(h, w)), *operands(), counts=ONE)
+    (node,) = [n for n in graph.graph.nodes if n.target is rows_log_prob]
+    assert node.kwargs["ignore_index"] is None
 
 
 def test_bias():
@@ -222,7 +382,31 @@ LEFT_ALONE = {
         "shape",
         lambda h, w: F.cross_entropy(F.linear(h, w)[..., :12].reshape(-1, 12), LABELS.view(-1).clamp(max=11)),
     ),
-    "classes second": ("shape", lambda h, w: F.cross_entropy(F.linear(h, w).transpose(1, 2), LABELS)),
+    "nll_loss of logits": ("maths", lambda h, w: F.nll_loss(F.linear(h, w).view(-1, V), LABELS.view(-1))),
+    "log_softmax over the sequence": (
+        "maths",
+        lambda h, w: F.nll_loss(F.log_softmax(F.linear(h, w), 1).view(-1, V), LABELS.view(-1)),
+    ),
+    "scaled log-probabilities": (
+        "maths",
+        lambda h, w: F.cross_entropy(F.log_softmax(F.linear(h, w), -1).view(-1, V) * 2, LABELS.view(-1)),
+    ),
+    "log-probabilities returned": (
+        "escapes",
+        lambda h, w: (picked(z := F.linear(h, w)), z.log_softmax(-1))[0] + 0 * z.log_softmax(-1).sum(),
+    ),
+    "logsumexp of other logits": (
+        "maths",
+        lambda h, w: (z := F.linear(h, w)).logsumexp(-1) - (z * 2).gather(-1, VALID[..., None]).squeeze(-1),
+    ),
+    "logsumexp of other rows": (
+        "maths",
+        lambda h, w: (z := F.linear(h, w))[:, 1:].logsumexp(-1) - z[:, :-1].gather(-1, VALID[:, 1:, None]).squeeze(-1),
+    ),
+    "logsumexp broadcast": (
+        "shape",
+        lambda h, w: (z := F.linear(h, w))[:1].logsumexp(-1) - z.gather(-1, VALID[..., None])[..., 0],
+    ),
     "class probabilities": (
         "shape",
         lambda h, w: F.cross_entropy(F.linear(h, w).view(-1, V), torch.full((B * S, V), 1 / V)),

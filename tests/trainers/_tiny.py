@@ -15,7 +15,7 @@ LAYERS, HIDDEN, VOCAB, SEQ, STEPS = 2, 64, 128, 16, 2
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def llama() -> LlamaForCausalLM:
+def llama(vocab_size: int = VOCAB) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=HIDDEN,
@@ -23,7 +23,7 @@ def llama() -> LlamaForCausalLM:
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         max_position_embeddings=64,
         pad_token_id=1,
         eos_token_id=2,
