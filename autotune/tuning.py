@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +32,8 @@ from fastft.kernels._op import OPS
 log = logging.getLogger("fastft")
 
 FORWARD, BACKWARD = "forward", "backward"
-#: Threads that compile.
-COMPILERS = 8
+#: Threads that compile: ptxas and LLVM work outside of Python's lock.
+COMPILERS = os.cpu_count() or 8
 
 
 @dataclass(frozen=True)
