@@ -37,6 +37,7 @@ from fastft.kernels._rows import rows_of, size, tile_at
 from fastft.kernels._triton import jit, tl, triton
 from fastft.kernels.glu import KINDS, _activate, _activate_torch
 from fastft.kernels.glu import reference as glu_reference
+from fastft.kernels.glu import stock as glu_stock
 
 Tensors = Sequence[torch.Tensor]
 
@@ -428,11 +429,10 @@ def cost(wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str) ->
 
 def stock(wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str) -> torch.Tensor:
     """PEFT's adapters and transformers' MLP, from what the products before them gave."""
-    from fastft.kernels import glu
-
     *bases, h_gate, h_up = _pieces(wide, b[0].shape[0], [up.shape[1] for up in b])
     each = zip(bases, (h_gate, h_up), b, scaling, strict=True)
-    return glu.stock(*(e + torch.nn.functional.linear(h, up.to(h.dtype)) * s for e, h, up, s in each), kind)
+    gate, up = (e + torch.nn.functional.linear(h, thin.to(h.dtype)) * scale for e, h, thin, scale in each)
+    return glu_stock(gate, up, kind)
 
 
 def sizes(model: Model) -> Iterator[dict[str, Any]]:
