@@ -37,6 +37,7 @@ from fastft.kernels._rows import rows_of, size, tile_at
 from fastft.kernels._triton import jit, tl, triton
 from fastft.kernels.glu import KINDS, _activate, _activate_torch
 from fastft.kernels.glu import reference as glu_reference
+from fastft.kernels.glu import stock as glu_stock
 
 Tensors = Sequence[torch.Tensor]
 
@@ -78,12 +79,13 @@ def _tile(device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int
 
 #: Rows of a program that adds the parts up.
 SUM_ROWS = 32
-#: Programs that share a row's columns in the backward, each with a part of the sums over them.
-SPLITS = 8
+#: Columns that a program of the backward takes at a time (128 registers a thread, so that four programs share a
+#: processor), and programs that share a row's columns, each with a part of the sums over them.
+SPLIT_N, SPLITS = 32, 8
 
 
 def _split_tile(device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int, kind: str) -> Config:
-    return {**_tile(device, dtype, rows, n, rank, kind), "SPLITS": SPLITS}
+    return {"BLOCK_M": BLOCK_M, "BLOCK_N": SPLIT_N, "SPLITS": SPLITS, "num_warps": 4, "num_stages": 3}
 
 
 def _legal(
@@ -101,22 +103,30 @@ def _waste(
 _VALUES = {"BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (32, 64, 128, 256), "num_warps": (2, 4, 8, 16)}
 _SIZES: dict[str, Any] = {"tokens": ("rows",), "sizes": ("n", "rank", "kind"), "legal": _legal, "waste": _waste}
 FORWARD = Space("lora_glu.forward", _VALUES, _tile, **_SIZES)
-BACKWARD = Space("lora_glu.backward", {**_VALUES, "SPLITS": (1, 2, 4, 8, 16, 32)}, _split_tile, **_SIZES)
+BACKWARD = Space(
+    "lora_glu.backward", {**_VALUES, "SPLITS": (1, 2, 4, 8, 16, 32), "num_stages": (1, 2, 3, 4)}, _split_tile, **_SIZES
+)
 
 # ---------------------------------------------------------------- kernels
 
 
 @jit
+def _thin(wide_ptr, row, first, rows, inner, outer_stride, inner_stride, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """h of a tile's rows, from column ``first`` on."""
+    r = tl.arange(0, BLOCK_R)
+    there = (row < rows)[:, None] & (r < RANK)[None, :]
+    return tl.load(tile_at(wide_ptr, row, first + r, inner, outer_stride, inner_stride), mask=there, other=0.0)
+
+
+@jit
 def _adapted(
-    wide_ptr, b_ptr, row, col, base, thin, rows, n, inner, outer_stride, inner_stride,
+    wide_ptr, b_ptr, h, row, col, first, rows, n, inner, outer_stride, inner_stride,
     SCALE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """e + s h Bᵀ of a tile, in fp32, and the tile's rows of B. ``base``, ``thin``: the first columns of e and of h."""
+    """e + s h Bᵀ of a tile, in fp32, and the tile's rows of B. e begins at column ``first``."""
     r = tl.arange(0, BLOCK_R)
     there = (row < rows)[:, None] & (col < n)[None, :]
-    e = tl.load(tile_at(wide_ptr, row, base + col, inner, outer_stride, inner_stride), mask=there, other=0.0)
-    of_row = (row < rows)[:, None] & (r < RANK)[None, :]
-    h = tl.load(tile_at(wide_ptr, row, thin + r, inner, outer_stride, inner_stride), mask=of_row, other=0.0)
+    e = tl.load(tile_at(wide_ptr, row, first + col, inner, outer_stride, inner_stride), mask=there, other=0.0)
     of_col = (col < n)[:, None] & (r < RANK)[None, :]
     b = tl.load(b_ptr + col[:, None] * RANK + r[None, :], mask=of_col, other=0.0).to(h.dtype)
     return e.to(tl.float32) + SCALE * tl.dot(h, tl.trans(b), input_precision=PRECISION), b
@@ -132,12 +142,14 @@ def _forward_kernel(
 ):  # fmt: skip
     row = (tl.program_id(0) // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    h_gate = _thin(wide_ptr, row, 2 * n, rows, inner, wide_outer, wide_inner, RANK_GATE, BLOCK_R)
+    h_up = _thin(wide_ptr, row, 2 * n + RANK_GATE, rows, inner, wide_outer, wide_inner, RANK_UP, BLOCK_R)
     g, _ = _adapted(
-        wide_ptr, b_gate_ptr, row, col, 0, 2 * n, rows, n, inner, wide_outer, wide_inner,
+        wide_ptr, b_gate_ptr, h_gate, row, col, 0, rows, n, inner, wide_outer, wide_inner,
         SCALE_GATE, RANK_GATE, BLOCK_R, PRECISION,
     )  # fmt: skip
     u, _ = _adapted(
-        wide_ptr, b_up_ptr, row, col, n, 2 * n + RANK_GATE, rows, n, inner, wide_outer, wide_inner,
+        wide_ptr, b_up_ptr, h_up, row, col, n, rows, n, inner, wide_outer, wide_inner,
         SCALE_UP, RANK_UP, BLOCK_R, PRECISION,
     )  # fmt: skip
     f, _ = _activate(g, KIND)
@@ -155,21 +167,23 @@ def _backward_kernel(
 ):  # fmt: skip
     row = (tl.program_id(0) // SPLITS) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(0) % SPLITS
+    h_gate = _thin(wide_ptr, row, 2 * n, rows, inner, wide_outer, wide_inner, RANK_GATE, BLOCK_R)
+    h_up = _thin(wide_ptr, row, 2 * n + RANK_GATE, rows, inner, wide_outer, wide_inner, RANK_UP, BLOCK_R)
     dh_gate = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     dh_up = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(split * span, tl.minimum((split + 1) * span, n), BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
+        there = (row < rows)[:, None] & (col < n)[None, :]
+        dy = tl.load(tile_at(dy_ptr, row, col, inner, dy_outer, dy_inner), mask=there, other=0.0).to(tl.float32)
         g, b_gate = _adapted(
-            wide_ptr, b_gate_ptr, row, col, 0, 2 * n, rows, n, inner, wide_outer, wide_inner,
+            wide_ptr, b_gate_ptr, h_gate, row, col, 0, rows, n, inner, wide_outer, wide_inner,
             SCALE_GATE, RANK_GATE, BLOCK_R, PRECISION,
         )  # fmt: skip
         u, b_up = _adapted(
-            wide_ptr, b_up_ptr, row, col, n, 2 * n + RANK_GATE, rows, n, inner, wide_outer, wide_inner,
+            wide_ptr, b_up_ptr, h_up, row, col, n, rows, n, inner, wide_outer, wide_inner,
             SCALE_UP, RANK_UP, BLOCK_R, PRECISION,
         )  # fmt: skip
         f, slope = _activate(g, KIND)
-        there = (row < rows)[:, None] & (col < n)[None, :]
-        dy = tl.load(tile_at(dy_ptr, row, col, inner, dy_outer, dy_inner), mask=there, other=0.0).to(tl.float32)
         dg = (dy * u * slope).to(dwide_ptr.dtype.element_ty)
         du = (dy * f).to(dwide_ptr.dtype.element_ty)
         dg_at = tile_at(dwide_ptr, row, col, inner, dwide_outer, dwide_inner)
@@ -415,11 +429,10 @@ def cost(wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str) ->
 
 def stock(wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str) -> torch.Tensor:
     """PEFT's adapters and transformers' MLP, from what the products before them gave."""
-    from fastft.kernels import glu
-
     *bases, h_gate, h_up = _pieces(wide, b[0].shape[0], [up.shape[1] for up in b])
     each = zip(bases, (h_gate, h_up), b, scaling, strict=True)
-    return glu.stock(*(e + torch.nn.functional.linear(h, up.to(h.dtype)) * s for e, h, up, s in each), kind)
+    gate, up = (e + torch.nn.functional.linear(h, thin.to(h.dtype)) * scale for e, h, thin, scale in each)
+    return glu_stock(gate, up, kind)
 
 
 def sizes(model: Model) -> Iterator[dict[str, Any]]:
@@ -430,7 +443,7 @@ def sizes(model: Model) -> Iterator[dict[str, Any]]:
             yield {**model.tokens, **call}
 
 
-def _thin(new: New, adapter: str, *shape: int, scale: float) -> torch.Tensor:
+def _b(new: New, adapter: str, *shape: int, scale: float) -> torch.Tensor:
     made = new(*shape, scale=scale)
     return (made.float() if adapter == "float32" else made).requires_grad_()
 
@@ -447,7 +460,7 @@ def inputs(
 ) -> Inputs:
     """wide [batch, seq, 2·intermediate + 2·rank, rounded up], and the B of two adapters."""
     wide = new(batch, seq, 2 * intermediate + lora._whole(2 * rank), grad=True)
-    b = [_thin(new, adapter, intermediate, rank, scale=rank**-0.5) for _ in range(2)]
+    b = [_b(new, adapter, intermediate, rank, scale=rank**-0.5) for _ in range(2)]
     return Inputs((wide, b, [2.0, 2.0], activation), wanted=[wide, *b])
 
 

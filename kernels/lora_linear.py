@@ -309,7 +309,8 @@ def _dense(
     if not quant and weight.dtype == dtype:
         yield weight
         return
-    with _scratch_rows(weight, *(shape if quant else weight.shape), dtype) as out:
+    n, k = shape if quant else weight.shape
+    with _scratch_rows(weight, n, k, dtype) as out:
         _fill(out, weight, quant, blocksize, blocksize2)
         yield out
 

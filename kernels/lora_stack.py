@@ -248,7 +248,9 @@ def supported(
     if len(a) != len(weight):
         return Reason("shape", f"{len(weight)} weights and {len(a)} adapters; one for each is supported")
     # What a layer's own op says of its tensors; B is not there yet, and any that fits will do.
-    widths = [(sizes if quant else w.shape)[0] for w, sizes in zip(weight, shape if quant else weight, strict=True)]
+    widths = [sizes[0] for sizes in shape] if quant else [w.shape[0] for w in weight]
+    if len(widths) != len(a):
+        return Reason("shape", f"{len(widths)} shapes for {len(a)} weights")
     ups = [down.new_empty((n, down.shape[0])) for n, down in zip(widths, a, strict=True)]
     return lora.supported_linears(
         x, weight, [], [[down] for down in a], [[up] for up in ups], [[1.0]] * len(a), quant=quant, shape=shape,
@@ -271,7 +273,7 @@ def cost(
     K, itemsize, rank = x.shape[-1], (dtype or x.dtype).itemsize, sum(down.shape[0] for down in a)
     tokens = size(x.numel()) / size(K)
     N = sum(sizes[0] for sizes in (shape if quant else [w.shape for w in weight]))
-    read = sum((nf4.cost(*sizes, itemsize=itemsize).bytes_moved for sizes in shape if quant), sympy.Integer(0))
+    read = sum((nf4.cost(n, k, itemsize=itemsize).bytes_moved for n, k in shape if quant), sympy.Integer(0))
     moved = itemsize * (tokens * (K + N + rank) + (N + rank) * K)
     return Cost(2 * tokens * (N + rank) * K, moved + read, sympy.Integer(0))
 

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from fastft.kernels import attention, glu, layer_norm, linear_cross_entropy, rms_norm, rotary
+from fastft.kernels import attention, glu, layer_norm, linear_cross_entropy, lora_glu, rms_norm, rotary
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
 
@@ -49,6 +49,13 @@ def run_glu(kind):
     return glu
 
 
+def run_lora_glu(rank):
+    wide, b = random(4, 2 * 14336 + 2 * rank), [torch.randn(14336, rank)] * 2
+    y = ops.lora_glu(wide, b, [2.0, 2.0], "silu")
+    ops.lora_glu_backward(y, wide, b, [2.0, 2.0], "silu", True, [False, False])
+    return lora_glu
+
+
 def run_rotary(style):
     q, k = (random(2, 4, heads, 128).transpose(1, 2) for heads in (32, 8))
     table = random(2, 4, 128)
@@ -64,6 +71,7 @@ def run_rotary(style):
         *[(layer_norm, run_layer_norm, n) for n in (768, 8192)],
         (layer_norm, run_layer_norm_in_two_pieces, 4608),
         *[(glu, run_glu, kind) for kind in glu.KINDS],
+        *[(lora_glu, run_lora_glu, rank) for rank in (16, 64)],
         *[(rotary, run_rotary, style) for style in rotary.STYLES],
     ],
     ids=lambda v: v.__name__.rsplit(".")[-1] if hasattr(v, "__name__") else str(v),
@@ -73,7 +81,9 @@ def test_compiles_for_an_h100(module, run, argument):
 
     with compiling(module) as kernels:
         run(argument)
-    assert len(kernels) == 2, "one kernel forward, one backward"
+    assert len(kernels) == 2 + (module is lora_glu), (
+        "one kernel forward, one backward; lora_glu's adds up sums in a third"
+    )
     for kernel in kernels:
         assert "cubin" in kernel.asm
         # 16 bytes a thread and load, where a row is contiguous and aligned.

@@ -86,7 +86,7 @@ def test_what_is_behind_h_is_not_read(device):
 def test_several_programs_share_a_row(splits, monkeypatch, device):
     """Columns that are no whole number of tiles, and tiles that are no whole number of programs."""
     monkeypatch.setattr(module, "SPLITS", splits)
-    monkeypatch.setattr(module, "BLOCK_N", 16)
+    monkeypatch.setattr(module, "SPLIT_N", 16)
     monkeypatch.setattr(module, "BLOCK_M", 16)
     check_op(flat(), tensors((41,), 149, (4, 3), spare=1, device=device), length=149)
 
@@ -226,7 +226,7 @@ def _derivations() -> list[Derivation]:
 
 DERIVATIONS = {"lora_glu": _derivations}
 
-SMALL_TILES = {"BLOCK_M": 1, "BLOCK_N": 2, "LEAST_RANK": 1, "SPLITS": 2, "SUM_ROWS": 1}
+SMALL_TILES = {"BLOCK_M": 1, "BLOCK_N": 2, "LEAST_RANK": 1, "SPLIT_N": 2, "SPLITS": 2, "SUM_ROWS": 1}
 
 MUTANTS = (
     Mutant(
@@ -248,8 +248,8 @@ MUTANTS = (
     Mutant(
         "lora_glu: more columns of h than the rank",
         "kernels/lora_glu.py",
-        "of_row = (row < rows)[:, None] & (r < RANK)[None, :]",
-        "of_row = (row < rows)[:, None] & (r < BLOCK_R)[None, :]",
+        "there = (row < rows)[:, None] & (r < RANK)[None, :]",
+        "there = (row < rows)[:, None] & (r < BLOCK_R)[None, :]",
         "tests/kernels/test_lora_glu.py -k is_not_read",
         interpret=True,
     ),

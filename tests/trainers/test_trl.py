@@ -32,6 +32,7 @@ SITES = {
     "mlp": tiny.LAYERS,
     "lora": 7 * tiny.LAYERS,
     "joint_linears": 2 * tiny.LAYERS,
+    "lora_glu": tiny.LAYERS,
     "residual_norm": 2 * tiny.LAYERS,
 }
 
