@@ -265,6 +265,9 @@ def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterato
     fraction = config.get("rope_parameters", {}).get("partial_rotary_factor", 1.0)
     per_head = dict(**tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     yield shape("rotary", **per_head, rotary_dim=int(head_dim * fraction))
+    if family in HEAD_NORMS:
+        more = dict(eps=config["rms_norm_eps"], offset=offset)
+        yield shape("norm_rotary", **per_head, rotary_dim=int(head_dim * fraction), **more)
     window, softcap = config.get("sliding_window"), config.get("attn_logit_softcapping")
     # transformers' SDPA leaves the cap out; whoever calls the op with it has it measured.
     for cap in dict.fromkeys((softcap, None)):
@@ -312,6 +315,7 @@ def _tests() -> Iterator[Shape]:
     ):
         sizes = dict(batch=batch, seq=seq, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         yield shape("rotary", **sizes, rotary_dim=rotary_dim)
+        yield shape("norm_rotary", **sizes, rotary_dim=rotary_dim, eps=1e-6, offset=float(seq % 2))
     for batch, seq, in_features, out_features, rank in (
         (1, 1, 16, 16, 1),
         (2, 5, 48, 80, 8),

@@ -352,7 +352,7 @@ class _Call:
         self.k_length, self.d_v = k.shape[2], v.shape[3]
         self.group = self.heads // k.shape[1]
         self.causal, self.scale, self.softcap = causal, scale, softcap
-        self.sinks, self.seed, self.dropout_p = sinks, seed, dropout_p
+        self.sinks, self.seed, self.dropout_p = None if sinks is None else sinks.contiguous(), seed, dropout_p
         found = HOLES | BLIND if kind is None else int(kind)
         sighted, found = not found & BLIND, found % BLIND
         if found == PLAIN:

@@ -14,8 +14,21 @@ if TYPE_CHECKING:
 
 # The loss takes the head's linear with it, LoRA takes the NF4 linear below it, rotary and attention look through
 # repeated and transposed heads; linear layers take the residual stream up and are joined, and norms hand it on, when
-# each of them is ours. A file that is not named here comes last.
-_ORDER = ("loss", "attention", "rotary", "norm", "mlp", "lora", "nf4", "residual", "joint_linears", "residual_norm")
+# each of them is ours, as must be the norms and the rotary of heads that become one op. A file that is not named comes
+# last.
+_ORDER = (
+    "loss",
+    "attention",
+    "rotary",
+    "norm",
+    "mlp",
+    "lora",
+    "nf4",
+    "residual",
+    "joint_linears",
+    "norm_rotary",
+    "residual_norm",
+)
 
 
 def tables() -> list[Table]:

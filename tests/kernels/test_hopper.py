@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from fastft.kernels import attention, glu, layer_norm, linear_cross_entropy, rms_norm, rotary
+from fastft.kernels import attention, glu, layer_norm, linear_cross_entropy, norm_rotary, rms_norm, rotary
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
 
@@ -57,6 +57,15 @@ def run_rotary(style):
     return rotary
 
 
+def run_norm_rotary(style):
+    q, k = (random(2, 4, heads, 128).transpose(1, 2) for heads in (32, 8))
+    w, table = random(128), random(2, 4, 128)
+    args = (q, k, w, w, table, table)
+    _, _, qr, kr = ops.norm_rotary(*args, 1e-6, 0.0, style, None, 128, 2)
+    ops.norm_rotary_backward(q, k, *args, qr, kr, 0.0, style, 128, 2, True, True)
+    return norm_rotary
+
+
 @pytest.mark.parametrize(
     "module, run, argument",
     [
@@ -65,6 +74,7 @@ def run_rotary(style):
         (layer_norm, run_layer_norm_in_two_pieces, 4608),
         *[(glu, run_glu, kind) for kind in glu.KINDS],
         *[(rotary, run_rotary, style) for style in rotary.STYLES],
+        *[(norm_rotary, run_norm_rotary, style) for style in rotary.STYLES],
     ],
     ids=lambda v: v.__name__.rsplit(".")[-1] if hasattr(v, "__name__") else str(v),
 )
