@@ -619,10 +619,11 @@ def stock(
 
 
 def sizes(model: Model) -> Iterator[dict[str, Any]]:
-    """q and k of a layer whose heads have norms."""
+    """q and k of a layer whose heads have norms. Gemma transposes the heads before them, Qwen after them."""
     if model.head_norms:
         heads = {"heads": model.heads, "kv_heads": model.kv_heads, "head_dim": model.head_dim}
-        more = {"eps": model.eps, "offset": 1.0 if model.family.startswith("gemma") else 0.0}
+        gemma = model.family.startswith("gemma")
+        more = {"eps": model.eps, "offset": float(gemma), "transpose": not gemma}
         yield {**model.tokens, **heads, "rotary_dim": model.rotary_dim, **more}
 
 
@@ -637,13 +638,18 @@ def inputs(
     rotary_dim: int,
     eps: float,
     offset: float,
+    transpose: bool = True,
 ) -> Inputs:
-    """q [batch, seq, heads, head_dim] and k as the projections leave them, weights, and tables [1, seq, rotary_dim]."""
-    q, k = new(batch, seq, heads, head_dim, grad=True), new(batch, seq, kv_heads, head_dim, grad=True)
+    """q [batch, seq, heads, head_dim] and k as the projections leave them, weights, and tables [1, seq, rotary_dim].
+
+    Without ``transpose`` the heads are second, as views of the same memory.
+    """
+    q, k = (t.detach() for t in new.heads(batch, seq, head_dim, heads, kv_heads))
+    q, k = ((t.transpose(1, 2) if transpose else t).requires_grad_() for t in (q, k))
     angle = new.uniform(1, seq, rotary_dim // 2).repeat(1, 1, 2)
     tables = angle.cos().to(new.dtype), angle.sin().to(new.dtype)
     args = q, k, new(head_dim), new(head_dim), *tables, eps, offset
-    return Inputs(args, {"rotary_dim": rotary_dim, "transpose": True}, [q, k])
+    return Inputs(args, {"rotary_dim": rotary_dim} | ({"transpose": True} if transpose else {}), [q, k])
 
 
 register(

@@ -350,10 +350,12 @@ def stock(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
 
 
 def sizes(model: Model) -> Iterator[dict[str, Any]]:
-    """Hidden states. The norms of heads are ``norm_rotary``'s."""
+    """Hidden states; where heads have norms those of q and of k, each a row."""
     if model.rms_norm:
-        offset = 1.0 if model.family.startswith("gemma") else 0.0
-        yield {**model.tokens, "hidden": model.hidden, "eps": model.eps, "offset": offset}
+        more = {"eps": model.eps, "offset": 1.0 if model.family.startswith("gemma") else 0.0}
+        yield {**model.tokens, "hidden": model.hidden, **more}
+        for heads in dict.fromkeys((model.heads, model.kv_heads) if model.head_norms else ()):
+            yield {"batch": model.batch, "seq": model.seq * heads, "hidden": model.head_dim, **more}
 
 
 def inputs(new: New, *, batch: int, seq: int, hidden: int, eps: float, offset: float) -> Inputs:

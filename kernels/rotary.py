@@ -549,10 +549,9 @@ def stock(
 
 
 def sizes(model: Model) -> Iterator[dict[str, Any]]:
-    """q and k of a layer. Where their heads have norms, they are ``norm_rotary``'s."""
+    """q and k of a layer."""
     heads = {"heads": model.heads, "kv_heads": model.kv_heads, "head_dim": model.head_dim}
-    if not model.head_norms:
-        yield {**model.tokens, **heads, "rotary_dim": model.rotary_dim}
+    yield {**model.tokens, **heads, "rotary_dim": model.rotary_dim}
 
 
 def inputs(new: New, *, batch: int, seq: int, heads: int, kv_heads: int, head_dim: int, rotary_dim: int) -> Inputs:

@@ -134,12 +134,13 @@ def _attention(m: Match, site: Spelled) -> Rewrite | Reason | None:
         note += "; sinks"
     if not same_size(shape(q)[1], shape(k)[1]):
         note += f"; {shape(q)[1]} query heads on {shape(k)[1]}"
-    if all(dtype(t) == dtype(m.anchor) for t in (q, k, v)):
-        return Rewrite(attention, (q, k, v), options, inside=m.inside, notes=note, kernel=ATTENTION)
-    options["to"] = dtype(m.anchor)
-    return Rewrite(
-        rounded_attention, (q, k, v), options, inside=m.inside, notes=note, kernel=ATTENTION, prepare=_rounded
-    )
+    target, prepare = attention, None
+    if not all(dtype(t) == dtype(m.anchor) for t in (q, k, v)):
+        options["to"] = dtype(m.anchor)
+        target, prepare = rounded_attention, _rounded
+    answer = Rewrite(target, (q, k, v), options, inside=m.inside, notes=note, kernel=ATTENTION, prepare=prepare)
+    answer.draws = f"attention's dropout of {site.dropout_p}" if site.dropout_p else ""
+    return answer
 
 
 def _problem(m: Match, q: fx.Node, k: fx.Node, v: fx.Node, options: dict[str, Any]) -> Reason | None:

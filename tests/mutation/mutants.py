@@ -123,15 +123,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "attention rule: scale dropped",
         "patterns/attention.py",
-        '        options["scale"] = scale\n',
-        "        pass\n",
+        '    options |= {"scale": site.scale} if site.scale is not None else {}\n',
+        "",
         "tests/patterns/test_attention.py",
     ),
     Mutant(
         "attention rule: mask dropped",
         "patterns/attention.py",
-        '                "dense": mask,\n',
-        "",
+        'options = {**always, "causal": is_causal, "dense": mask}',
+        'options = {**always, "causal": is_causal}',
         "tests/patterns/test_attention.py",
     ),
     Mutant(
