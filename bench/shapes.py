@@ -114,8 +114,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": _model("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, **QWEN),
     "qwen3-8b": _model("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, **QWEN),
     "qwen3-0.6b": _model("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, **{**QWEN, "tie_word_embeddings": True}),
+    "qwen3-14b": _model("qwen3", 5120, 17408, 40, 40, 8, 128, 151936, **QWEN),
     "gemma-2-9b": _model("gemma2", 3584, 14336, 42, 16, 8, 256, 256000, **GEMMA2, **SOFTCAPS),
     "gemma-3-1b": _model("gemma3_text", 1152, 6912, 26, 4, 1, 256, 262144, **GEMMA, sliding_window=512),
+    "gemma-3-4b": _model("gemma3_text", 2560, 10240, 34, 8, 4, 256, 262208, **GEMMA, sliding_window=1024),
+    "gemma-3-12b": _model("gemma3_text", 3840, 15360, 48, 16, 8, 256, 262208, **GEMMA, sliding_window=1024),
     "phi-4": _model("phi3", 5120, 17920, 40, 40, 10, 128, 100352, **PHI4, rope_parameters=_rope(250000.0)),
     # Only the first 96 of 128 elements of a head are rotated.
     "phi-4-mini": _model(
@@ -380,6 +383,10 @@ REAL = (
     "minitron-8b",
     "minitron-4b",
     "nemotron-4-15b",
+    "qwen3-0.6b",
+    "qwen3-14b",
+    "gemma-3-4b",
+    "gemma-3-12b",
 )
 
 

@@ -173,7 +173,8 @@ def reference(
         s = torch.cat((s, sinks.to(compute)[:, None, None].expand(*s.shape[:-1], 1)), -1)
     p = torch.softmax(s, -1).masked_fill(s.amax(-1, keepdim=True) == -math.inf, 0.0)[..., : k.shape[2]]
     if dropout_p:
-        keep = kept(new_seed(q) if seed is None else seed, *p.shape, dropout_p)
+        batch, heads, q_length, k_length = p.shape
+        keep = kept(new_seed(q) if seed is None else seed, batch, heads, q_length, k_length, dropout_p)
         p = torch.where(keep, p / (1 - dropout_p), 0.0)
     return (p @ v.to(compute).repeat_interleave(group, 1)).to(q.dtype)
 

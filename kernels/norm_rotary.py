@@ -424,10 +424,10 @@ def _backward(
                 grad.copy_(each * (g - x_hat * (g * x_hat).mean(-1, keepdim=True)))
         return outs
     dq, dk, q, k = _unit(dq), _unit(dk), _unit(q), _unit(k)
-    constants, each = _constants(BACKWARD, q, k, q_weight, cos, style, rotary_dim, seq_dim, offset)
+    constants, most = _constants(BACKWARD, q, k, q_weight, cos, style, rotary_dim, seq_dim, offset)
     tokens = q.shape[0] * q.shape[seq_dim]
-    programs = min(tokens, each * processors(q.device)) if want_dweight else tokens
-    partial = q.new_empty((programs, 2, q.shape[-1]) if want_dweight else 0, dtype=torch.float32)
+    programs = min(tokens, most * processors(q.device)) if want_dweight else tokens
+    partial = q.new_empty((programs, 2, q.shape[-1]) if want_dweight else (0,), dtype=torch.float32)
     weights = [x if w is None else w.contiguous() for x, w in ((q, q_weight), (k, k_weight))]
     grads = (q_grad, k_grad) if want_dx else (q, k)  # not written to
     _backward_kernel[(programs,)](

@@ -89,7 +89,7 @@ def _build(m: Match) -> Rewrite | Reason | None:
     for node in m.inside - {turned}:  # views too: the norm would be computed twice
         if other := next((user for user in node.users if user not in m.inside), None):
             return Reason("escapes", f"the normalised {node.name} is also used by {other.name}")
-    items = sorted(turned.users, key=lambda item: item.args[1])
+    items = sorted(turned.users, key=lambda item: int(item.args[1]))  # type: ignore[arg-type]
     if [item.args[1] for item in items] != [0, 1]:
         return Reason("outputs", "q or k is not used")
     shared = (cos, sin, eps, offset, style, out_dtype or dtype(m["q"]), rotary_dim, seq_dim, m["transpose"])
