@@ -57,6 +57,8 @@ SMALL: tuple[tuple[dict[str, Any], int, int], ...] = tuple(
         ("llama", 64, 176, 4, 2, 16, 97, "rms_norm_eps", 2, 17),
         ("gemma2", 192, 320, 3, 1, 64, 300, "rms_norm_eps", 1, 65),
         ("phi3", 128, 256, 2, 2, 64, 512, "layer_norm_eps", 3, 32),
+        ("qwen3", 96, 128, 3, 1, 40, 131, "rms_norm_eps", 2, 19),
+        ("gemma3_text", 64, 96, 4, 2, 128, 100, "rms_norm_eps", 1, 33),
         ("nemotron", 48, 100, 2, 1, 24, 65, "norm_eps", 2, 9),
         ("llama", 1024, 2816, 8, 2, 128, 1000, "rms_norm_eps", 1, 128),
     )

@@ -41,6 +41,9 @@ class Options:
     not stay as they were (:mod:`fastft.variants`).
     ``inductor``: config patches for Inductor (``{"max_autotune": True}``), as ``torch.compile(options=...)`` takes
     them without us.
+    ``attention_dropout``: attention whose weights are dropped (``attention_dropout`` of a config) is replaced like any
+    other, and draws its dropout itself: reproducibly, and other numbers than PyTorch would (default True). False leaves
+    it as it is; so does ``verify``, which compares with eager.
     """
 
     residual: str = "inductor"
@@ -52,6 +55,7 @@ class Options:
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, str] = field(default_factory=dict)
+    attention_dropout: bool = True
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
@@ -85,7 +89,7 @@ class Options:
             raise OptionError(
                 f"option fuel is {self.fuel!r}; it is a number of rewrites, 0 or more, or None for all of them"
             )
-        for name in ("lazy_logits", "strict"):
+        for name in ("lazy_logits", "attention_dropout", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name} is {getattr(self, name)!r}; it is True or False")
         if not isinstance(self.inductor, Mapping):

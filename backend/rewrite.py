@@ -217,6 +217,8 @@ def _answers(
 
 def _take_variant(answer: Rewrite, options: Options, fake_mode: Any) -> Reason | None:
     """Let ``answer`` call the variant of its op that is chosen for it; why it cannot, if so."""
+    if answer.draws and (not options.attention_dropout or options.verify != "never"):
+        return Reason("dropout", f"the op draws {answer.draws} itself, and eager's is wanted")
     op = answer.kernel
     if op is None:
         return None

@@ -141,8 +141,9 @@ def verify(
     ``options`` are those of the backend. ``bisect``: when something is wrong, compile it again with fewer rewrites
     until the first wrong one is found (about log2 of their number times, with ``residual="eager"``).
 
-    Dropout stays on. All three steps start from the same random state, and Inductor is told to draw as eager does
-    (``fallback_random``); the exact step draws its masks in the model's own dtype.
+    Dropout stays on; attention that drops weights is left as it is, since the op would draw others. All three steps
+    start from the same random state, and Inductor is told to draw as eager does (``fallback_random``); the exact step
+    draws its masks in the model's own dtype.
 
     Costs, beside an ordinary step: a step in eager, and one in fp32 (fp64 for a model that computes in fp32), with a
     copy of all floating-point parameters and of their gradients in that dtype. The comparison runs on the CPU in fp64.
@@ -152,7 +153,7 @@ def verify(
     """
     if len(args) == 1 and not kwargs and isinstance(args[0], Mapping):
         kwargs, args = dict(args[0]), ()
-    asked = dataclasses.replace(Options.of(options), verify="never")
+    asked = dataclasses.replace(Options.of(options), verify="never", attention_dropout=False)
     model = getattr(model, "_orig_mod", model)
     with _left_as_it_was(model), reporting.aside():
         one = TrainingStep(model, args, kwargs)
@@ -160,17 +161,22 @@ def verify(
         draws = differ(one.state, random_state())
         exact = one.exact()
 
+        left: set[str] = set()
+
         def judge(asked: Options) -> tuple[list[Comparison], list[Site]]:
             with _compiled(model, asked) as call:
                 found = one.run(call)
-                made = (site for report in reporting.reports() for site in report.sites)
+                made = [site for report in reporting.reports() for site in report.sites]
                 sites = [site for site in made if site.status == REPLACED]
+                left.update(site.reason for site in made if site.reason.startswith("dropout:"))
             return verdicts(found, eager, exact, one.dtype, terms_of((args, kwargs))), sites
 
         rows, sites = judge(asked)
         result = Verification(rows, one.dtype, one.wide, dict(_count(sites)))
         if draws:
             result.notes.append("the model draws random numbers (dropout): all steps drew from the same random state")
+        if left:
+            result.notes.append(f"attention that drops weights was left as it is ({'; '.join(sorted(left))})")
         if not sites:
             result.notes.append("nothing was replaced: only Inductor's part was verified")
         if not result.ok and bisect:

@@ -114,8 +114,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": _model("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, **QWEN),
     "qwen3-8b": _model("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, **QWEN),
     "qwen3-0.6b": _model("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, **{**QWEN, "tie_word_embeddings": True}),
+    "qwen3-14b": _model("qwen3", 5120, 17408, 40, 40, 8, 128, 151936, **QWEN),
     "gemma-2-9b": _model("gemma2", 3584, 14336, 42, 16, 8, 256, 256000, **GEMMA2, **SOFTCAPS),
     "gemma-3-1b": _model("gemma3_text", 1152, 6912, 26, 4, 1, 256, 262144, **GEMMA, sliding_window=512),
+    "gemma-3-4b": _model("gemma3_text", 2560, 10240, 34, 8, 4, 256, 262208, **GEMMA, sliding_window=1024),
+    "gemma-3-12b": _model("gemma3_text", 3840, 15360, 48, 16, 8, 256, 262208, **GEMMA, sliding_window=1024),
     "phi-4": _model("phi3", 5120, 17920, 40, 40, 10, 128, 100352, **PHI4, rope_parameters=_rope(250000.0)),
     # Only the first 96 of 128 elements of a head are rotated.
     "phi-4-mini": _model(
@@ -269,6 +272,9 @@ def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterato
     fraction = config.get("rope_parameters", {}).get("partial_rotary_factor", 1.0)
     per_head = dict(**tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     yield shape("rotary", **per_head, rotary_dim=int(head_dim * fraction))
+    if family in HEAD_NORMS:
+        more = dict(eps=config["rms_norm_eps"], offset=offset)
+        yield shape("norm_rotary", **per_head, rotary_dim=int(head_dim * fraction), **more)
     window, softcap = config.get("sliding_window"), config.get("attn_logit_softcapping")
     # transformers' SDPA leaves the cap out; whoever calls the op with it has it measured.
     for cap in dict.fromkeys((softcap, None)):
@@ -318,6 +324,7 @@ def _tests() -> Iterator[Shape]:
     ):
         sizes = dict(batch=batch, seq=seq, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         yield shape("rotary", **sizes, rotary_dim=rotary_dim)
+        yield shape("norm_rotary", **sizes, rotary_dim=rotary_dim, eps=1e-6, offset=float(seq % 2))
     for batch, seq, in_features, out_features, rank in (
         (1, 1, 16, 16, 1),
         (2, 5, 48, 80, 8),
@@ -382,6 +389,10 @@ REAL = (
     "minitron-8b",
     "minitron-4b",
     "nemotron-4-15b",
+    "qwen3-0.6b",
+    "qwen3-14b",
+    "gemma-3-4b",
+    "gemma-3-12b",
 )
 
 

@@ -173,7 +173,8 @@ def reference(
         s = torch.cat((s, sinks.to(compute)[:, None, None].expand(*s.shape[:-1], 1)), -1)
     p = torch.softmax(s, -1).masked_fill(s.amax(-1, keepdim=True) == -math.inf, 0.0)[..., : k.shape[2]]
     if dropout_p:
-        keep = kept(new_seed(q) if seed is None else seed, *p.shape, dropout_p)
+        batch, heads, q_length, k_length = p.shape
+        keep = kept(new_seed(q) if seed is None else seed, batch, heads, q_length, k_length, dropout_p)
         p = torch.where(keep, p / (1 - dropout_p), 0.0)
     return (p @ v.to(compute).repeat_interleave(group, 1)).to(q.dtype)
 
@@ -352,7 +353,7 @@ class _Call:
         self.k_length, self.d_v = k.shape[2], v.shape[3]
         self.group = self.heads // k.shape[1]
         self.causal, self.scale, self.softcap = causal, scale, softcap
-        self.sinks, self.seed, self.dropout_p = sinks, seed, dropout_p
+        self.sinks, self.seed, self.dropout_p = None if sinks is None else sinks.contiguous(), seed, dropout_p
         found = HOLES | BLIND if kind is None else int(kind)
         sighted, found = not found & BLIND, found % BLIND
         if found == PLAIN:

@@ -237,6 +237,9 @@ class Rewrite:
     ``prepare`` is given where ``target`` prepares the operands before it calls the op: from the same arguments it makes
     those of the op's own call, ``(args, kwargs)``.
 
+    ``draws`` says what the op draws other random numbers for than what it replaces, if it does: the site is left where
+    eager's are wanted.
+
     The op stands where the last output stood; ``early``: where the first did, for outputs that are used before the
     last one is computed. What it reads must be there by then.
     """
@@ -254,6 +257,7 @@ class Rewrite:
     passes: fx.Node | None = None
     first: Rewrite | None = None
     prepare: Callable[..., tuple[Sequence[Any], dict[str, Any]]] | None = None
+    draws: str = ""
 
 
 def use(kernel: str, *args: Any, **kwargs: Any) -> Rewrite | Reason:

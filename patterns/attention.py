@@ -134,12 +134,13 @@ def _attention(m: Match, site: Spelled) -> Rewrite | Reason | None:
         note += "; sinks"
     if not same_size(shape(q)[1], shape(k)[1]):
         note += f"; {shape(q)[1]} query heads on {shape(k)[1]}"
-    if all(dtype(t) == dtype(m.anchor) for t in (q, k, v)):
-        return Rewrite(attention, (q, k, v), options, inside=m.inside, notes=note, kernel=ATTENTION)
-    options["to"] = dtype(m.anchor)
-    return Rewrite(
-        rounded_attention, (q, k, v), options, inside=m.inside, notes=note, kernel=ATTENTION, prepare=_rounded
-    )
+    target, prepare = attention, None
+    if not all(dtype(t) == dtype(m.anchor) for t in (q, k, v)):
+        options["to"] = dtype(m.anchor)
+        target, prepare = rounded_attention, _rounded
+    answer = Rewrite(target, (q, k, v), options, inside=m.inside, notes=note, kernel=ATTENTION, prepare=prepare)
+    answer.draws = f"attention's dropout of {site.dropout_p}" if site.dropout_p else ""
+    return answer
 
 
 def _problem(m: Match, q: fx.Node, k: fx.Node, v: fx.Node, options: dict[str, Any]) -> Reason | None:
@@ -368,10 +369,11 @@ class _Walk:
         seen, name = see(s), str(getattr(getattr(s, "target", None), "__name__", getattr(s, "target", "")))
         if seen.op == "add" and all(isinstance(t, fx.Node) for t in seen.args):
             for scores, mask in (seen.args, seen.args[::-1]):
-                if _scores(scores) and not _scores(mask) and shape(scores) == shape(s):
+                whole = rank(scores) == rank(s) and all(map(same_size, shape(scores), shape(s)))  # none is broadcast
+                if _scores(scores) and not _scores(mask) and whole:
                     self.inside.add(s)
                     return scores, mask, "adds", -math.inf
-        args = s.args if isinstance(s, fx.Node) else ()
+        args: tuple[Any, ...] = s.args if isinstance(s, fx.Node) else ()
         if name in ("masked_fill", "where") and len(args) == 3:
             if name == "where":
                 hides = _scores(args[2]) and not _scores(args[1])
@@ -387,7 +389,7 @@ class _Walk:
     def _uncapped(self, s: Any) -> tuple[Any, float]:
         """The scores before ``cap · tanh(scores / cap)``, and the cap; 0.0 where there is none."""
         cap = _factor(see(s))
-        inner = through(see(s).args[0], "noop", "cast") if cap is not None else None
+        inner: Any = through(see(s).args[0], "noop", "cast") if cap is not None else None
         if cap is None or see(inner).op != "tanh":
             return s, 0.0
         divided = through(see(inner).args[0], "noop", "cast")

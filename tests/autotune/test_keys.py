@@ -53,7 +53,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron": dict(rope_parameters=_PARTIAL, partial_rotary_factor=0.5),
 }
 
-_NO_MLP = {"attention", "rotary", "rms_norm", "layer_norm", "linear_cross_entropy", "linear_log_prob", "lora_linear"}
+_NO_MLP = {
+    "attention",
+    "rotary",
+    "norm_rotary",
+    "rms_norm",
+    "layer_norm",
+    "linear_cross_entropy",
+    "linear_log_prob",
+    "lora_linear",
+}
 #: Pattern → the ops whose variants its sites look up, where they are not the pattern's own.
 OPS_OF = {
     "mlp": set(fastft.kernels.load()) - _NO_MLP - {"lora_linears", "nf4_dequantize"},

@@ -134,6 +134,8 @@ def test_attention_dropout() -> None:
         layer.self_attn.attention_dropout = 0.2
     result = fastft.verify(model, batch(), options=EAGER)
     assert result.ok and any("dropout" in note for note in result.notes), str(result)
+    assert "attention" not in result.replaced and any("was left as it is" in note for note in result.notes)
+    assert result.replaced["rotary"] == 2
 
 
 def test_nf4() -> None:

@@ -95,6 +95,10 @@ def _wide(name: str, new: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]
     if name == "rotary":
         q, k = new(1, 5, 32, 128).transpose(1, 2), new(1, 5, 8, 128).transpose(1, 2)
         yield (q, k, new(1, 5, 128, grad=False), new(1, 5, 128, grad=False)), {}
+    if name == "norm_rotary":
+        q, k = new(1, 5, 32, 128).transpose(1, 2), new(1, 5, 8, 128).transpose(1, 2)
+        tables = new(1, 5, 128, grad=False), new(1, 5, 128, grad=False)
+        yield (q, k, new(128), new(128), *tables, 1e-6), {}
     if name in ("linear_log_prob", "linear_cross_entropy"):
         labels = new.integers(9001, 17)
         labels[3] = -100
@@ -109,6 +113,9 @@ def _wide(name: str, new: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]
             yield (q, k, v), {"causal": True, **mask}
         q, k, v = (new(1, 70, 1, 256).transpose(1, 2) for _ in range(3))
         yield (q, k, v), {"causal": True, "softcap": 30.0}
+        q, k, v = (new(2, 150, heads, 64).transpose(1, 2) for heads in (2, 1, 1))
+        seed = torch.tensor([2**40 + 1], device=new.device)
+        yield (q, k, v), {"causal": True, "window": 50, "sinks": new(2), "dropout_p": 0.1, "seed": seed}
 
 
 def calls(dtypes: Sequence[torch.dtype], device: str, sizes: Sequence[int] = (1, 13)) -> Iterator[tuple[Op, Any]]:

@@ -30,6 +30,7 @@ from fastft.kernels import (
     lora_linear,
     lora_stack,
     nf4,
+    norm_rotary,
     rms_norm,
     rotary,
 )
@@ -195,6 +196,23 @@ def test_rotary(which):
     x = new(batch, seq, N // width, width).transpose(1, 2)
     rows = picked(batch, seq * N)
     check(lambda x: turned(rotary.rotary, x), lambda x: turned(rotary.reference, x), [x], [], rows)
+
+
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_norm_rotary(which):
+    """As of rotary; the weight's gradient is a sum over all heads of all tokens."""
+    seq, width = 64, 128 if CUDA else 16
+    batch = LIMIT // (seq * N) + 3
+    cos, sin = new(1, seq, width), new(1, seq, width)
+
+    def turned(fn: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        other, tables = x[:, :1].detach(), (cos.to(x.dtype), sin.to(x.dtype))
+        heads = (x, other) if which == "q" else (other, x)
+        return fn(*heads, w, w, *tables, 1e-6)[which == "k"]
+
+    x, rows = new(batch, seq, N // width, width).transpose(1, 2), picked(batch, seq * N)
+    call, of = lambda x, w: turned(norm_rotary.norm_rotary, x, w), lambda x, w: turned(norm_rotary.reference, x, w)
+    check(call, of, [x], [new(width)], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- attention

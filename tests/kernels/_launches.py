@@ -14,7 +14,17 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from bench.shapes import Shape
-from fastft.kernels import attention, glu, layer_norm, linear_cross_entropy, lora_glu, nf4, rms_norm, rotary
+from fastft.kernels import (
+    attention,
+    glu,
+    layer_norm,
+    linear_cross_entropy,
+    lora_glu,
+    nf4,
+    norm_rotary,
+    rms_norm,
+    rotary,
+)
 from fastft.kernels._config import SPACES
 from fastft.kernels._inputs import New
 from fastft.kernels._op import OPS, Op
@@ -40,7 +50,7 @@ def noting() -> Iterator[list[Launch]]:
         for module in map(kernels, homes()):
             if hasattr(module, "use_triton"):
                 stack.enter_context(mock.patch.object(module, "use_triton", lambda x: True))
-        for norm in (rms_norm, layer_norm):
+        for norm in (rms_norm, layer_norm, norm_rotary):
             stack.enter_context(mock.patch.object(norm, "processors", lambda device: 132))
         stack.enter_context(mock.patch.object(attention, "_roomy", lambda device: True))
         stack.enter_context(mock.patch.object(nf4, "_levels", lambda device: torch.empty(16, device=device)))
@@ -105,6 +115,18 @@ def _rotary(s: Shape, dtype: torch.dtype) -> None:
     rotary._backward(q, None, table, table, "half", dtype, s["rotary_dim"], 2)
 
 
+def _norm_rotary(s: Shape, dtype: torch.dtype) -> None:
+    q, k = (
+        _empty(s["batch"], s["seq"], s[n], s["head_dim"], dtype=dtype).transpose(1, 2) for n in ("heads", "kv_heads")
+    )
+    weight, table = _empty(s["head_dim"], dtype=dtype), _empty(1, s["seq"], s["rotary_dim"], dtype=dtype)
+    operands = q, k, weight, weight, table, table
+    _, _, q_r, k_r = norm_rotary._forward(*operands, s["eps"], s["offset"], "half", None, s["rotary_dim"], 2)
+    for want_dweight in (True, False):
+        rest = s["offset"], "half", s["rotary_dim"], 2, True, want_dweight
+        norm_rotary._backward(q, k, *operands, q_r, k_r, *rest)
+
+
 def _attention(s: Shape, dtype: torch.dtype) -> None:
     q, k, v = (
         _empty(s["batch"], s["seq"], s[n], s["head_dim"], dtype=dtype).transpose(1, 2)
@@ -144,6 +166,7 @@ _RUN = {
     "linear_cross_entropy": _linear_cross_entropy,
     "lora_glu": _lora_glu,
     "nf4": _nf4,
+    "norm_rotary": _norm_rotary,
     "rms_norm": _rms_norm,
     "rotary": _rotary,
 }

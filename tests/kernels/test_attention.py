@@ -392,6 +392,52 @@ def test_repeats_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+@pytest.mark.skipif(not (INTERPRET or CUDA), reason="the kernels skip, PyTorch's bodies do not")
+@pytest.mark.parametrize("kind", ["packed", "window", "chunk", "left padding", "right padding"])
+def test_tiles_outside_of_the_mask_are_not_visited(kind: str) -> None:
+    """Forward and both backward kernels: what is not finite in keys and queries out of reach reaches no result."""
+    half = 512 if CUDA else 64  # whole tiles
+    q, k, v, do = (torch.randn(1, 2, 2 * half, 32, device=DEVICE, dtype=HALF) for _ in range(4))
+    order = torch.arange(2 * half, device=DEVICE)
+    options: dict[str, Any] = {"causal": True}
+    hidden = order < half  # from the second half of the tokens
+    if kind == "packed":
+        options["positions"] = (order % half)[None]
+    elif kind == "window":
+        options["window"], hidden = half // 2, order < half // 2
+    elif kind == "chunk":
+        options["chunk"] = half
+    else:
+        hidden = order < half if kind == "left padding" else order >= half
+        options["padding"] = ~hidden[None]
+    seen = ~hidden if kind != "window" else order >= half
+    do = do * seen[:, None]
+    clean = run(lambda *t: attention(*t, **options), [q, k, v], do)
+    k, v = (torch.where(hidden[:, None], torch.nan, t) for t in (k, v))
+    if kind != "right padding":  # whose queries see what is before them
+        q, do = (torch.where(hidden[:, None], torch.nan, t) for t in (q, do))
+    found = run(lambda *t: attention(*t, **options), [q, k, v], do)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), clean, found, strict=True):
+        assert torch.equal(a[:, :, seen], b[:, :, seen]), name
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["packing", "padding"])
+def test_nothing_waits_for_the_device(kind: str) -> None:
+    """Once the step's mask is known, no layer synchronises, forward or backward."""
+    tensors, mask = inputs(Case(sq=300, sk=300, padding="left" * (kind == "padding"), packed=kind == "packing"), HALF)
+    found = module.attention_mask(mask["padding"], mask["positions"])
+    do = torch.randn(2, 2, 300, 16, device=DEVICE, dtype=HALF)
+    options = {"causal": True, "mask": found, "dropout_p": 0.1}
+    once = run(lambda *t: attention(*t, **options), tensors, do)  # what is compiled, is
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = run(lambda *t: attention(*t, **options), tensors, do)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [t.shape for t in once] == [t.shape for t in again]
+
+
 def test_dropout_draws_from_the_generator() -> None:
     """The generator's state decides what is dropped, a step's backward drops the same, and a seed decides it alone."""
     tensors, mask = inputs(Case(dropout_p=0.5), torch.float32)
@@ -579,7 +625,7 @@ def _attention_samples(new: New, n: int) -> Named:
     seed = torch.tensor([2**50 + 11], device=new.device)
     yield "dropout, sinks", qkv(6), {"causal": True, "dropout_p": 0.3, "seed": seed, "sinks": new(2), "padding": left}
     yield "mean where nothing is seen", qkv(), {"causal": True, "padding": left, "blind": "filled"}
-    yield "the same, added", qkv(), {"causal": True, "padding": left, "blind": "added"}
+    yield "padding on the right, added", qkv(), {"causal": True, "padding": left.flip(1), "blind": "added"}
     yield "additive mask, softcap", qkv(), {"dense": new(1, 2, s, s, grad=False), "softcap": 3.0}
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from fastft.kernels import attention, glu, layer_norm, linear_cross_entropy, lora_glu, rms_norm, rotary
+from fastft.kernels import attention, glu, layer_norm, linear_cross_entropy, lora_glu, norm_rotary, rms_norm, rotary
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
 
@@ -64,6 +64,15 @@ def run_rotary(style):
     return rotary
 
 
+def run_norm_rotary(style):
+    q, k = (random(2, 4, heads, 128).transpose(1, 2) for heads in (32, 8))
+    w, table = random(128), random(2, 4, 128)
+    args = (q, k, w, w, table, table)
+    _, _, qr, kr = ops.norm_rotary(*args, 1e-6, 0.0, style, None, 128, 2)
+    ops.norm_rotary_backward(q, k, *args, qr, kr, 0.0, style, 128, 2, True, True)
+    return norm_rotary
+
+
 @pytest.mark.parametrize(
     "module, run, argument",
     [
@@ -73,6 +82,7 @@ def run_rotary(style):
         *[(glu, run_glu, kind) for kind in glu.KINDS],
         *[(lora_glu, run_lora_glu, rank) for rank in (16, 64)],
         *[(rotary, run_rotary, style) for style in rotary.STYLES],
+        *[(norm_rotary, run_norm_rotary, style) for style in rotary.STYLES],
     ],
     ids=lambda v: v.__name__.rsplit(".")[-1] if hasattr(v, "__name__") else str(v),
 )

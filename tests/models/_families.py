@@ -31,8 +31,9 @@ _SIZES: dict[str, Any] = {
 @dataclass(frozen=True)
 class Family:
     """``norms``: RMSNorms by module count; ``linears``: in a layer, ``joint``: groups of them that read one input,
-    ``sums``: of them, without adapters, and the residual stream (Gemma has a norm in between); ``mlps``: of all layers.
-    A layer has one rotary and one attention site.
+    ``sums``: of them, without adapters, and the residual stream (Gemma has a norm in between); ``mlps``: of all layers;
+    ``head_norms``: whether q and k have norms, which go into one launch with rotary. A layer has one rotary and one
+    attention site.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Family:
     joint: int = 2
     sums: int = 2
     mlps: int = LAYERS
+    head_norms: bool = False
 
     def sites(self, lora: float | None = None, trained_input: bool = False) -> dict[str, int]:
         """Replaced sites that a training step must have, by pattern. ``lora``: its dropout, None without LoRA. With
@@ -54,6 +56,7 @@ class Family:
             "rotary": LAYERS,
             "rms_norm": self.norms,
             **({"mlp": self.mlps} if self.mlps else {}),
+            **({"norm_rotary": LAYERS} if self.head_norms else {}),
             # Two norms of a layer read the stream that goes around them; the last one's stream ends there.
             "residual_norm": 2 * LAYERS - (lora is not None and not trained_input),
         }
@@ -150,9 +153,9 @@ FAMILIES = {
     for f in (
         Family("llama3", _llama3, norms=2 * LAYERS + 1),
         Family("mistral", _mistral, norms=2 * LAYERS + 1),
-        Family("qwen3", _qwen3, norms=4 * LAYERS + 1),
+        Family("qwen3", _qwen3, norms=4 * LAYERS + 1, head_norms=True),
         Family("gemma2", _gemma2, norms=4 * LAYERS + 1, sums=0),
-        Family("gemma3", _gemma3, norms=6 * LAYERS + 1, sums=0),
+        Family("gemma3", _gemma3, norms=6 * LAYERS + 1, sums=0, head_norms=True),
         Family("phi4", _phi4, norms=2 * LAYERS + 1, linears=4, joint=0),
     )
 }

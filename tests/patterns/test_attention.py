@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -366,6 +368,22 @@ def test_dropout(way) -> None:
     torch.manual_seed(5)
     wanted = attention(*args, causal=True, dropout_p=0.5, scale=site(graph).kwargs.get("scale"))
     torch.testing.assert_close(result, wanted if way is sdpa else wanted.transpose(1, 2))
+
+
+@pytest.mark.parametrize("options", [{"attention_dropout": False}, {"verify": "first_step"}], ids=str)
+def test_dropout_that_is_left(options: dict[str, Any]) -> None:
+    """Where eager's numbers are wanted, PyTorch draws them."""
+
+    def layer(q, k, v):
+        return sdpa(q, k, v, causal(), dropout_p=0.5)
+
+    args = leaves()
+    torch.manual_seed(5)
+    result, report, _ = rewritten(layer, *args, **options)
+    (missed,) = report.missed
+    assert missed.reason == "dropout: the op draws attention's dropout of 0.5 itself, and eager's is wanted"
+    torch.manual_seed(5)
+    torch.testing.assert_close(result, layer(*args))
 
 
 def test_a_mask_that_is_not_known_stays() -> None:
