@@ -571,6 +571,34 @@ LOSS = Table(
 )
 
 
+#: The report's name for logits that a graph returns without a loss of them.
+RETURNED = "lazy_logits"
+
+
+def returned_logits(graph: fx.Graph) -> dict[fx.Node, dict[str, Any]]:
+    """The outputs that are a language model's logits and that nothing in the graph reads, and the operands of
+    ``lazy_logits`` for each: the caller computes the loss (label smoothing, a loss of the user's), and may need no more
+    of them than a number a token.
+
+    A language model is one that looks its tokens up in as many rows as it has logits. Without gradients (evaluation,
+    generation) its logits are wanted as they are.
+    """
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    vocabularies = {str(shape(n.args[1])[0]) for n in graph.nodes if _is(n, "embedding") and len(n.args) > 1}
+    found: dict[fx.Node, dict[str, Any]] = {}
+    for result in output.args[0] if vocabularies else ():
+        if not isinstance(result, fx.Node) or str(shape(result)[-1:]) not in {f"({v},)" for v in vocabularies}:
+            continue
+        chain = _walk(output, result)
+        if isinstance(chain, Reason) or chain.rows or chain.normalised or not requires_grad(chain.linear):
+            continue
+        x, weight, _ = see(chain.linear).args
+        lazy = _returned(replace(chain, inside=chain.inside - {output}))
+        if not isinstance(lazy, Reason) and shape(weight) == (shape(chain.linear)[-1], shape(x)[-1]):
+            found |= lazy
+    return found
+
+
 # TRL's head, traced (fastft.bridges.trl_head): every position is scored, an ignored one with label 0, and its results
 # are filled with 0. Told which labels are ignored, the op leaves them out of its GEMMs.
 
