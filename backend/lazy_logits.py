@@ -807,9 +807,10 @@ def _cross_entropy(
         return NotImplemented
     source = x._source
     maths = _maths(source.steps, source.head_dtype)
-    if maths is not None and label_smoothing == 0.0 and _fits(source, target):
+    if maths is not None and _fits(source, target):
         source.check()
         maths |= {"ignore_index": ignore_index, "reduction": reduction, "dtype": source.head_dtype}
+        maths["label_smoothing"] = label_smoothing
         return linear_cross_entropy(source.hidden, source.weight, source.bias, target, **maths).to(source.dtype)
     one = functools.partial(
         F.cross_entropy, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing

@@ -314,8 +314,8 @@ def _build(m: Match) -> Rewrite | Reason | None:
     smoothing = rest[0] if rest else 0.0
     if class_weight is not None:
         return Reason("class_weight", "the loss has class weights")
-    if smoothing != 0.0:
-        return Reason("label_smoothing", f"label_smoothing is {smoothing}")
+    if not _number(smoothing):
+        return Reason("label_smoothing", f"label_smoothing {smoothing!r} is no constant")
     if size_average is not None or reduce is not None:
         return Reason("reduction", "the loss is called with the deprecated size_average or reduce")
     if not isinstance(ignore_index, int) or reduction not in ("mean", "sum", "none"):
@@ -335,7 +335,8 @@ def _build(m: Match) -> Rewrite | Reason | None:
         return Reason("maths", "nll_loss is of logits that no log_softmax has normalised")
     if classes_second is not None:
         chain = replace(chain, inside=chain.inside | {through(logits, "noop"), logits})
-    fused = _fused(chain, labels, ignore_index=ignore_index, reduction=reduction)
+    options = {"ignore_index": ignore_index, "reduction": reduction}
+    fused = _fused(chain, labels, **options, **({"label_smoothing": smoothing} if smoothing else {}))
     if isinstance(fused, Reason):
         return fused
     operands, options, lazy = fused

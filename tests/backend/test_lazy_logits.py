@@ -79,6 +79,9 @@ LAZY = {
     "label smoothing, ignored": lambda z: F.cross_entropy(
         z.view(-1, V), LABELS.view(-1), label_smoothing=0.1, ignore_index=int(LABELS[0, 0])
     ),
+    "label smoothing of log-probabilities": lambda z: F.cross_entropy(
+        z.log_softmax(-1).view(-1, V), LABELS.view(-1), label_smoothing=0.1
+    ),
     "cross entropy of tempered logits": lambda z: F.cross_entropy(
         (z / 0.7).view(-1, V), LABELS.view(-1), reduction="none", ignore_index=int(LABELS[0, 0])
     ).sum(),

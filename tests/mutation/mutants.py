@@ -172,8 +172,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "loss rule: ignore_index dropped",
         "patterns/loss.py",
-        "_fused(chain, labels, ignore_index=ignore_index, reduction=reduction)",
-        "_fused(chain, labels, reduction=reduction)",
+        'options = {"ignore_index": ignore_index, "reduction": reduction}',
+        'options = {"reduction": reduction}',
         "tests/patterns/test_loss.py",
     ),
     Mutant(

@@ -128,6 +128,10 @@ def of_ignored(z, make_valid, zero, labels=None):
 
 
 SPELLINGS |= {
+    "label smoothing": lambda h, w: stock(F.linear(h, w), label_smoothing=0.1),
+    "label smoothing, softcap": lambda h, w: torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=0.2)(
+        softcap(F.linear(h, w)).view(-1, V), LABELS.view(-1)
+    ),
     "log_softmax, nll_loss": lambda h, w: F.nll_loss(
         F.log_softmax(F.linear(h, w).float(), dim=-1).view(-1, V), LABELS.flatten()
     ),
@@ -364,7 +368,6 @@ def test_loss_alone_is_fused_without_gradients_too():
 
 LORA = torch.randn(V, H)
 LEFT_ALONE = {
-    "label smoothing": ("label_smoothing", lambda h, w: stock(F.linear(h, w), label_smoothing=0.1)),
     "class weights": ("class_weight", lambda h, w: stock(F.linear(h, w), weight=torch.ones(V))),
     "adapter": ("adapter", lambda h, w: stock(F.linear(h, w) + F.linear(h, LORA) * 2)),
     "other reader": ("escapes", lambda h, w: stock(z := F.linear(h, w)) + 0.1 * z.float().logsumexp(-1).mean()),
