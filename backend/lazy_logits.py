@@ -5,10 +5,11 @@ A model whose loss is fused with its head never needs [batch, seq, vocab] logits
 and
 
 * row-wise operations (casts, slices of the leading dimensions, views that keep the vocabulary last, scaling by a
-number, ``log_softmax``) give another
-  lazy tensor, and row-wise reductions (``logsumexp``, ``gather``, ``argmax``, ``amax``, ``cross_entropy``) run over
-  chunks of rows, forward and backward: these are caught above autograd, in ``__torch_function__``; * anything else
-  computes the logits, once, with the very operations of the uncompiled model: caught below autograd, in
+  number, ``softmax``, ``log_softmax``, ``exp``, the product of two of them) give another lazy tensor, and row-wise
+  reductions (``logsumexp``, ``sum``, ``mean``, ``gather``, ``argmax``, ``max``, ``topk``, ``cross_entropy``) run over
+  chunks of rows, forward and backward, those of a loss as :func:`linear_log_prob` does it: these are caught above
+  autograd, in ``__torch_function__``;
+* anything else computes the logits, once, with the very operations of the uncompiled model: caught below autograd, in
   ``__torch_dispatch__``, so that autograd sees ordinary logits whose gradient flows on into hidden states and head.
 
 What cannot be right raises ``RuntimeError``: reading after the head's weight was changed (an optimizer step), and
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from fastft import _torch_compat as compat
-from fastft.kernels.linear_cross_entropy import chunk_rows
+from fastft.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy, linear_log_prob
 
 #: One row-wise operation on logits, by name, and its operand.
 Step = tuple[str, Any]
@@ -40,6 +41,7 @@ _STEPS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "tanh": lambda z, _: torch.tanh(z),
     "log_softmax": lambda z, _: torch.log_softmax(z, dim=-1),
     "softmax": lambda z, _: torch.softmax(z, dim=-1),
+    "exp": lambda z, _: torch.exp(z),
 }
 
 
@@ -78,7 +80,7 @@ class _Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next((x for name, x in reversed(self.steps) if name == "cast"), self.head_dtype)
+        return _dtype_after(self.steps, self.head_dtype)
 
     def check(self) -> None:
         """Raise unless computing the logits now gives what they were when the model ran."""
@@ -107,6 +109,16 @@ class _Source:
         return self.memory.value
 
 
+def _dtype_after(steps: Sequence[Step], dtype: torch.dtype) -> torch.dtype:
+    raw = dtype
+    for name, operand in steps:
+        if name == "cast":
+            dtype = operand
+        elif name == "times":
+            dtype = torch.promote_types(dtype, _dtype_after(operand, raw))
+    return dtype
+
+
 def _stamp(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """Changes whenever one of the tensors is written to, moved or freed."""
     known = []
@@ -129,9 +141,14 @@ def _evaluate(
 ) -> torch.Tensor:
     """The uncompiled model's own operations; ambient autocast is in ``weight``'s dtype already."""
     with torch.autocast(hidden.device.type, enabled=False):
-        z = F.linear(hidden.to(weight.dtype), weight, bias)
-        for name, operand in steps:
-            z = _STEPS[name](z, operand)
+        return _stepped(F.linear(hidden.to(weight.dtype), weight, bias), steps)
+
+
+def _stepped(raw: torch.Tensor, steps: Sequence[Step]) -> torch.Tensor:
+    z = raw
+    for name, operand in steps:
+        # "times": by what other steps make of the same logits.
+        z = z * _stepped(raw, operand) if name == "times" else _STEPS[name](z, operand)
     return z
 
 
@@ -172,7 +189,8 @@ class _ByRows(torch.autograd.Function):
         out = torch.cat(parts)
         if not out.is_floating_point():
             ctx.mark_non_differentiable(out)
-        return out.view((*hidden.shape[:-1], *out.shape[1:]))
+        # No view, which could not be written to in place.
+        return torch.ops.aten._unsafe_view(out, (*hidden.shape[:-1], *out.shape[1:]))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
@@ -425,6 +443,29 @@ def _rows(x: LazyLogits, hidden: torch.Tensor) -> LazyLogits:
     return _make(replace(x._source, hidden=hidden, stamp=stamp, memory=_Memory()))
 
 
+def _maths(steps: Sequence[Step], dtype: torch.dtype) -> dict[str, Any] | None:
+    """The options with which :func:`linear_log_prob` makes of a head's output [of ``dtype``] what ``steps`` make; None
+    if it has none.
+    """
+    scale, outer, tanh = 1.0, 1.0, False
+    for name, operand in steps:
+        if name == "cast":
+            if operand == torch.float64 or torch.promote_types(dtype, operand) != operand:
+                return None
+            dtype = operand
+        elif name in ("mul", "div"):
+            factor = operand if name == "mul" else 1 / operand if operand else 0.0
+            scale, outer = (scale, outer * factor) if tanh else (scale * factor, outer)
+        elif name == "tanh" and not tanh:
+            tanh = True
+        else:
+            return None
+    if not tanh:
+        return {"logit_scale": scale}
+    # outer tanh(scale r) = cap tanh(cap scale r / cap) with cap = outer
+    return {"softcap": outer, "logit_scale": outer * scale} if outer > 0 else None
+
+
 def _reduced(x: LazyLogits, reduce: Callable[..., torch.Tensor], *row_args: torch.Tensor) -> torch.Tensor:
     source = x._source
     source.check()
@@ -504,7 +545,26 @@ def _clone(x: LazyLogits, *, memory_format: Any = None) -> LazyLogits:
 
 @_handles("mul", "multiply", "__mul__", "__rmul__")
 def _mul(x: LazyLogits, other: Any, **kwargs: Any) -> Any:
-    return _after(x, ("mul", other)) if _is_number(other) and not kwargs else NotImplemented
+    if kwargs:
+        return NotImplemented
+    if _lazy(other) and _same_rows(x._source, other._source):
+        return _after(x, ("times", other._source.steps))
+    return _after(x, ("mul", other)) if _is_number(other) else NotImplemented
+
+
+def _same_rows(a: _Source, b: _Source) -> bool:
+    """Whether two are computed of the same hidden states, by the same head."""
+    return (a.hidden is b.hidden, a.weight is b.weight, a.bias is b.bias, a.head_dtype) == (True,) * 3 + (b.head_dtype,)
+
+
+@_handles("neg", "negative", "__neg__")
+def _neg(x: LazyLogits) -> LazyLogits:
+    return _after(x, ("mul", -1))
+
+
+@_handles("exp")
+def _exp(x: LazyLogits, **kwargs: Any) -> Any:
+    return NotImplemented if kwargs else _after(x, ("exp", None))
 
 
 @_handles("div", "divide", "true_divide", "__truediv__")
@@ -627,6 +687,42 @@ def _logsumexp(x: LazyLogits, dim: Any, keepdim: bool = False, **kwargs: Any) ->
     return _reduced(x, functools.partial(torch.logsumexp, dim=-1, keepdim=keepdim))
 
 
+def _total(name: str) -> Callable[..., Any]:
+    def handler(x: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, **kwargs: Any) -> Any:
+        dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+        if kwargs or not _is_last(x, dim):
+            return NotImplemented
+        return _reduced(x, functools.partial(getattr(torch, name), dim=-1, keepdim=keepdim, dtype=dtype))
+
+    return handler
+
+
+_handles("sum")(_total("sum"))
+_handles("mean")(_total("mean"))
+
+
+@_handles("max")
+def _max(x: LazyLogits, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    if kwargs or not _is_last(x, dim):
+        return NotImplemented
+    # The gradient of the largest goes to where it was found.
+    where = _reduced(x.detach(), functools.partial(torch.argmax, dim=-1, keepdim=True))
+    largest = _reduced(x, _pick, where)
+    return torch.return_types.max(r if keepdim else r.squeeze(-1) for r in (largest, where))
+
+
+def _largest(z: torch.Tensor, k: int, sorted: bool) -> torch.Tensor:
+    return z.topk(k, dim=-1, sorted=sorted).indices
+
+
+@_handles("topk")
+def _topk(x: LazyLogits, k: int, dim: Any = -1, largest: bool = True, sorted: bool = True, **kwargs: Any) -> Any:
+    if kwargs or not largest or not _is_last(x, dim):
+        return NotImplemented
+    where = _reduced(x.detach(), functools.partial(_largest, k=k, sorted=sorted))
+    return torch.return_types.topk((_reduced(x, _pick, where), where))
+
+
 @_handles("amax")
 def _amax(x: LazyLogits, dim: Any = (), keepdim: bool = False, **kwargs: Any) -> Any:
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
@@ -651,7 +747,47 @@ def _gather(x: LazyLogits, dim: Any, index: torch.Tensor, **kwargs: Any) -> Any:
     # torch lets the index be smaller than the leading dimensions; lazily only whole rows are taken.
     if kwargs or not _is_last(x, dim) or tuple(index.shape[:-1]) != x._source.shape[:-1]:
         return NotImplemented
-    return _reduced(x, _pick, index)
+    found = _log_prob(x, index) if index.shape[-1] == 1 else None
+    return _reduced(x, _pick, index) if found is None else found
+
+
+def _log_prob(x: LazyLogits, index: torch.Tensor) -> torch.Tensor | None:
+    """``x.gather(-1, index)`` [..., 1] by the op of the head and its loss, where ``x`` are log-probabilities."""
+    source = x._source
+    names = [name for name, _ in source.steps]
+    if names.count("log_softmax") != 1:
+        return None
+    at = names.index("log_softmax")
+    maths, after = _maths(source.steps[:at], source.head_dtype), source.steps[at + 1 :]
+    wide = _dtype_after(source.steps[:at], source.head_dtype)
+    if maths is None or "times" in names or not _differ(after) or not _fits(source, index):
+        return None
+    source.check()
+    rows = source.hidden.reshape(-1, source.hidden.shape[-1])
+    # No label is ignored: a wrong one is an error, as it is for gather.
+    head = (source.weight, source.bias, index.reshape(-1))
+    found = linear_log_prob(rows, *head, ignore_index=-(2**31), dtype=source.head_dtype, **maths).log_prob
+    return _stepped(found.view(index.shape).to(wide), after)
+
+
+def _differ(steps: Sequence[Step]) -> bool:
+    """Whether steps act on each value by itself."""
+    return all(name in ("cast", "mul", "div", "exp", "tanh") for name, _ in steps)
+
+
+def _fits(source: _Source, labels: torch.Tensor) -> bool:
+    """Whether the op takes this head and these labels."""
+    float64 = torch.float64 in (source.hidden.dtype, source.head_dtype)
+    return labels.dtype == torch.int64 and labels.device == source.hidden.device and not float64
+
+
+@_handles("nll_loss")
+def _nll_loss(x: LazyLogits, target: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    steps = x._source.steps
+    if not steps or steps[-1][0] != "log_softmax":
+        return NotImplemented
+    before = _make(replace(x._source, steps=steps[:-1], memory=_Memory()))
+    return _cross_entropy(before, target, *args, **kwargs)
 
 
 @_handles("cross_entropy")
@@ -666,10 +802,19 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     classes = x._source.hidden.dim() == 2 and target.dim() == 1 and not target.is_floating_point()
-    plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
+    plain = weight is None and size_average is None and reduce is None
     if not classes or not plain or len(target) != x._source.shape[0] or reduction not in ("mean", "sum", "none"):
         return NotImplemented
-    one = functools.partial(F.cross_entropy, ignore_index=ignore_index, reduction="none")
+    source = x._source
+    maths = _maths(source.steps, source.head_dtype)
+    if maths is not None and _fits(source, target):
+        source.check()
+        maths |= {"ignore_index": ignore_index, "reduction": reduction, "dtype": source.head_dtype}
+        maths["label_smoothing"] = label_smoothing
+        return linear_cross_entropy(source.hidden, source.weight, source.bias, target, **maths).to(source.dtype)
+    one = functools.partial(
+        F.cross_entropy, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
     losses = _reduced(x, one, target)
     if reduction == "none":
         return losses

@@ -28,7 +28,7 @@ from fastft.fallback import Attempt, said
 from fastft.kernels._op import OPS, Op, Reason, Recompute
 from fastft.kernels._triton import HAS_TRITON
 from fastft.options import Options
-from fastft.patterns import _see, tables
+from fastft.patterns import _see, loss, tables
 from fastft.patterns._match import Match, Rewrite, Rule, Table
 from fastft.reporting import MISSED, REPLACED, SKIPPED, Site
 
@@ -79,11 +79,30 @@ def rewrite(
     for table in tables():
         with Attempt(f"table {table.name}", "the rest of its sites stay as they were", done.errors, options.strict):
             _apply(gm, table, options, fuel, fake_mode, done)
+        if table is loss.LOSS and options.lazy_logits and table.name not in options.disable:
+            with Attempt("finding returned logits", "they are computed", done.errors, options.strict):
+                _leave_out(gm, fuel, done)
     with Attempt("adding up work", "the report has no costs", done.errors, options.strict):
         _add_work(done)
     gm.graph.lint()
     gm.recompile()
     return done
+
+
+def _leave_out(gm: fx.GraphModule, fuel: Fuel, done: Rewritten) -> None:
+    """Make logits lazy of which no loss is in the graph."""
+    memory = Memory(gm.graph)
+    for node, operands in loss.returned_logits(gm.graph).items():
+        reads = [x for x in operands.values() if isinstance(x, fx.Node)]
+        if node in done.lazy or any(memory.writes_to(x) is not None for x in reads):
+            continue
+        site = Site(loss.RETURNED, module_path(node), REPLACED, rule="loss.py", node=node.name)
+        if fuel.out:
+            done.sites.append(_but(site, SKIPPED, "out of fuel"))
+            continue
+        fuel.burn()
+        done.lazy[node] = operands
+        done.sites.append(_but(site, REPLACED, "", "computed when read"))
 
 
 def _add_work(done: Rewritten) -> None:

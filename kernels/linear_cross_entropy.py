@@ -13,6 +13,8 @@ floating-point numbers at m, and m + l would have lost it, and with it 1 - p_y, 
 
     d log_prob / d z_v = [v = y] - p_v
     d entropy  / d z_v = -p_v (log p_v + entropy)
+    d lse      / d z_v = p_v
+    d mean_z   / d z_v = 1 / vocab
     d z / d r          = scale (1 - tanh^2(scale r / c)) / temperature
     dh = dr W              dW = sum_t dr_t h_t^T              db = sum_t dr_t
 
@@ -27,8 +29,13 @@ all, where recomputing logits in backward takes three. u is of unit scale, so st
 relative rounding and no underflow.
 
 Trainable head: dW needs g_t while dr is built, so forward keeps only m and l and backward computes each chunk's logits
-again, with dW summed in fp32 over chunks. The entropy's gradient is computed likewise, whatever the head; as it is
+again, with dW summed in fp32 over chunks. The gradients of the entropy, of lse and of the mean of z are computed
+likewise, whatever the head; as it is
 mostly asked for by nobody but a compiler that gives every output a gradient of zeros, the backward looks first.
+
+Label smoothing and z-loss are sums of these: with g of each output, a token's gradient is ``g_log_prob [v = y] -
+(g_log_prob - g_lse) p_v + g_mean / vocab`` (and the entropy's). The kernel knows one coefficient for [v = y] and p, so
+it is given that of p; the mean's part is added to the buffer, and the label's entry is put right afterwards.
 
 Same maths as ``torch.nn.functional.cross_entropy`` and as TRL's ``ChunkedLogProbFunction`` (outputs and their meaning).
 """
@@ -53,9 +60,9 @@ class LogProb(NamedTuple):
     """Per-token results, each [tokens], 0 (False) where the label is ignored; an output that was not asked for is an
     empty tensor [0].
 
-    ``log_prob`` and ``entropy`` are fp32 and differentiable, ``mean_logits`` (mean of z over the vocabulary),
-    ``log_sum_sq_probs`` (log sum p^2) and ``lse`` are fp32 without gradient, ``is_top1`` is bool: z has its first
-    maximum at the label. fp64 inputs give fp64 where this says fp32.
+    ``log_prob`` and ``entropy`` are fp32 and differentiable, ``mean_logits`` (mean of z over the vocabulary) and
+    ``lse`` are fp32, differentiable if that was asked for, ``log_sum_sq_probs`` (log sum p^2) is fp32 without gradient,
+    ``is_top1`` is bool: z has its first maximum at the label. fp64 inputs give fp64 where this says fp32.
     """
 
     log_prob: torch.Tensor
@@ -113,6 +120,8 @@ def linear_log_prob_reference(
     mean_logits: bool = False,
     log_sum_sq_probs: bool = False,
     entropy_gradient: bool = True,
+    mean_logits_gradient: bool = False,
+    lse_gradient: bool = False,
     dtype: torch.dtype | None = None,
 ) -> LogProb:
     """:func:`linear_log_prob` in plain differentiable PyTorch, with all the logits at once."""
@@ -137,9 +146,9 @@ def linear_log_prob_reference(
         log_prob=kept(log_p.gather(1, target).squeeze(1)),
         entropy=ent if entropy_gradient else ent.detach(),
         is_top1=kept(z.argmax(-1) == target.squeeze(1)) if is_top1 else none.bool(),
-        mean_logits=kept(z.detach().mean(-1)) if mean_logits else none,
+        mean_logits=kept((z if mean_logits_gradient else z.detach()).mean(-1)) if mean_logits else none,
         log_sum_sq_probs=kept((2 * log_p.detach()).logsumexp(-1)) if log_sum_sq_probs else none,
-        lse=kept(z.detach().logsumexp(-1)),
+        lse=kept((z if lse_gradient else z.detach()).logsumexp(-1)),
     )
 
 
@@ -646,6 +655,8 @@ def _add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def _backward(
     grad_log_prob: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    grad_mean_logits: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -662,25 +673,28 @@ def _backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if grad_log_prob is None and grad_entropy is not None and not _capturing(hidden) and not bool(grad_entropy.any()):
+    others = [g for g in (grad_entropy, grad_mean_logits, grad_lse) if g is not None]
+    if grad_log_prob is None and not _capturing(hidden) and not any(bool(g.any()) for g in others):
         # Waiting for the GPU once costs far less than the GEMMs.
         dh, dw, db = _empty_grads(hidden, weight, bias, need_hidden, need_weight, need_bias)
         return dh.zero_(), dw.zero_(), db.zero_()
     maths, need = (ignore_index, softcap, logit_scale, temperature, dtype), (need_hidden, need_weight, need_bias)
     keep = _scored(labels, ignore_index)
     if keep is None:
-        whole = (grad_log_prob, grad_entropy, hidden, weight, bias, labels, top, log_sum, entropy)
-        return _backward_all(*whole, *maths, *need)
-    g_log_prob, g_entropy = (None if g is None else g[keep] for g in (grad_log_prob, grad_entropy))
+        whole = (hidden, weight, bias, labels, top, log_sum, entropy)
+        return _backward_all(grad_log_prob, grad_entropy, grad_mean_logits, grad_lse, *whole, *maths, *need)
+    grads = [None if g is None else g[keep] for g in (grad_log_prob, grad_entropy, grad_mean_logits, grad_lse)]
     entropy = entropy[keep] if entropy.shape[0] else entropy
     picked = (hidden[keep], weight, bias, labels[keep], top[keep], log_sum[keep], entropy)
-    dh, dw, db = _backward_all(g_log_prob, g_entropy, *picked, *maths, *need)
+    dh, dw, db = _backward_all(*grads, *picked, *maths, *need)
     return hidden.new_zeros(hidden.shape).index_copy_(0, keep, dh) if need_hidden else dh, dw, db
 
 
 def _backward_all(
     grad_log_prob: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    grad_mean_logits: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -699,8 +713,12 @@ def _backward_all(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     head = _Head(hidden, weight, bias, dtype, softcap, logit_scale, temperature)
     labels, wide = labels.contiguous(), _wide(dtype)
-    g_log_prob = None if grad_log_prob is None else grad_log_prob.to(wide).contiguous()
-    g_entropy = None if grad_entropy is None else grad_entropy.to(wide).contiguous()
+    incoming = (grad_log_prob, grad_entropy, grad_mean_logits, grad_lse)
+    g_log_prob, g_entropy, g_mean, g_lse = (None if g is None else g.to(wide).contiguous() for g in incoming)
+    # Of p and, in the kernel, of the label too.
+    g_p = g_log_prob if g_lse is None else -g_lse if g_log_prob is None else g_log_prob - g_lse
+    # The slope of a softcap is another for each logit: there the mean's part is no constant of its row.
+    in_kernel = head.triton and (g_mean is None or softcap is None)
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0, hidden.shape[1]), dtype=dtype)
     grad_weight = hidden.new_zeros(weight.shape if need_weight else (0, weight.shape[1]), dtype=wide)
     grad_bias = hidden.new_zeros((weight.shape[0] if need_bias else 0,), dtype=wide)
@@ -710,25 +728,36 @@ def _backward_all(
 
     for chunk in head.chunks():
         logits = head.logits(chunk)
-        if head.triton:
+        grads = [None if g is None else g[chunk] for g in (g_log_prob, g_entropy, g_mean, g_lse)]
+        saved = (top[chunk], log_sum[chunk], part(entropy, chunk))
+        if in_kernel:
+            amended = g_mean is not None or g_lse is not None
+            if amended:
+                # The entry of each label, as a vocabulary of one.
+                ignored = labels[chunk] == ignore_index
+                at = labels[chunk].masked_fill(ignored, 0).clamp(0, weight.shape[0] - 1)[:, None]
+                entry, where = logits.gather(1, at), -ignored.long()
+                _backward_chunk(entry, where, *saved, *grads, -1, weight.shape[0], *head.maths)
             _backward_kernel[(logits.shape[0], triton.cdiv(weight.shape[0], head.constants["BLOCK"]))](
                 logits,
                 labels[chunk],
                 top[chunk],
                 log_sum[chunk],
                 part(entropy, chunk),
-                part(g_log_prob, chunk),
+                part(g_p, chunk),
                 part(g_entropy, chunk),
                 IGNORE_INDEX=ignore_index,
-                GRAD_LOG_PROB=g_log_prob is not None,
+                GRAD_LOG_PROB=g_p is not None,
                 GRAD_ENTROPY=g_entropy is not None,
                 **head.constants,
             )
+            if amended:
+                if g_mean is not None:
+                    each = g_mean[chunk] * (logit_scale / temperature / weight.shape[0])
+                    logits += each.masked_fill(ignored, 0)[:, None]
+                logits.scatter_(1, at, entry)
         else:
-            g_lp = None if g_log_prob is None else g_log_prob[chunk]
-            g_ent = None if g_entropy is None else g_entropy[chunk]
-            saved = (top[chunk], log_sum[chunk], part(entropy, chunk))
-            _backward_chunk(logits, labels[chunk], *saved, g_lp, g_ent, ignore_index, *head.maths)
+            _backward_chunk(logits, labels[chunk], *saved, *grads, ignore_index, weight.shape[0], *head.maths)
         if need_hidden:
             torch.mm(logits, head.weight, out=grad_hidden[chunk])
         if need_weight:
@@ -749,12 +778,15 @@ def _backward_chunk(
     entropy: torch.Tensor,
     grad_log_prob: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    grad_mean_logits: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     ignore_index: int,
+    vocab: int,
     softcap: float | None,
     logit_scale: float,
     temperature: float,
 ) -> None:
-    """``_backward_kernel`` in PyTorch."""
+    """``_backward_kernel`` in PyTorch, and the gradients that it does not know."""
     ignored = labels == ignore_index
     z, tanh = _transform(logits.to(top.dtype), softcap, logit_scale, temperature)
     log_p = (z - top[:, None]) - log_sum[:, None]
@@ -763,6 +795,10 @@ def _backward_chunk(
     if grad_log_prob is not None:
         dr.addcmul_(p, grad_log_prob[:, None], value=-1)
         dr.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], grad_log_prob[:, None])
+    if grad_lse is not None:
+        dr.addcmul_(p, grad_lse[:, None])
+    if grad_mean_logits is not None:
+        dr += grad_mean_logits[:, None] / vocab
     if grad_entropy is not None:
         dr -= grad_entropy[:, None] * (p * (log_p + entropy[:, None])).masked_fill_(p == 0, 0)
     dr *= logit_scale / temperature
@@ -774,6 +810,8 @@ def _backward_chunk(
 def _backward_fake(
     grad_log_prob: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
+    grad_mean_logits: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -803,8 +841,9 @@ _forward_op = raw_op(
     _forward_fake,
 )
 _backward_op = raw_op(
-    f"linear_log_prob_backward(Tensor? grad_log_prob, Tensor? grad_entropy, {_HEAD}, Tensor top, Tensor log_sum, "
-    f"Tensor entropy, {_MATHS}, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "linear_log_prob_backward(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor? grad_mean_logits, "
+    f"Tensor? grad_lse, {_HEAD}, Tensor top, Tensor log_sum, Tensor entropy, {_MATHS}, bool need_hidden, "
+    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -825,29 +864,34 @@ class _LinearLogProb(torch.autograd.Function):
         labels: torch.Tensor,
         maths: tuple[int, float | None, float, float, torch.dtype],
         wanted: tuple[bool, bool, bool, bool],
-        entropy_gradient: bool,
+        gradients: tuple[bool, bool, bool],
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        entropy_gradient = entropy_gradient and wanted[0]
-        frozen = need_hidden and not (need_weight or need_bias)
+        entropy_gradient, mean_logits_gradient = gradients[0] and wanted[0], gradients[1] and wanted[2]
+        differentiable = (entropy_gradient, mean_logits_gradient, gradients[2])
+        # With a gradient of lse or the mean, the unit gradient would be of no use: backward needs the logits anyway.
+        frozen = need_hidden and not (need_weight or need_bias or any(differentiable[1:]))
         *outputs, unit = _forward_op(hidden, weight, bias, labels, *maths, *wanted, frozen)
         log_prob, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
         lse = top + log_sum
-        ctx.maths, ctx.frozen, ctx.hidden_dtype, ctx.entropy_gradient = maths, frozen, hidden.dtype, entropy_gradient
+        ctx.maths, ctx.frozen, ctx.hidden_dtype, ctx.differentiable = maths, frozen, hidden.dtype, differentiable
         if frozen and not entropy_gradient:
             ctx.save_for_backward(unit, labels)
         else:
             ctx.save_for_backward(unit, labels, hidden, weight, bias, top, log_sum, entropy)
-        constant = [lse, is_top1, mean_logits, log_sum_sq_probs]
-        ctx.mark_non_differentiable(*constant, *([] if entropy_gradient else [entropy]))
+        sometimes = zip((entropy, mean_logits, lse), differentiable, strict=True)
+        ctx.mark_non_differentiable(is_top1, log_sum_sq_probs, *(x for x, wanted in sometimes if not wanted))
         return log_prob, entropy, is_top1, mean_logits, log_sum_sq_probs, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_log_prob: Any, grad_entropy: Any, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_log_prob: Any, grad_entropy: Any, _top1: Any, grad_mean: Any, _squares: Any, grad_lse: Any
+    ) -> tuple[torch.Tensor | None, ...]:
         unit, labels, *rest = ctx.saved_tensors
-        if not ctx.entropy_gradient:
-            grad_entropy = None  # Dynamo gives zeros even for what was marked as not differentiable
+        # Dynamo gives zeros even for what was marked as not differentiable.
+        incoming = zip((grad_entropy, grad_mean, grad_lse), ctx.differentiable, strict=True)
+        others = [g if wanted else None for g, wanted in incoming]
         grads: list[torch.Tensor | None] = [None, None, None]
         if ctx.frozen and grad_log_prob is not None:
             # Plain PyTorch, so that Inductor fuses the scaling with what follows. An ignored token's g may be inf or
@@ -855,11 +899,11 @@ class _LinearLogProb(torch.autograd.Function):
             g = grad_log_prob.masked_fill(labels == ctx.maths[0], 0)
             grads[0] = (unit * g[:, None]).to(ctx.hidden_dtype)
             grad_log_prob = None
-        if grad_log_prob is not None or grad_entropy is not None:
+        if any(g is not None for g in (grad_log_prob, *others)):
             hidden, weight, bias, top, log_sum, entropy = rest
             needs = ctx.needs_input_grad[:3]
             operands = (hidden, weight, bias, labels, top, log_sum, entropy)
-            found = _backward_op(grad_log_prob, grad_entropy, *operands, *ctx.maths, *needs)
+            found = _backward_op(grad_log_prob, *others, *operands, *ctx.maths, *needs)
             more = [grad if need else None for grad, need in zip(found, needs, strict=True)]
             grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, more, strict=True)]
         return *grads, None, None, None, None
@@ -880,6 +924,8 @@ def linear_log_prob(
     mean_logits: bool = False,
     log_sum_sq_probs: bool = False,
     entropy_gradient: bool = True,
+    mean_logits_gradient: bool = False,
+    lse_gradient: bool = False,
     dtype: torch.dtype | None = None,
 ) -> LogProb:
     """Per-token log-probability of ``labels`` under ``softcap(logit_scale * linear(hidden, weight, bias)) /
@@ -888,7 +934,8 @@ def linear_log_prob(
     ``hidden`` [tokens, hidden], ``weight`` [vocab, hidden], ``bias`` [vocab] or None, ``labels`` int64 [tokens].
     ``dtype`` is what the head multiplies in and its logits are rounded to (default: as ``F.linear``, i.e. autocast's
     dtype or the hidden states' own); the maths after it is fp32. Returns :class:`LogProb`. ``entropy_gradient=False``
-    makes the entropy a constant.
+    makes the entropy a constant; ``mean_logits_gradient`` and ``lse_gradient`` make these two differentiable, for which
+    a frozen head costs one more GEMM.
 
     Raises ``ValueError`` for a temperature or softcap that is not positive; ``IndexError`` on the CPU for a label
     outside [0, vocab) that is not ``ignore_index`` (on a GPU such a label gives NaN).
@@ -903,20 +950,25 @@ def linear_log_prob(
         # autograd.Function reports needs_input_grad even here, and would compute the gradient for nothing.
         log_prob, top, log_sum, *optional, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted, False)
         return LogProb._make((log_prob, *optional, top + log_sum))
-    return LogProb(*_LinearLogProb.apply(hidden, weight, bias, labels, maths, wanted, entropy_gradient))
+    gradients = (entropy_gradient, mean_logits_gradient, lse_gradient)
+    return LogProb(*_LinearLogProb.apply(hidden, weight, bias, labels, maths, wanted, gradients))
 
 
-def _reduce(log_prob: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:
+def _reduce(loss: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:
     if reduction == "none":
-        return -log_prob
-    total = -log_prob.sum()
+        return loss
+    total = loss.sum()
     # No valid token: 0 / 0 = NaN under "mean", as F.cross_entropy has it.
     return total if reduction == "sum" else total / (labels != ignore_index).sum()
 
 
-def _check_reduction(reduction: str) -> None:
+def _check_loss(reduction: str, label_smoothing: float, z_loss: float) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")
 
 
 def linear_cross_entropy_reference(
@@ -927,18 +979,23 @@ def linear_cross_entropy_reference(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """:func:`linear_cross_entropy` as transformers has it: the linear layer, ``.float()``, ``F.cross_entropy``."""
-    _check_reduction(reduction)
+    _check_loss(reduction, label_smoothing, z_loss)
     dtype = _head_dtype(hidden, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         raw = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(_wide(dtype))
     z, _ = _transform(raw, softcap, logit_scale, 1.0)
-    z = z.flatten(0, -2)
-    loss = F.cross_entropy(z, labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
+    z, flat = z.flatten(0, -2), labels.reshape(-1)
+    loss = F.cross_entropy(z, flat, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    if z_loss:
+        squares = z.logsumexp(-1).square().masked_fill(flat == ignore_index, 0)
+        loss = loss + z_loss * _reduce(squares, flat, ignore_index, reduction)
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
@@ -950,6 +1007,8 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     dtype: torch.dtype | None = None,
@@ -958,11 +1017,13 @@ def linear_cross_entropy(
 
     ``hidden`` [..., hidden], ``labels`` int64 [...], already shifted; the rest as in :func:`linear_log_prob`.
     ``reduction`` "mean" is over the labels that are not ``ignore_index`` (NaN when there is none), "sum" gives 0 then,
-    "none" gives fp32 [...]. Raises ``ValueError`` for another reduction.
+    "none" gives fp32 [...]. ``label_smoothing`` is that of ``F.cross_entropy``, ``z_loss`` the weight of lse squared,
+    which is added to each token's loss. Raises ``ValueError`` for another reduction, a ``label_smoothing`` outside of
+    [0, 1], a negative ``z_loss``.
     """
-    _check_reduction(reduction)
+    _check_loss(reduction, label_smoothing, z_loss)
     flat = labels.reshape(-1)
-    log_prob = linear_log_prob(
+    found = linear_log_prob(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -970,9 +1031,18 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         softcap=softcap,
         logit_scale=logit_scale,
+        mean_logits=label_smoothing > 0,
+        mean_logits_gradient=label_smoothing > 0,
+        lse_gradient=label_smoothing > 0 or z_loss > 0,
         dtype=dtype,
-    ).log_prob
-    loss = _reduce(log_prob, flat, ignore_index, reduction)
+    )
+    loss = -found.log_prob
+    if label_smoothing:
+        # The mean of -log p over the vocabulary is lse less the mean of z.
+        loss = (1 - label_smoothing) * loss + label_smoothing * (found.lse - found.mean_logits)
+    if z_loss:
+        loss = loss + z_loss * found.lse.square()
+    loss = _reduce(loss, flat, ignore_index, reduction)
     return loss.view(labels.shape) if reduction == "none" else loss
 
 

@@ -121,6 +121,20 @@ class _Chain:
     inside: frozenset[fx.Node]
     normalised: bool
 
+    def same_rows(self, other: _Chain) -> bool:
+        """Whether ``other`` is of the same rows of the same logits, in whatever shape."""
+        whole = all(index == FLAT for index in (*self.rows, *other.rows))
+        alike = (self.linear, self.maths) == (other.linear, other.maths) and not other.normalised
+        return alike and (whole or self.rows == other.rows)
+
+
+@dataclass(frozen=True)
+class _Total:
+    """A logsumexp of the logits that a loss is of, which others read (a z-loss), and where its own logits come from."""
+
+    node: fx.Node
+    chain: _Chain
+
 
 def _number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
@@ -241,12 +255,12 @@ def _not_a_head(node: fx.Node) -> Reason:
     return Reason("head", f"the logits come from {what}, not from a linear layer")
 
 
-def _returned(chain: _Chain) -> dict[fx.Node, dict[str, Any]] | Reason:
+def _returned(chain: _Chain, total: _Total | None = None) -> dict[fx.Node, dict[str, Any]] | Reason:
     """The logits that the graph returns, as operands of ``lazy_logits``; or the reason that others need them."""
     lazy: dict[fx.Node, dict[str, Any]] = {}
     x, weight, bias = see(chain.linear).args
     for node in chain.inside:
-        if node is chain.anchor:
+        if node is chain.anchor or (total is not None and node is total.node):
             continue
         in_pieces = all(see(user).op in ("index", "getitem") and not is_noop(see(user)) for user in node.users)
         for user in node.users:
@@ -289,10 +303,49 @@ def _leads_out(node: fx.Node, user: fx.Node) -> fx.Node | None:
     return None
 
 
-def _fused(chain: _Chain, labels: Any, **options: Any) -> tuple[Any, ...] | Reason:
+def _total(chain: _Chain) -> _Total | None:
+    """The one logsumexp of the same rows that is outside of the loss."""
+    others = {u for n in chain.inside if n is not chain.anchor for u in n.users if u not in chain.inside}
+    found = {total for user in others if (total := _leads_to_total(user)) is not None}
+    if len(found) != 1:
+        return None
+    (node,) = found
+    other = _walk(chain.anchor, see(node).args[0])
+    return None if isinstance(other, Reason) or not chain.same_rows(other) else _Total(node, other)
+
+
+def _leads_to_total(node: fx.Node) -> fx.Node | None:
+    seen = see(node)
+    if seen.op == "logsumexp":
+        return node if _over_vocabulary(seen) else None
+    if not (seen.op in ("view", "flatten") or is_noop(seen) or is_widening(seen)) or len(node.users) != 1:
+        return None
+    return _leads_to_total(next(iter(node.users)))
+
+
+def _with_total(made: Rewrite, anchor: fx.Node, total: _Total | None, target: Any, prepare: Any) -> Rewrite:
+    """``made``, with the logsumexp as second result of ``target``. Every token is scored: its own may be wanted."""
+    if total is None:
+        return made
+    order = {n: i for i, n in enumerate(anchor.graph.nodes)}
+    reads = [order[x] for x in made.args if isinstance(x, fx.Node)]
+    made.target, made.prepare, made.kernel = target, prepare, OPS["linear_log_prob"]
+    made.outputs = (anchor, total.node)
+    # Each is read at once, the loss for its mean: both come from where the first was, if the operands are there.
+    made.early = max(reads) < min(order[anchor], order[total.node])
+    made.kwargs |= {
+        "total_rows": total.chain.rows,
+        "total_keeps": bool(see(total.node).args[2]),
+        "total_dtype": dtype(total.node),
+    }
+    made.notes = "; ".join(filter(None, (made.notes, "with its logsumexp")))
+    return made
+
+
+def _fused(chain: _Chain, labels: Any, total: _Total | None = None, **options: Any) -> tuple[Any, ...] | Reason:
     """Operands of the head's op, its options, and the logits that are returned; or the reason against it."""
     x, w, b = see(chain.linear).args
-    lazy = _returned(chain)
+    lazy = _returned(chain, total)
     if isinstance(lazy, Reason):
         return lazy
     if lazy and not requires_grad(chain.linear):
@@ -314,8 +367,8 @@ def _build(m: Match) -> Rewrite | Reason | None:
     smoothing = rest[0] if rest else 0.0
     if class_weight is not None:
         return Reason("class_weight", "the loss has class weights")
-    if smoothing != 0.0:
-        return Reason("label_smoothing", f"label_smoothing is {smoothing}")
+    if not _number(smoothing):
+        return Reason("label_smoothing", f"label_smoothing {smoothing!r} is no constant")
     if size_average is not None or reduce is not None:
         return Reason("reduction", "the loss is called with the deprecated size_average or reduce")
     if not isinstance(ignore_index, int) or reduction not in ("mean", "sum", "none"):
@@ -335,11 +388,18 @@ def _build(m: Match) -> Rewrite | Reason | None:
         return Reason("maths", "nll_loss is of logits that no log_softmax has normalised")
     if classes_second is not None:
         chain = replace(chain, inside=chain.inside | {through(logits, "noop"), logits})
-    fused = _fused(chain, labels, ignore_index=ignore_index, reduction=reduction)
+    total = None if smoothing else _total(chain)
+    if total is not None:
+        inside = chain.inside | total.chain.inside | {total.node}
+        chain = replace(chain, inside=inside, logits={**chain.logits, **total.chain.logits})
+        if reduction != "none":  # which shape they have is nothing to the loss, and they may be there earlier
+            labels = through(labels, "view", "flatten", "noop")
+    options = {"ignore_index": ignore_index, "reduction": reduction}
+    fused = _fused(chain, labels, total, **options, **({"label_smoothing": smoothing} if smoothing else {}))
     if isinstance(fused, Reason):
         return fused
     operands, options, lazy = fused
-    return Rewrite(
+    made = Rewrite(
         rows_linear_cross_entropy,
         operands,
         {"rows": chain.rows, "out_dtype": dtype(m.anchor), **options},
@@ -350,6 +410,7 @@ def _build(m: Match) -> Rewrite | Reason | None:
         kernel=OPS[NAME],
         prepare=_of_rows,
     )
+    return _with_total(made, m.anchor, total, rows_loss_and_total, _of_every_row)
 
 
 def _before_transpose(logits: Any) -> Any:
@@ -403,6 +464,84 @@ def rows_log_prob(
     args, options = _of_labels(hidden, weight, bias, labels, **options)
     found = run("linear_log_prob", variant, *args, **options).log_prob * sign
     return found.view((*labels.shape, 1)[: labels.dim() + axes]).to(out_dtype)
+
+
+# The same with each row's logsumexp, which others read (z-loss): no token is left out.
+
+#: A label that nobody has.
+_NOBODYS = -(2**31)
+
+
+def _of_every_row(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    rows: tuple[Any, ...],
+    ignore_index: int | None,
+    **options: Any,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    flat = labels.reshape(-1)
+    if ignore_index is not None:
+        flat = flat.masked_fill(flat == ignore_index, 0)
+    maths = {name: options[name] for name in ("softcap", "logit_scale", "dtype")}
+    operands = (_picked(hidden, rows).reshape(-1, hidden.shape[-1]), weight, bias, flat)
+    return operands, {"ignore_index": _NOBODYS, "lse_gradient": True, **maths}
+
+
+def _log_prob_and_total(
+    hidden: torch.Tensor,
+    *operands: Any,
+    total_rows: tuple[Any, ...],
+    total_keeps: bool,
+    total_dtype: torch.dtype,
+    variant: str = "",
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [tokens], and the logsumexp as the graph has it."""
+    args, maths = _of_every_row(hidden, *operands, **options)
+    found = run("linear_log_prob", variant, *args, **maths)
+    shape_of = _picked(hidden, total_rows).shape[:-1]
+    return found.log_prob, found.lse.view((*shape_of, 1) if total_keeps else shape_of).to(total_dtype)
+
+
+def rows_loss_and_total(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    out_dtype: torch.dtype,
+    ignore_index: int,
+    reduction: str,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(rows_linear_cross_entropy, logsumexp)``: the latter of the rows that ``total_rows`` picks, for every token."""
+    log_prob, total = _log_prob_and_total(hidden, weight, bias, labels, ignore_index=ignore_index, **options)
+    ignored = labels.reshape(-1) == ignore_index
+    loss = (-log_prob).masked_fill(ignored, 0)
+    if reduction == "none":
+        loss = loss.view(labels.shape)
+    else:
+        loss = loss.sum() if reduction == "sum" else loss.sum() / (~ignored).sum()
+    return loss.to(out_dtype), total
+
+
+def rows_log_prob_and_total(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    sign: int,
+    axes: int,
+    out_dtype: torch.dtype,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(rows_log_prob, logsumexp)``: the latter of the rows that ``total_rows`` picks."""
+    log_prob, total = _log_prob_and_total(hidden, weight, bias, labels, **options)
+    return (log_prob * sign).view((*labels.shape, 1)[: labels.dim() + axes]).to(out_dtype), total
 
 
 @dataclass(frozen=True)
@@ -523,22 +662,25 @@ def _build_difference(m: Match) -> Rewrite | Reason | None:
             return Reason("maths", f"{a.name} and {b.name} are not of the same logits")
         inside = chain.inside | other.inside | {a}
         chain = replace(chain, inside=inside, logits={**chain.logits, **other.logits})
-        return _log_prob(m.anchor, chain, picked, sign)
+        read = len(a.users) > 1
+        return _log_prob(m.anchor, chain, picked, sign, _Total(a, other) if read else None)
     return None
 
 
-def _log_prob(anchor: fx.Node, chain: _Chain, picked: _Pick, sign: int) -> Rewrite | Reason:
+def _log_prob(
+    anchor: fx.Node, chain: _Chain, picked: _Pick, sign: int, total: _Total | None = None
+) -> Rewrite | Reason:
     chain = replace(chain, inside=chain.inside | picked.nodes)
-    ignored = _ignored_labels(anchor, picked.index)
+    ignored = _ignored_labels(anchor, picked.index) if total is None else None
     # The labels as they were, before those that are ignored were made valid ones.
     labels, ignore_index = (picked.index, None) if ignored is None else ignored
     axes = len(shape(anchor)) - len(shape(labels))
-    fused = _fused(chain, labels)
+    fused = _fused(chain, labels, total)
     if isinstance(fused, Reason):
         return fused
     operands, options, lazy = fused
     options |= {"sign": sign, "axes": axes, "ignore_index": ignore_index}
-    return Rewrite(
+    made = Rewrite(
         rows_log_prob,
         operands,
         {"rows": chain.rows, "out_dtype": dtype(anchor), **options},
@@ -551,6 +693,7 @@ def _log_prob(anchor: fx.Node, chain: _Chain, picked: _Pick, sign: int) -> Rewri
         kernel=OPS["linear_log_prob"],
         prepare=_of_labels,
     )
+    return _with_total(made, anchor, total, rows_log_prob_and_total, _of_every_row)
 
 
 def _seed(node: fx.Node) -> str | None:
@@ -569,6 +712,34 @@ LOSS = Table(
     ),
     _seed,
 )
+
+
+#: The report's name for logits that a graph returns without a loss of them.
+RETURNED = "lazy_logits"
+
+
+def returned_logits(graph: fx.Graph) -> dict[fx.Node, dict[str, Any]]:
+    """The outputs that are a language model's logits and that nothing in the graph reads, and the operands of
+    ``lazy_logits`` for each: the caller computes the loss (label smoothing, a loss of the user's), and may need no more
+    of them than a number a token.
+
+    A language model is one that looks its tokens up in as many rows as it has logits. Without gradients (evaluation,
+    generation) its logits are wanted as they are.
+    """
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    vocabularies = {str(shape(n.args[1])[0]) for n in graph.nodes if _is(n, "embedding") and len(n.args) > 1}
+    found: dict[fx.Node, dict[str, Any]] = {}
+    for result in output.args[0] if vocabularies else ():
+        if not isinstance(result, fx.Node) or str(shape(result)[-1:]) not in {f"({v},)" for v in vocabularies}:
+            continue
+        chain = _walk(output, result)
+        if isinstance(chain, Reason) or chain.rows or chain.normalised or not requires_grad(chain.linear):
+            continue
+        x, weight, _ = see(chain.linear).args
+        lazy = _returned(replace(chain, inside=chain.inside - {output}))
+        if not isinstance(lazy, Reason) and shape(weight) == (shape(chain.linear)[-1], shape(x)[-1]):
+            found |= lazy
+    return found
 
 
 # TRL's head, traced (fastft.bridges.trl_head): every position is scored, an ignored one with label 0, and its results

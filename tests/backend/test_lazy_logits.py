@@ -46,6 +46,18 @@ def entropy(z):
     return torch.cat([torch.logsumexp(c, -1) - (F.softmax(c, -1) * c).sum(-1) for c in flat.split(4)]).sum()
 
 
+def label_smoother(z):
+    """As transformers' Trainer has it."""
+    losses = -F.log_softmax(z[..., :-1, :].contiguous(), dim=-1)
+    labels = LABELS[..., 1:].contiguous().masked_fill(LABELS[..., 1:] < 5, -100).unsqueeze(-1)
+    ignored = labels.eq(-100)
+    nll = losses.gather(dim=-1, index=labels.clamp(min=0))
+    smooth = losses.sum(dim=-1, keepdim=True, dtype=torch.float32)
+    nll.masked_fill_(ignored, 0.0)
+    smooth.masked_fill_(ignored, 0.0)
+    return 0.9 * nll.sum() / 9 + 0.1 * smooth.sum() / (9 * losses.shape[-1])
+
+
 #: Operations that stay lazy: nothing as large as the logits may appear, forward or backward.
 LAZY = {
     "stock loss": stock_loss,
@@ -62,6 +74,24 @@ LAZY = {
     "split": lambda z: sum(part.logsumexp(-1, keepdim=True).sum() for part in z.split(3, dim=1)),
     "chunk, unbind": lambda z: sum(p.logsumexp(-1).sum() for c in z.chunk(2) for p in c.unbind(1)),
     "squeeze": lambda z: z.unsqueeze(0).squeeze(0).view_as(z).logsumexp(2).sum(),
+    "label smoother": label_smoother,
+    "label smoothing": lambda z: F.cross_entropy(z.view(-1, V), LABELS.view(-1), label_smoothing=0.1),
+    "label smoothing, ignored": lambda z: F.cross_entropy(
+        z.view(-1, V), LABELS.view(-1), label_smoothing=0.1, ignore_index=int(LABELS[0, 0])
+    ),
+    "label smoothing of log-probabilities": lambda z: F.cross_entropy(
+        z.log_softmax(-1).view(-1, V), LABELS.view(-1), label_smoothing=0.1
+    ),
+    "cross entropy of tempered logits": lambda z: F.cross_entropy(
+        (z / 0.7).view(-1, V), LABELS.view(-1), reduction="none", ignore_index=int(LABELS[0, 0])
+    ).sum(),
+    "nll_loss": lambda z: F.nll_loss(F.log_softmax(z, -1).view(-1, V), LABELS.view(-1), reduction="sum"),
+    "entropy by product": lambda z: -((log_p := z.float().log_softmax(-1)).exp() * log_p).sum(-1).mean(),
+    "entropy by product of bf16 and fp32": lambda z: (F.softmax(z, -1) * F.log_softmax(z.float(), -1)).sum(-1).sum(),
+    "mean, max": lambda z: (z.mean(-1) - 3 * z.max(-1).values + z.max(dim=-1, keepdim=True)[0].squeeze(-1)).sum(),
+    "topk": lambda z: z.softmax(-1).topk(3).values.sum() + z.topk(k=2, dim=-1, sorted=False)[0].sum(),
+    "scaled log-probabilities": lambda z: (2 * z.float().log_softmax(-1)).exp().gather(-1, LABELS[..., None]).sum(),
+    "several of a row": lambda z: z.log_softmax(-1).gather(-1, LABELS.view(B, S, 1).repeat(1, 1, 3)).sum(),
     "clone, to": lambda z: z.clone().to(torch.float64).to("cpu").type_as(z).logsumexp(-1).sum(),
 }
 #: Operations that need all the logits.
@@ -73,10 +103,11 @@ WHOLE = {
     "column": lambda z: z[..., 3].sum() + z[..., :10].sum() + z[0, 0, 0],
     "matmul": lambda z: (z @ torch.ones(V, 3, dtype=z.dtype)).sum(),
     "transpose": lambda z: F.cross_entropy(z.transpose(1, 2), LABELS),
-    "max, topk": lambda z: z.max(-1).values.sum() + z.topk(3).values.sum(),
+    "max, smallest": lambda z: z.max() + z.topk(3, largest=False).values.sum() + z.max(1).values.sum(),
+    "product of different rows": lambda z: (z[:, 1:].softmax(-1) * z[:, :-1].log_softmax(-1)).sum(),
     "cat": lambda z: torch.cat([z, z]).sum(),
     "kl_div": lambda z: F.kl_div(z.log_softmax(-1), torch.full((B, S, V), 1 / V), reduction="batchmean"),
-    "label smoothing": lambda z: F.cross_entropy(z.view(-1, V), LABELS.view(-1), label_smoothing=0.1),
+    "class weights": lambda z: F.cross_entropy(z.view(-1, V), LABELS.view(-1), weight=torch.arange(V).to(z.dtype)),
     "hook": lambda z: (z.register_hook(lambda g: g * 2), z.float().logsumexp(-1).sum())[1],
     "out": lambda z: torch.add(z, 1).sum(),
     "twice": lambda z: z.sum() + z.logsumexp(-1).sum(),

@@ -233,6 +233,12 @@ def _scatter_add(x: Any, dim: int, index: Any, source: Any) -> Any:
     return x
 
 
+def _scatter(x: Any, dim: int, index: Any, source: Any) -> Any:
+    total = x.copy()
+    np.put_along_axis(total, index, source, axis=dim)
+    return total
+
+
 def _index_copy(x: Any, dim: int, index: Any, source: Any) -> Any:
     x = np.array(x)
     x[(slice(None),) * dim + (index,)] = source
@@ -290,6 +296,7 @@ ATEN: dict[str, Callable[..., Any]] = {
     "repeat_interleave": lambda x, times, dim, **_: np.repeat(x, times, axis=dim),
     "stack": lambda xs, dim=0: np.stack(xs, axis=dim),
     "gather": lambda x, dim, index: np.take_along_axis(x, index, axis=dim),
+    "scatter": _scatter,
     "scatter_add": _scatter_add,
     "index": lambda x, at: x[tuple(slice(None) if i is None else i for i in at)],
     "index_copy": _index_copy,

@@ -41,6 +41,7 @@ from tests.mutation._mutant import Mutant
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALL = dict(entropy=True, is_top1=True, mean_logits=True, log_sum_sq_probs=True)
+SMOOTH = dict(mean_logits=True, mean_logits_gradient=True, lse_gradient=True)
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +101,48 @@ def test_log_prob(dtype, frozen, maths, device):
     y[::4] = 0  # no token is left out
     y[2] = -100
     check(linear_log_prob, linear_log_prob_reference, (h, w, None), y, cotangents, **maths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("maths", [{}, dict(softcap=3.0, logit_scale=0.7, temperature=1.3)], ids=["plain", "softcap"])
+def test_gradients_of_lse_and_mean_logits(dtype, frozen, maths, device):
+    """Each alone, and all together, with labels that are left out, with none that is ignored, and with one that is."""
+    h, w, b, y = inputs(dtype, device, tokens=17, frozen=frozen)
+    for labels, ignore_index in (
+        (y, -100),
+        (y.clamp(min=0), -100),
+        (y.clamp(min=0).index_fill(0, y[:1] * 0 + 2, 7), 7),
+    ):
+        one, none = torch.randn(len(y), device=device), torch.zeros(len(y), device=device)
+        for cotangents, more in (
+            ([none, one], dict(lse_gradient=True)),
+            ([none, one], dict(mean_logits=True, mean_logits_gradient=True)),
+            ([one, one * 2, -one, one / 3], dict(entropy=True, **SMOOTH)),
+        ):
+            options = dict(ignore_index=ignore_index, **maths, **more)
+            check(linear_log_prob, linear_log_prob_reference, (h, w, b), labels, cotangents, **options)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "options", [dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.3, z_loss=1e-3)]
+)
+def test_label_smoothing_and_z_loss(options, reduction, frozen, device):
+    h, w, b, y = inputs(torch.float32, device, frozen=frozen)
+    cotangent = torch.randn(len(y) if reduction == "none" else (), device=device)
+    for softcap in (None, 3.0):
+        more = dict(reduction=reduction, softcap=softcap, **options)
+        check(linear_cross_entropy, linear_cross_entropy_reference, (h, w, b), y, [cotangent], **more)
+
+
+def test_lse_and_mean_logits_are_constants_unless_asked_for(device):
+    h, w, b, y = inputs(torch.float32, device)
+    found = linear_log_prob(h, w, b, y, mean_logits=True)
+    assert not found.lse.requires_grad and not found.mean_logits.requires_grad
+    found = linear_log_prob(h, w, b, y, **SMOOTH)
+    assert found.lse.requires_grad and found.mean_logits.requires_grad
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -226,9 +269,15 @@ def test_largest_allocation_is_one_chunk(frozen, device, monkeypatch):
 def test_gradcheck(frozen, softcap, device):
     h, w, b, y = inputs(torch.float64, device, tokens=5, hidden=3, vocab=7, frozen=frozen)
     wanted = (h,) if frozen else (h, w, b)
-    options = dict(softcap=softcap, logit_scale=1.2, temperature=0.8, entropy=True)
-    for fn in (linear_log_prob, linear_log_prob_reference):
-        assert torch.autograd.gradcheck(lambda *t, fn=fn: fn(*t, *(w, b)[len(t) - 1 :], y, **options)[:2], wanted)
+    for more, outputs in ((dict(entropy=True), (0, 1)), (dict(entropy=True, **SMOOTH), (0, 1, 3, 5))):
+        options = dict(softcap=softcap, logit_scale=1.2, temperature=0.8, **more)
+        for fn in (linear_log_prob, linear_log_prob_reference):
+
+            def call(*t, fn=fn, options=options, outputs=outputs):
+                found = fn(*t, *(w, b)[len(t) - 1 :], y, **options)
+                return tuple(found[i] for i in outputs)
+
+            assert torch.autograd.gradcheck(call, wanted)
 
 
 def test_entropy_without_gradient(device, monkeypatch):
@@ -367,7 +416,9 @@ def test_kernels_compile_for_an_h100(vocab, softcap):
     maths = (-100, softcap, 1.0, 1.0, torch.bfloat16)
     with compiling(module) as kernels:
         _, *saved = torch.ops.fastft.linear_log_prob(h, w, None, y, *maths, True, True, True, True, True)[:4]
-        torch.ops.fastft.linear_log_prob_backward(g, g, h, w, None, y, *saved, *maths, True, True, False)
+        # The mean's gradient under a softcap is PyTorch's.
+        grads = (g, g, None if softcap else g, g)
+        torch.ops.fastft.linear_log_prob_backward(*grads, h, w, None, y, *saved, *maths, True, True, False)
     assert {k.metadata.name for k in kernels} == {"_forward_kernel", "_backward_kernel"}
     for kernel in kernels:
         assert "cubin" in kernel.asm and ".local" not in kernel.asm["ptx"]
@@ -403,7 +454,14 @@ def test_raw_ops(bias, device):
     _, *saved = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, True, False, False, False, False)[:4]
     g = torch.randn(len(y), device=device)
     all_, one = (True, True, bias), (True, False, False)
-    for *grads, need in [(g, None, one), (g, g, all_), (None, g, one), (None, torch.zeros_like(g), all_)]:
+    nothing = torch.zeros_like(g)
+    for *grads, need in [
+        (g, None, None, None, one),
+        (g, g, g, g, all_),
+        (None, g, None, None, one),
+        (None, None, g, None, all_),
+        (None, nothing, nothing, nothing, all_),
+    ]:
         arguments = (*grads, h, w, b, y, *saved, *maths, *need)
         torch.library.opcheck(torch.ops.fastft.linear_log_prob_backward.default, arguments)
 
@@ -490,12 +548,14 @@ def _log_prob_samples(new: New, n: int) -> Named:
     yield "trainable head", _head_sample(new, n), {**maths, **everything}
     yield "frozen head", _head_sample(new, n, frozen=True), {**maths, **everything}
     yield "frozen head, plain", _head_sample(new, n, frozen=True, bias=False), {}
+    yield "lse and mean", _head_sample(new, n), {**maths, **SMOOTH}
 
 
 def _cross_entropy_samples(new: New, n: int) -> Named:
     yield "trainable head", _head_sample(new, n, bias=False), {"softcap": 5.0}
     yield "frozen head", _head_sample(new, n, frozen=True), {"reduction": "sum"}
     yield "each token", _head_sample(new, n), {"reduction": "none", "logit_scale": 0.5}
+    yield "smoothed", _head_sample(new, n, frozen=True), {"label_smoothing": 0.1, "z_loss": 1e-2}
 
 
 SAMPLES = {"linear_cross_entropy": _cross_entropy_samples, "linear_log_prob": _log_prob_samples}
@@ -522,7 +582,9 @@ def _maths_case(d: Draw) -> dict[str, Any]:
 
 
 def _cross_entropy_case(d: Draw) -> Sample:
-    return Sample("", _head_case(d), {**_maths_case(d), "reduction": d(st.sampled_from(("mean", "sum", "none")))})
+    added = {"label_smoothing": d(st.sampled_from((0.0, 0.0, 0.1))), "z_loss": d(st.sampled_from((0.0, 0.0, 1e-2)))}
+    reduction = {"reduction": d(st.sampled_from(("mean", "sum", "none")))}
+    return Sample("", _head_case(d), {**_maths_case(d), **reduction, **added})
 
 
 def _log_prob_case(d: Draw) -> Sample:
@@ -611,16 +673,24 @@ def _log_prob_derivations() -> list[Derivation]:
 
 
 def _cross_entropy_derivations() -> list[Derivation]:
-    def derive(name: str, reduction: str, cap: int | None = None, **rest: Any) -> Derivation:
+    def derive(
+        name: str, reduction: str, cap: int | None = None, smoothing: float = 0, z_loss: float = 0, **rest: Any
+    ) -> Derivation:
+        def token(row: Array, y: int) -> Any:
+            lse = sympy.log(np.sum(EXP(row)))
+            smooth, square = ratio(str(smoothing)), ratio(str(z_loss))
+            return (1 - smooth) * (lse - row[y]) + smooth * (lse - np.sum(row) / len(row)) + square * lse**2
+
         def formula(h: Array, w: Array, b: Array) -> list[Array]:
             z = _logits(h, w, b, cap, "0.5", "1")
-            loss = _of_tokens(z, lambda row, y: sympy.log(np.sum(EXP(row))) - row[y])
+            loss = _of_tokens(z, token)
             total = np.sum(loss)
             return [loss if reduction == "none" else total if reduction == "sum" else total / 2]
 
         def call(fn: Any, h: Any, w: Any, b: Any) -> Any:
             softcap = None if cap is None else float(cap)
-            return fn(h, w, b, torch.tensor(LABELS), reduction=reduction, softcap=softcap, logit_scale=0.5)
+            options = {"reduction": reduction, "label_smoothing": float(smoothing), "z_loss": float(z_loss)}
+            return fn(h, w, b, torch.tensor(LABELS), softcap=softcap, logit_scale=0.5, **options)
 
         return Derivation(name, HEAD, call, formula, **rest)
 
@@ -628,6 +698,8 @@ def _cross_entropy_derivations() -> list[Derivation]:
         derive("mean", "mean"),
         derive("each token, softcap", "none", 2),
         derive("sum, frozen head", "sum", frozen=("w", "b"), simplify=BOTH),
+        derive("label smoothing", "mean", smoothing=0.25),
+        derive("label smoothing and z-loss, frozen head", "sum", smoothing=0.25, z_loss=0.5, frozen=("w", "b")),
     ]
 
 
@@ -639,6 +711,58 @@ SMALL_TILES = {
 }
 
 MUTANTS = (
+    Mutant(
+        "cross-entropy: lse's gradient at the label",
+        "kernels/linear_cross_entropy.py",
+        "                logits.scatter_(1, at, entry)\n",
+        "",
+        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: the mean's gradient of an ignored token",
+        "kernels/linear_cross_entropy.py",
+        "logits += each.masked_fill(ignored, 0)[:, None]",
+        "logits += each[:, None]",
+        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: the mean's gradient at the label, of one logit",
+        "kernels/linear_cross_entropy.py",
+        "dr += grad_mean_logits[:, None] / vocab",
+        "dr += grad_mean_logits[:, None] / z.shape[1]",
+        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: lse's gradient with the sign of the log-probability's",
+        "kernels/linear_cross_entropy.py",
+        "dr.addcmul_(p, grad_lse[:, None])",
+        "dr.addcmul_(p, grad_lse[:, None], value=-1)",
+        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+    ),
+    Mutant(
+        "cross-entropy: a frozen head keeps its unit gradient for lse",
+        "kernels/linear_cross_entropy.py",
+        "(need_weight or need_bias or any(differentiable[1:]))",
+        "(need_weight or need_bias)",
+        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+    ),
+    Mutant(
+        "cross-entropy: label smoothing adds to the whole loss",
+        "kernels/linear_cross_entropy.py",
+        "loss = (1 - label_smoothing) * loss + label_smoothing",
+        "loss = loss + label_smoothing",
+        "tests/kernels/test_linear_cross_entropy.py -k smoothing",
+    ),
+    Mutant(
+        "cross-entropy: z-loss of lse, not of its square",
+        "kernels/linear_cross_entropy.py",
+        "loss = loss + z_loss * found.lse.square()",
+        "loss = loss + z_loss * found.lse",
+        "tests/kernels/test_linear_cross_entropy.py -k z_loss",
+    ),
     Mutant(
         "cross-entropy: the label's logit read after it was overwritten",
         "kernels/linear_cross_entropy.py",

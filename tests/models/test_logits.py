@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import fastft
 from fastft.compare import assert_within
 from fastft.judging import Wide
 from fastft.kernels import linear_cross_entropy as loss_op
+from fastft.lazy_logits import LazyLogits
 
 from ._families import VOCAB, batch, build
 from ._training import compiled_step
@@ -60,9 +64,85 @@ def test_a_loss_of_the_users_on_read_logits_has_eagers_gradients() -> None:
         assert_within(name, ours[name], wanted, exact[name], length=VOCAB)
 
 
+# -- called without labels: the caller has a loss of its own (label smoothing, compute_loss_func, a loop)
+
+
+def own_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Label smoothing and z-loss of shifted logits."""
+    z, labels = logits[:, :-1].float(), labels[:, 1:].clamp(min=0)
+    log_p = F.log_softmax(z, dim=-1)
+    loss = -0.9 * log_p.gather(-1, labels.unsqueeze(-1)).mean() - 0.1 * log_p.mean(-1).mean()
+    return loss + 1e-2 * z.logsumexp(-1).square().mean()
+
+
+def without_labels(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in data.items() if k != "labels"}
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2"])
+def test_a_loss_of_the_callers_has_eagers_gradients(name: str) -> None:
+    data = batch("plain")
+    results = []
+    for call in (compiled, lambda model: model, lambda model: partial(exactly, model)):
+        model = build(name)
+        logits = call(model)(**without_labels(data)).logits
+        assert isinstance(logits, LazyLogits) is (not results)
+        with Wide(torch.float64, torch.float32) if len(results) == 2 else nullcontext():
+            loss = own_loss(logits, data["labels"])
+        loss.backward()
+        results.append({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}})
+    ours, eager, exact = results
+    for what, wanted in eager.items():
+        assert_within(what, ours[what], wanted, exact[what], length=VOCAB)
+
+
+def test_it_says_that_returned_logits_are_lazy() -> None:
+    compiled(build("llama3"))(**without_labels(batch("plain")))
+    assert [s.notes for s in fastft.reports()[-1].sites if s.pattern == "lazy_logits"] == ["computed when read"]
+
+
+@pytest.mark.parametrize("options", [{"lazy_logits": False}, {"disable": ["linear_cross_entropy"]}, {"fuel": 0}])
+def test_returned_logits_that_are_real(options: dict[str, Any]) -> None:
+    call = compiled(build("llama3"), **options)
+    assert type(call(**without_labels(batch("plain"))).logits) is torch.Tensor
+
+
+class Embedded(torch.nn.Module):
+    def __init__(self, out: int = 40, read: bool = False, written: bool = False) -> None:
+        super().__init__()
+        self.embed, self.head, self.read, self.written = (
+            torch.nn.Embedding(40, 8),
+            torch.nn.Linear(8, out),
+            read,
+            written,
+        )
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.embed(ids) * 2
+        z = self.head(x)
+        if self.written:
+            x.add_(1)
+        return (z, z.square().mean()) if self.read else (z, x)
+
+
+@pytest.mark.parametrize(
+    "change, lazy", [({}, True), ({"out": 41}, False), ({"read": True}, False), ({"written": True}, False)]
+)
+def test_which_outputs_are_a_language_models_logits(change: dict[str, Any], lazy: bool) -> None:
+    """Those of as many classes as there are tokens, which nothing else reads."""
+    torch.manual_seed(0)
+    model, ids = Embedded(**change), torch.randint(0, 40, (2, 3))
+    wanted, (got, _) = model(ids)[0], compiled(model)(ids)
+    assert isinstance(got, LazyLogits) is lazy
+    assert torch.equal(got + 0, wanted)
+
+
+@pytest.mark.parametrize("labels", [True, False], ids=["fused", "by the caller"])
 @pytest.mark.parametrize("lora", [None, 0.0], ids=["full", "lora"])
-def test_unread_logits_are_never_allocated(lora: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing as large as [batch, seq, vocab] in any dtype is allocated in a step; reading the logits allocates it."""
+def test_unread_logits_are_never_allocated(lora: float | None, labels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing as large as [batch, seq, vocab] in any dtype is allocated in a step; reading the logits allocates it.
+    Neither by a loss of the caller's, a number a token.
+    """
     monkeypatch.setattr(loss_op, "CHUNK_BYTES", 16 * VOCAB * 4)
     # A vocabulary much wider than the MLP, and enough tokens that [tokens, vocab] is larger than any weight.
     data = batch("plain", rows=4, length=250)
@@ -71,16 +151,19 @@ def test_unread_logits_are_never_allocated(lora: float | None, monkeypatch: pyte
     head = model.get_output_embeddings()
     wide = 64 * VOCAB
     with torch.no_grad():
-        head.weight = torch.nn.Parameter(torch.randn(wide, 64) * 0.02, requires_grad=lora is None)
+        for layer in (head, model.get_input_embeddings()):
+            layer.weight = torch.nn.Parameter(torch.randn(wide, 64) * 0.02, requires_grad=lora is None)
     getattr(model, "get_base_model", lambda: model)().config.vocab_size = wide
     call = compiled(model)
-    out = call(**data)
-    out.loss.backward()
+    given = data if labels else without_labels(data)
 
     def step() -> None:
         nonlocal out
-        out = call(**data)
-        out.loss.backward()
+        out = call(**given)
+        (out.loss if labels else own_loss(out.logits, data["labels"])).backward()
+
+    out = None
+    step()
 
     half_precision_logits = tokens * wide * 2
     assert largest_allocation(step) < half_precision_logits

@@ -18,7 +18,13 @@ from fastft.kernels import linear_cross_entropy as loss_op
 from fastft.kernels._op import OPS
 from fastft.kernels.linear_cross_entropy import linear_log_prob, linear_log_prob_reference
 from fastft.lazy_logits import LazyLogits
-from fastft.patterns.loss import ignoring_log_prob, rows_linear_cross_entropy, rows_log_prob
+from fastft.patterns.loss import (
+    ignoring_log_prob,
+    rows_linear_cross_entropy,
+    rows_log_prob,
+    rows_log_prob_and_total,
+    rows_loss_and_total,
+)
 from tests.patterns._sites import check_site, exactly, rewritten
 
 B, S, H, V = 2, 6, 8, 19
@@ -128,6 +134,10 @@ def of_ignored(z, make_valid, zero, labels=None):
 
 
 SPELLINGS |= {
+    "label smoothing": lambda h, w: stock(F.linear(h, w), label_smoothing=0.1),
+    "label smoothing, softcap": lambda h, w: torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=0.2)(
+        softcap(F.linear(h, w)).view(-1, V), LABELS.view(-1)
+    ),
     "log_softmax, nll_loss": lambda h, w: F.nll_loss(
         F.log_softmax(F.linear(h, w).float(), dim=-1).view(-1, V), LABELS.flatten()
     ),
@@ -210,6 +220,40 @@ def test_loops_over_pieces_of_the_logits(loop):
     pieces, fn = LOOPS[loop]
     graph = check_site(fn, *operands(), counts={"linear_cross_entropy": pieces})
     assert not {n.target for n in graph.graph.nodes} & {F.cross_entropy, torch._C._nn.linear}
+
+
+Z_LOSS = {
+    "transformers": lambda h, w: stock(z := F.linear(h, w)) + 0.1 * z.float().logsumexp(-1).square().mean(),
+    "num_items_in_batch": lambda h, w: (
+        stock(z := F.linear(h, w), num_items=torch.tensor(7)) + 0.1 * (z.float().logsumexp(-1, keepdim=True) ** 2).sum()
+    ),
+    "own shift": lambda h, w: (
+        F.cross_entropy(z := F.linear(h, w)[:, :-1].reshape(-1, V).float(), LABELS[:, 1:].reshape(-1))
+        + 0.1 * z.logsumexp(-1).square().mean()
+    ),
+    "before the loss": lambda h, w: (
+        0.1 * ((z := F.linear(h, w).float()).logsumexp(-1) * (LABELS != -100)).square().mean()
+        + F.cross_entropy(z.view(-1, V), LABELS.view(-1))
+    ),
+    "logsumexp - gather": lambda h, w: (
+        masked((lse := (z := F.linear(h, w).float()).logsumexp(-1)) - z.gather(-1, VALID[..., None]).squeeze(-1))
+        + 0.1 * lse.square().mean()
+    ),
+    "softcap, log-probabilities": lambda h, w: (
+        (z := softcap(F.linear(h, w))).gather(-1, VALID[..., None]) - (lse := torch.logsumexp(z, -1, True)),
+        lse * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spelling", Z_LOSS)
+def test_z_loss(spelling, dtype):
+    """The logsumexp that a loss adds comes from the same pass, with its gradient."""
+    graph = check_site(Z_LOSS[spelling], *operands(dtype), counts=ONE)
+    left = {n.target for n in graph.graph.nodes}
+    assert left & {rows_loss_and_total, rows_log_prob_and_total}
+    assert not left & {F.cross_entropy, torch._C._nn.linear, "gather", "logsumexp", torch.logsumexp}
 
 
 IGNORING = {
@@ -364,10 +408,25 @@ def test_loss_alone_is_fused_without_gradients_too():
 
 LORA = torch.randn(V, H)
 LEFT_ALONE = {
-    "label smoothing": ("label_smoothing", lambda h, w: stock(F.linear(h, w), label_smoothing=0.1)),
     "class weights": ("class_weight", lambda h, w: stock(F.linear(h, w), weight=torch.ones(V))),
     "adapter": ("adapter", lambda h, w: stock(F.linear(h, w) + F.linear(h, LORA) * 2)),
-    "other reader": ("escapes", lambda h, w: stock(z := F.linear(h, w)) + 0.1 * z.float().logsumexp(-1).mean()),
+    "other reader": ("escapes", lambda h, w: stock(z := F.linear(h, w)) + 0.1 * z.float().sin().mean()),
+    "z-loss of other rows": (
+        "escapes",
+        lambda h, w: own_shift(z := F.linear(h, w)) + 0.1 * z.float().logsumexp(-1).square().mean(),
+    ),
+    "z-loss over the sequence": (
+        "escapes",
+        lambda h, w: stock(z := F.linear(h, w)) + 0.1 * z.float().logsumexp(1).square().mean(),
+    ),
+    "z-loss of other logits": (
+        "escapes",
+        lambda h, w: stock(z := F.linear(h, w)) + 0.1 * (z * 2).logsumexp(-1).square().mean(),
+    ),
+    "z-loss with label smoothing": (
+        "escapes",
+        lambda h, w: stock(z := F.linear(h, w), label_smoothing=0.1) + 0.1 * z.logsumexp(-1).square().mean(),
+    ),
     "entropy returned": ("escapes", lambda h, w: (stock(z := F.linear(h, w)), z.softmax(-1))),
     "rows returned": (
         "escapes",
