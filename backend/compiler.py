@@ -20,6 +20,7 @@ from fastft.fallback import Attempt
 from fastft.first_step import FirstStep
 from fastft.kernels._op import OPS, rescue
 from fastft.kernels.linear_cross_entropy import linear_log_prob
+from fastft.memory import Memory, Planned
 from fastft.normalise import normalise
 from fastft.options import Options
 from fastft.outputs import LazyOutputs, drop_lazy, with_lazy
@@ -80,7 +81,7 @@ def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs
 
     # 2. Normalise: one flat graph.
     with step("normalising", "checkpointed layers are left as they are, and no site in them is found"):
-        counts = normalise(gm, recompute=options.recompute == "asked")
+        counts = normalise(gm, recompute=options.recompute == "asked", planned=options.memory is not None)
     modules: list[str] = []
     with _describing(done, options):
         done.device, done.inputs = describing.device_of(gm.graph), describing.inputs_of(gm.graph)
@@ -124,12 +125,18 @@ def _bridged(gm: fx.GraphModule) -> dict[fx.Node, Site]:
 def _plan(counts: Mapping[str, int], options: Options) -> dict[str, str]:
     plan = {}
     regions = counts["checkpoints"]
+    if options.memory is not None:
+        layers = f"{regions} checkpointed regions" if regions else f"{counts.get('layers', 0)} layers"
+        return {"recompute": f"{layers}: as the memory plan says"} | _policies(counts)
     kept = options.recompute == "never" or options.residual == "eager"
     what = "kept in full" if kept else "recomputed in backward"
     plan["recompute"] = f"{regions} checkpointed regions {what}" if regions else "cheap ops only"
-    if counts["kept"]:
-        plan["checkpoint policies"] = f"{counts['kept']} regions with a policy of the user's are left as they are"
-    return plan
+    return plan | _policies(counts)
+
+
+def _policies(counts: Mapping[str, int]) -> dict[str, str]:
+    kept = f"{counts['kept']} regions with a policy of the user's are left as they are"
+    return {"checkpoint policies": kept} if counts["kept"] else {}
 
 
 def _not_taken(graph: fx.Graph, options: Options) -> dict[str, str]:
@@ -155,7 +162,14 @@ def _compile_rest(
     done: Report,
 ) -> tuple[Callable[..., Any], LazyOutputs | None]:
     """The graph compiled, and its lazy outputs; or, where that fails, the graph as it came, which has none."""
+    memory: Memory | None = None
+    if options.memory is not None:
+        with Attempt("planning memory", "no layer is recomputed", done.errors, options.strict):
+            memory = Memory(gm, options, done)
     if options.residual == "eager":
+        if memory is not None:
+            cut = memory.partition
+            return _planned(gm, memory, lambda one: compat.compile_with_aot_eager(one, example_inputs, cut)), lazy
         # A checkpoint region that is still there (the user's own policy, or a step that was undone) would draw other
         # dropout masks in backward if it simply ran.
         if any(compat.is_checkpoint(n.target) for n in gm.graph.nodes):
@@ -175,15 +189,30 @@ def _compile_rest(
     def backward() -> Attempt:
         return Attempt("compiling a backward", "it runs op by op", done.errors, options.strict)
 
+    def compiled(one: fx.GraphModule) -> Callable[..., Any]:
+        return _inductor(one, example_inputs, options, backward, memory)
+
     instead = f"it is tried without what is in {caches.INDUCTOR.folder}"
     with Attempt("compiling", instead, done.errors, options.strict):
-        return _inductor(gm, example_inputs, options, backward), lazy
+        return _planned(gm, memory, compiled), lazy
     gm.graph = rewritten
     instead = "the graph is compiled as it came"
     with Attempt("compiling in an empty folder", instead, done.errors), caches.empty_folder():
-        return _inductor(gm, example_inputs, options, backward), lazy
+        return _planned(gm, memory, compiled), lazy
     _give_up(gm, untouched, done, options)
     return compat.compile_with_inductor(gm, example_inputs, _patches(options)), None  # what fails now is not ours
+
+
+def _planned(
+    gm: fx.GraphModule, memory: Memory | None, compiled: Callable[[fx.GraphModule], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """The graph compiled; by a memory plan, it can be compiled again by another one."""
+    if memory is None:
+        return compiled(gm)
+    memory.forget()
+    graph = compat.copy_graph(gm.graph)
+    call = compiled(gm)
+    return Planned(memory, call, lambda: compiled(fx.GraphModule(gm, compat.copy_graph(graph))))
 
 
 def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report, options: Options) -> None:
@@ -195,12 +224,17 @@ def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report, options: Opt
     ]
     with _describing(done, options):
         done.modules = describing.described(untouched, describing.modules_of(untouched), {})
-    for key in ("recompute", "checkpoint policies"):
+    for key in ("recompute", "checkpoint policies", "memory"):
         done.plan.pop(key, None)
+    done.memory.clear()
 
 
 def _inductor(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, backward_attempt: Callable[[], Attempt]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    backward_attempt: Callable[[], Attempt],
+    memory: Memory | None,
 ) -> Callable[..., Any]:
     of_users = variants.targets()
     ours = [
@@ -211,7 +245,8 @@ def _inductor(
     ]
     stamp = source_hash() + variants.stamp()
     with compat.cache_stamp({"fastft": stamp, **{compat.qualified_name(target): stamp for target in ours}}):
-        return compat.compile_with_inductor(gm, example_inputs, _patches(options), backward_attempt)
+        cut = None if memory is None else memory.partition
+        return compat.compile_with_inductor(gm, example_inputs, _patches(options), backward_attempt, cut, stamp)
 
 
 def _patches(options: Options) -> dict[str, Any]:

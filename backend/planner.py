@@ -7,9 +7,9 @@ chose,
     peak = before + max( max over r of (k_1 + … + k_{r-1} + h_r),  k_1 + … + k_L + after )
 
 because the backward frees what a region kept before it comes to the one before: while region r computes, forward or
-backward, all earlier ones keep what they keep, and no later one keeps anything that is not in h_r. ``before`` is what is
-there all the time; ``after`` is what the loss needs beside everything that is kept. The time of a step grows by the sum
-of what the choices cost.
+backward, all earlier ones keep what they keep, and no later one keeps anything that is not in h_r. ``before`` is what
+is there all the time; ``after`` is what the loss needs beside everything that is kept. The time of a step grows by the
+sum of what the choices cost.
 
 The search is exact. Regions are decided first to last; of what is decided so far only three numbers matter to the rest:
 bytes kept, seconds, bytes on the host. A state that another one beats in all three is dropped, and one whose peak is

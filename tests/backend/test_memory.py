@@ -1,0 +1,343 @@
+"""``options={"memory": ...}`` on a tiny Llama: right at every level, what is saved is what was predicted, budgets hold for
+batches of any size, and out of memory is no end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fastft
+from fastft import memory, reporting
+from fastft.memory import Memory, Planned
+from fastft.options import OptionError, Options, bytes_of
+from fastft.planner import ALL, ATTENTION, CHEAP, KEEP
+from tests.models import _families as families
+from tests.models._training import Step, check_equal, compiled, step
+
+LEVELS = (KEEP, CHEAP, ATTENTION, ALL)
+
+
+def batch(seq: int = 24, size: int = 2) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, families.VOCAB, (size, seq), generator=torch.Generator().manual_seed(seq))
+    return {"input_ids": ids, "labels": ids}
+
+
+def model(checkpointing: bool = False, lora: float | None = 0.0, dropout: float = 0.0) -> torch.nn.Module:
+    network = families.build("llama3", lora=lora, checkpointing=checkpointing)
+    for module in network.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    return network
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes every plan have these levels."""
+
+    def force(*levels: str) -> None:
+        planned = Memory._planned
+
+        def instead(self: Memory, cut: Any) -> Any:
+            wanted = list(levels) * cut.count if len(levels) == 1 else list(levels)
+            return cut.at(wanted)[0], self._plan(cut, wanted)
+
+        monkeypatch.setattr(Memory, "_planned", instead if levels else planned)
+
+    return force
+
+
+def run(network: torch.nn.Module, data: dict[str, Any] | None = None, **options: Any) -> Step:
+    return step(network, data or batch(), call=compiled(network, **options))
+
+
+def same(got: Step, wanted: Step) -> None:
+    """Bit for bit."""
+    assert got[1].keys() == wanted[1].keys()
+    assert torch.equal(got[0], wanted[0])
+    for name, gradient in wanted[1].items():
+        assert torch.equal(got[1][name], gradient), name
+
+
+def saved_bytes(network: torch.nn.Module, call: Any) -> int:
+    """Bytes that autograd saves for the backward, without those of weights and inputs."""
+    data, found = batch(), {}
+    theirs = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers(), *data.values())}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in theirs:
+            found[storage.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = call(**data).loss
+    loss.backward()
+    return sum(found.values())
+
+
+def the_plan() -> dict[str, Any]:
+    (row,) = fastft.report().memory
+    return row
+
+
+# ------------------------------------------------------------------------------------------------------------- levels
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [0.0, None])
+def test_every_level_computes_the_same(at: Any, checkpointing: bool, lora: float | None) -> None:
+    network = model(checkpointing, lora)
+    eager = step(network, batch())
+    at(KEEP)
+    wanted = run(network, memory="fast")
+    check_equal(wanted, eager)
+    kept, peaks = [], []
+    for levels in ((KEEP,), (CHEAP,), (ATTENTION,), (ALL,), (ALL, KEEP), (KEEP, ALL), (CHEAP, ATTENTION)):
+        at(*levels)
+        call = compiled(network, memory="fast")
+        same(step(network, batch(), call=call), wanted)
+        row = the_plan()
+        assert saved_bytes(network, call) == row["kept"], levels
+        assert fastft.report().errors == []
+        if len(levels) == 1:
+            assert row["levels"] == {levels[0]: families.LAYERS}
+            kept.append(row["kept"])
+            peaks.append(row["predicted"])
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept)
+    assert peaks[-1] < peaks[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_drawn_once(at: Any, checkpointing: bool) -> None:
+    """What is recomputed draws the masks that the forward drew."""
+    network = model(checkpointing, lora=0.3)
+    at(KEEP)
+    wanted = run(network, memory="fast")
+    for level in (ATTENTION, ALL):
+        at(level)
+        same(run(network, memory="fast"), wanted)
+
+
+def test_a_layers_input_is_all_that_is_kept_of_it(at: Any) -> None:
+    network = model(checkpointing=True)
+    at(ALL)
+    run(network, memory="fast")
+    asked = compiled(network, residual="inductor")  # what is recomputed as asked
+    del asked
+    one = 2 * 24 * 64 * 4
+    kept = the_plan()["kept"]
+    # Three streams (two inputs, the last norm's), the norm's rstd, tables, and what the loss keeps.
+    assert kept < 5 * one
+    at(ATTENTION)
+    run(network, memory="fast")
+    out_and_lse = families.LAYERS * 2 * 24 * 4 * (16 + 1) * 4
+    assert the_plan()["kept"] - kept == out_and_lse
+
+
+# ------------------------------------------------------------------------------------------------------------ budgets
+
+
+def test_fast_lean_auto_and_bytes() -> None:
+    network = model(checkpointing=True)
+    found = {}
+    for wanted in ("fast", "lean", "auto"):
+        run(network, memory=wanted)
+        found[wanted] = the_plan()
+    assert found["fast"]["levels"] == {CHEAP: families.LAYERS}
+    assert found["auto"]["levels"] == {KEEP: families.LAYERS}  # a CPU sets no limit
+    lean, auto = found["lean"]["predicted"], found["auto"]["predicted"]
+    assert lean < found["fast"]["predicted"] < auto
+    slow = found["lean"]["seconds"]
+    for budget in (auto, auto - 1, (lean + auto) // 2, lean):
+        got = run(network, memory=budget)
+        row = the_plan()
+        assert lean <= row["predicted"] <= budget == row["budget"]
+        assert row["seconds"] <= slow
+    check_equal(got, step(network, batch()))
+    assert row["levels"] == found["lean"]["levels"]
+
+
+def test_a_budget_that_is_too_small_is_reported() -> None:
+    network = model()
+    check_equal(run(network, memory="1KiB"), step(network, batch()))
+    report = fastft.report()
+    assert "which no plan keeps" in report.plan["memory"] and report.errors == []
+    assert "predicted peak" in str(report)
+
+
+def test_unset_is_as_before() -> None:
+    network = model(checkpointing=True)
+    run(network)
+    report = fastft.report()
+    assert report.memory == [] and "memory" not in report.plan
+
+
+def test_inference_needs_no_plan() -> None:
+    network = model()
+    call = compiled(network, memory="lean")
+    with torch.no_grad():
+        torch.testing.assert_close(call(**batch()).loss, network(**batch()).loss)
+    assert fastft.report().memory == []
+
+
+# --------------------------------------------------------------------------------------------------- batches of any size
+
+
+def planned_calls(monkeypatch: pytest.MonkeyPatch) -> list[Planned]:
+    made: list[Planned] = []
+    init = Planned.__init__
+
+    def noted(self: Planned, *args: Any) -> None:
+        init(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(Planned, "__init__", noted)
+    return made
+
+
+def test_a_longer_batch_gets_a_leaner_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planned_calls(monkeypatch)
+    network = model(checkpointing=True)
+    run(network, batch(40), memory="auto")
+    budget = the_plan()["predicted"]  # what 40 tokens need without recomputation
+    made.clear()
+    torch._dynamo.reset()
+    reporting.reset()
+    call = torch.compile(
+        network, backend="fastft", dynamic=True, options={"residual": "eager", "strict": True, "memory": budget}
+    )
+    for seq in (16, 40, 64, 16):
+        check_equal(step(network, batch(seq), call=call), step(network, batch(seq)))
+    (planned,) = made
+    rows = fastft.report().memory
+    assert [row["levels"].get(KEEP, 0) == families.LAYERS for row in rows] == [True, False]
+    assert list(planned.serves.values()) == [0, 0, 1]
+    assert rows[1]["predicted"] <= budget
+    assert fastft.report().recompiles == 0
+    sizes = {symbol: 0 for symbol in planned.memory.symbols.values()}
+    assert sizes
+    ((large, _),) = [(key, plan) for key, plan in planned.serves.items() if plan]
+    grown = dict(zip(sizes, large, strict=True))
+    assert planned.memory.plans[0].peak(grown) > budget >= planned.memory.plans[1].peak(grown)
+
+
+def test_plans_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MOST_PLANS", 1)
+    network = model(checkpointing=True)
+    run(network, batch(16), memory="auto")
+    budget = the_plan()["predicted"]
+    torch._dynamo.reset()
+    reporting.reset()
+    call = torch.compile(
+        network, backend="fastft", dynamic=True, options={"residual": "eager", "strict": True, "memory": budget}
+    )
+    for seq in (16, 64):
+        check_equal(step(network, batch(seq), call=call), step(network, batch(seq)))
+    assert len(fastft.report().memory) == 1
+    assert "no plan is made after 1" in fastft.report().plan["memory"]
+
+
+# ------------------------------------------------------------------------------------------------------- out of memory
+
+
+def fails(planned: Planned, times: int) -> list[int]:
+    """The first plan runs out of memory so many times, at the end of its forward."""
+    call, ran = planned.calls[0], []
+
+    def once(*args: Any) -> Any:
+        found = call(*args)
+        ran.append(1)
+        if len(ran) <= times:
+            del found
+            raise torch.OutOfMemoryError("CUDA out of memory. (a test's)")
+        return found
+
+    planned.calls[0] = once
+    return ran
+
+
+@pytest.mark.parametrize("wanted", ["auto", "fast", "1GiB"])
+def test_out_of_memory_is_answered_by_a_leaner_plan(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    made = planned_calls(monkeypatch)
+    network = model(checkpointing=True, lora=0.3)
+    eager = step(network, batch())
+    call = compiled(network, memory=wanted)
+    step(network, batch(), call=call)
+    wanted_step = step(network, batch(), call=call)
+    ran = fails(made[0], 1)
+    same(step(network, batch(), call=call), wanted_step)  # dropout is drawn as if nothing had been
+    report = fastft.report()
+    first, second = report.memory
+    assert second["predicted"] <= 0.9 * first["predicted"]
+    assert any("out of memory" in line for line in report.errors)
+    same(step(network, batch(), call=call), wanted_step)
+    assert len(ran) == 1 and len(report.memory) == 2  # these sizes stay with the leaner plan
+    assert eager[1].keys() == wanted_step[1].keys()
+
+
+def test_out_of_memory_with_the_leanest_plan_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planned_calls(monkeypatch)
+    network = model(checkpointing=True)
+    call = compiled(network, memory="lean")
+    step(network, batch(), call=call)
+    fails(made[0], 9)
+    with pytest.raises(torch.OutOfMemoryError, match="a test's"):
+        step(network, batch(), call=call)
+
+
+def test_out_of_memory_after_a_write_to_an_input_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planned_calls(monkeypatch)
+
+    def written(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        x.add_(1)
+        return (x * w).sin().sum()
+
+    options = {"residual": "eager", "strict": True, "memory": "auto"}
+    call = torch.compile(written, backend="fastft", options=options)
+    x, w = torch.zeros(4), torch.ones(4, requires_grad=True)
+    call(x, w).backward()
+    fails(made[0], 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        call(x, w)
+    assert torch.equal(x, torch.full((4,), 2.0))
+
+
+# -------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_planning_that_fails_recomputes_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Memory, cut: Any) -> Any:
+        raise KeyError("planning is wrong")
+
+    monkeypatch.setattr(Memory, "_planned", broken)
+    network = model(checkpointing=True)
+    check_equal(run(network, memory="lean", strict=False), step(network, batch()))
+    (error,) = fastft.report().errors
+    assert error.startswith("planning memory failed, layers are recomputed in full: KeyError")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [(5, 5), (0, 0), ("16GiB", 16 * 2**30), ("24 GB", 24 * 10**9), ("1.5KiB", 1536), ("7B", 7), (" 2 MiB ", 2**21)],
+)
+def test_bytes(text: Any, wanted: int) -> None:
+    assert bytes_of("memory", text) == wanted
+    assert Options.of({"memory": text, "host_memory": text}).memory == text
+
+
+@pytest.mark.parametrize("text", ["12 Gb", "GiB", "-3GB", -3, True, 1.5, "lots", "", ["8GiB"]])
+@pytest.mark.parametrize("option", ["memory", "host_memory"])
+def test_what_is_no_number_of_bytes(option: str, text: Any) -> None:
+    with pytest.raises(OptionError, match=f"option {option} is ") as caught:
+        Options.of({option: text})
+    assert "16GiB" in str(caught.value) and ("'lean'" in str(caught.value)) == (option == "memory")
+    if text == "12 Gb":
+        assert "did you mean 'GB'?" in str(caught.value)
+
+
+def test_memory_and_recompute_are_not_both_given() -> None:
+    with pytest.raises(OptionError, match="leave recompute out"):
+        Options.of({"memory": "lean", "recompute": "never"})
