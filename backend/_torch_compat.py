@@ -23,9 +23,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "MUST_SAVE", "PREFER_RECOMPUTE", "Moment", "autocast_nodes", "backend_in_trace", "cache_stamp",
-    "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "copy_joint", "dynamo_counters", "fake_mode",
-    "fake_mode_of", "forget_loaded_code", "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
-    "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "partition", "process_group_store",
+    "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "copy_joint",
+    "dynamo_counters", "fake_mode", "fake_mode_of", "forget_loaded_code", "grad_mode_at", "gradients",
+    "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source", "is_checkpoint",
+    "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "partition", "process_group_store",
     "qualified_name", "registered_backend", "size_expression", "size_hint", "storage_of", "tree_map", "version",
     "whole_cache_entries", "wrapper_context",
 ]  # fmt: skip
@@ -227,32 +228,38 @@ def compile_with_aot_eager(
 
 
 class Moment:
-    """Where the compilation of a graph stood, so that the same graph can be compiled once more later: with the same
-    symbols for its sizes.
+    """Where the compilation of a graph stands, so that the same graph can be compiled once more later: with the same
+    symbols for its sizes. ``inputs``: the graph's, as AOTAutograd takes them in this compilation, without memory.
 
     Guards are in place by then. A compilation that adds one would hold for less than those promise: ``with`` raises
     :class:`RuntimeError` at its end.
     """
 
-    def __init__(self) -> None:
-        self.tracing = torch._guards.TracingContext.try_get()
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        context = torch._guards.TracingContext.try_get()
+        self.mode: Any = None if context is None else context.fake_mode
         self.compiling = CompileContext.try_get()
+        self.inputs: list[Any] = [
+            self.mode.from_tensor(x, symbolic_context=context.tensor_to_context.get(x))
+            if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) and context is not None
+            else x
+            for x in inputs
+        ]
 
     def __enter__(self) -> None:
         self.stack = contextlib.ExitStack()
-        self.stack.enter_context(torch._guards.tracing(self.tracing))
+        self.stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(self.mode)))
         self.stack.enter_context(torch._guards.compile_context(self.compiling))
         self.guards = self._guards()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.stack.close()
         if kind is None and self._guards() != self.guards:
-            raise RuntimeError("the graph's sizes were specialised")
+            raise RuntimeError("it holds for fewer sizes than the graph did")
 
-    def _guards(self) -> tuple[int, int]:
-        mode = self.tracing.fake_mode if self.tracing is not None else None
-        env: Any = None if mode is None else mode.shape_env
-        return (0, 0) if env is None else (len(env.guards), len(env.replacements))
+    def _guards(self) -> tuple[set[Any], dict[Any, Any]]:
+        env = None if self.mode is None else self.mode.shape_env
+        return ({g.expr for g in env.guards}, dict(env.replacements)) if env is not None else (set(), {})
 
 
 def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:

@@ -5,6 +5,7 @@ A step that raises is undone, and the graph is compiled without it (:mod:`fastft
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -168,8 +169,7 @@ def _compile_rest(
             memory = Memory(gm, options, done)
     if options.residual == "eager":
         if memory is not None:
-            cut = memory.partition
-            return _planned(gm, memory, lambda one: compat.compile_with_aot_eager(one, example_inputs, cut)), lazy
+            return _planned(gm, memory, functools.partial(_op_by_op, memory), example_inputs), lazy
         # A checkpoint region that is still there (the user's own policy, or a step that was undone) would draw other
         # dropout masks in backward if it simply ran.
         if any(compat.is_checkpoint(n.target) for n in gm.graph.nodes):
@@ -189,30 +189,35 @@ def _compile_rest(
     def backward() -> Attempt:
         return Attempt("compiling a backward", "it runs op by op", done.errors, options.strict)
 
-    def compiled(one: fx.GraphModule) -> Callable[..., Any]:
-        return _inductor(one, example_inputs, options, backward, memory)
+    def compiled(one: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return _inductor(one, inputs, options, backward, memory)
 
     instead = f"it is tried without what is in {caches.INDUCTOR.folder}"
     with Attempt("compiling", instead, done.errors, options.strict):
-        return _planned(gm, memory, compiled), lazy
+        return _planned(gm, memory, compiled, example_inputs), lazy
     gm.graph = rewritten
     instead = "the graph is compiled as it came"
     with Attempt("compiling in an empty folder", instead, done.errors), caches.empty_folder():
-        return _planned(gm, memory, compiled), lazy
+        return _planned(gm, memory, compiled, example_inputs), lazy
     _give_up(gm, untouched, done, options)
     return compat.compile_with_inductor(gm, example_inputs, _patches(options)), None  # what fails now is not ours
 
 
+def _op_by_op(memory: Memory, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    return compat.compile_with_aot_eager(gm, inputs, memory.partition)
+
+
 def _planned(
-    gm: fx.GraphModule, memory: Memory | None, compiled: Callable[[fx.GraphModule], Callable[..., Any]]
+    gm: fx.GraphModule,
+    memory: Memory | None,
+    compiled: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    inputs: Sequence[Any],
 ) -> Callable[..., Any]:
-    """The graph compiled; by a memory plan, it can be compiled again by another one."""
+    """The graph compiled; where memory is planned, it can be compiled again by another plan."""
     if memory is None:
-        return compiled(gm)
-    memory.forget()
+        return compiled(gm, inputs)
     graph = compat.copy_graph(gm.graph)
-    call = compiled(gm)
-    return Planned(memory, call, lambda: compiled(fx.GraphModule(gm, compat.copy_graph(graph))))
+    return Planned(memory, lambda now: compiled(fx.GraphModule(gm, compat.copy_graph(graph)), now), inputs)
 
 
 def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report, options: Options) -> None:

@@ -181,8 +181,8 @@ class Memory:
             budget += ", which no plan keeps"
         text = (
             f"{self.options.memory}: {planner.said(plan.levels) or 'no layers'}; predicted peak "
-            f"{row['predicted'] / GIB:.2f} GiB{budget}; recomputation {plan.seconds * 1e3:.1f} ms a step at the rates of"
-            f" {self.rates.name}"
+            f"{row['predicted'] / GIB:.2f} GiB{budget}; recomputation {plan.seconds * 1e3:.1f} ms a step at the rates "
+            f"of {self.rates.name}"
         )
         self.done.merge_plan({"memory": text})
 
@@ -218,14 +218,16 @@ def _device(gm: fx.GraphModule) -> torch.device | None:
 class Planned:
     """Stands for a compiled graph with one plan or more.
 
-    ``call`` is compiled by the plan that ``memory`` has made; ``again()`` compiles the graph once more, by the plan
-    that it makes next.
+    ``compiled(inputs)`` compiles the graph, by the plan that ``memory`` makes when it cuts it; with ``inputs`` now.
     """
 
-    def __init__(self, memory: Memory, call: Callable[..., Any], again: Callable[[], Callable[..., Any]]) -> None:
-        self.memory, self.again = memory, again
-        self.moment = compat.Moment()
-        self.calls = [call]
+    def __init__(
+        self, memory: Memory, compiled: Callable[[Sequence[Any]], Callable[..., Any]], inputs: Sequence[Any]
+    ) -> None:
+        self.memory, self.compiled = memory, compiled
+        memory.forget()
+        self.calls = [compiled(inputs)]
+        self.moment = compat.Moment(inputs) if memory.plans else None
         #: Sizes → position of the plan that serves them.
         self.serves: dict[Any, int] = {}
 
@@ -291,8 +293,9 @@ class Planned:
             memory.options.strict,
             lambda: memory.plans.__delitem__(slice(before, None)),
         ) as attempt:
+            assert self.moment is not None
             with self.moment:
-                call = self.again()
+                call = self.compiled(self.moment.inputs)
             self.calls.append(call)
         return None if attempt.failed is not None or len(memory.plans) == before else before
 
