@@ -36,7 +36,7 @@ from fastft.fallback import Attempt
 from fastft.judging import random_state, set_random_state
 from fastft.options import MEMORY, Options, bytes_of
 from fastft.partitioner import Sizes, Walk, regions_of, tag
-from fastft.planner import ALL, ATTENTION, CHEAP, GIB, KEEP, Choice, Problem
+from fastft.planner import ALL, ATTENTION, CHEAP, GIB, KEEP, MLP, Choice, Problem
 from fastft.reporting import Report
 
 log = logging.getLogger("fastft")
@@ -163,7 +163,7 @@ class Memory:
         """Every region's choices, from the graph cut with all regions at each level."""
         each: list[dict[str, Choice]] = [{} for _ in range(cut.count)]
         before = after = 0
-        for level in (KEEP, CHEAP, ATTENTION, ALL):
+        for level in (KEEP, CHEAP, MLP, ATTENTION, ALL):
             plan = self._plan(cut, [level] * cut.count)
             *kept, others = plan.walk.kept(self.sizes)
             *held, rest = plan.walk.held(self.sizes)

@@ -23,7 +23,7 @@ from torch import fx
 from fastft import _torch_compat as compat
 from fastft.costs import Memo, Rates, raw_work, scratch_bytes
 from fastft.kernels._op import OPS, Recompute
-from fastft.planner import ALL, ATTENTION, CHEAP
+from fastft.planner import ALL, ATTENTION, CHEAP, MLP
 
 #: Where a node's region stands in its metadata. AOTAutograd copies it to what it traces the node to.
 REGION = "ac_graph_id"
@@ -67,6 +67,9 @@ def tag(joint: fx.GraphModule, outputs: int, regions: Regions, levels: Sequence[
     """Tell torch's minimum cut, by tags, what each region recomputes. What leaves a region is never recomputed."""
     cheap = _raw_names(lambda op: op.recompute is Recompute.CHEAP)
     attention = _raw_names(lambda op: op.name == "attention")
+    norms = _raw_names(lambda op: op.name in ("rms_norm", "layer_norm"))
+    attended: set[int] = set()  # regions whose attention has come
+    mlps: set[int] = set()  # regions whose norm after it has
     for node in joint.graph.nodes:
         region = regions.get(node.name)
         if region is None:
@@ -74,9 +77,13 @@ def tag(joint: fx.GraphModule, outputs: int, regions: Regions, levels: Sequence[
                 node.meta.pop("recompute", None)  # the backward's own
             continue
         level, op = levels[region], _schema_name(_source(node))
+        if op in attention:
+            attended.add(region)
+        elif op in norms and region in attended:
+            mlps.add(region)
         if op in attention and level == ATTENTION:
             node.meta["recompute"] = compat.MUST_SAVE
-        elif level in (ATTENTION, ALL) or (level == CHEAP and op in cheap):
+        elif level in (ATTENTION, ALL) or (level == MLP and region in mlps) or (level in (CHEAP, MLP) and op in cheap):
             node.meta["recompute"] = compat.PREFER_RECOMPUTE
         else:
             node.meta.pop("recompute", None)

@@ -25,17 +25,19 @@ from dataclasses import dataclass
 GIB = 2**30
 
 #: What a region does, from the fastest to the leanest: it keeps everything that its backward reads; recomputes ops that
-#: cost less than keeping their output (norms, GLU, rotary); recomputes all but attention; recomputes all. The last two
-#: once more with what is kept offloaded to the host.
-KEEP, CHEAP, ATTENTION, ALL = "keep", "cheap", "attention", "all"
+#: cost less than keeping their output (norms, GLU, rotary); recomputes these and all that comes from the first norm
+#: after attention on (the MLP); recomputes all but attention; recomputes all. The last two once more with what is kept
+#: offloaded to the host.
+KEEP, CHEAP, MLP, ATTENTION, ALL = "keep", "cheap", "mlp", "attention", "all"
 ATTENTION_OFFLOADED, ALL_OFFLOADED = "attention, offloaded", "all, offloaded"
-LEVELS = (KEEP, CHEAP, ATTENTION, ALL, ATTENTION_OFFLOADED, ALL_OFFLOADED)
+LEVELS = (KEEP, CHEAP, MLP, ATTENTION, ALL, ATTENTION_OFFLOADED, ALL_OFFLOADED)
 #: Level with offloading → what is recomputed there.
 OFFLOADED = {ATTENTION_OFFLOADED: ATTENTION, ALL_OFFLOADED: ALL}
 #: Level → what the report says of a region that has it.
 SAID = {
     KEEP: "keep everything",
     CHEAP: "recompute cheap ops",
+    MLP: "recompute cheap ops and the MLP",
     ATTENTION: "recompute all but attention",
     ALL: "recompute everything",
     ATTENTION_OFFLOADED: "recompute all but attention and offload what is kept",

@@ -13,11 +13,9 @@ import fastft
 from fastft import memory, reporting
 from fastft.memory import Memory, Planned
 from fastft.options import OptionError, Options, bytes_of
-from fastft.planner import ALL, ATTENTION, CHEAP, KEEP
+from fastft.planner import ALL, ATTENTION, CHEAP, KEEP, MLP
 from tests.models import _families as families
 from tests.models._training import Step, check_equal, compiled, step
-
-LEVELS = (KEEP, CHEAP, ATTENTION, ALL)
 
 
 def batch(seq: int = 24, size: int = 2) -> dict[str, torch.Tensor]:
@@ -95,7 +93,7 @@ def test_every_level_computes_the_same(at: Any, checkpointing: bool, lora: float
     wanted = run(network, memory="fast")
     check_equal(wanted, eager)
     kept, peaks = [], []
-    for levels in ((KEEP,), (CHEAP,), (ATTENTION,), (ALL,), (ALL, KEEP), (KEEP, ALL), (CHEAP, ATTENTION)):
+    for levels in ((KEEP,), (CHEAP,), (MLP,), (ATTENTION,), (ALL,), (ALL, KEEP), (KEEP, ALL), (MLP, ATTENTION)):
         at(*levels)
         call = compiled(network, memory="fast", lazy_logits=False)  # which would keep hidden states for themselves
         same(step(network, batch(), call=call), wanted)
@@ -199,8 +197,8 @@ def planned_calls(monkeypatch: pytest.MonkeyPatch) -> list[Planned]:
 def test_a_longer_batch_gets_a_leaner_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     made = planned_calls(monkeypatch)
     network = model(checkpointing=True)
-    run(network, batch(40), memory="auto")
-    budget = the_plan()["predicted"]  # what 40 tokens need without recomputation
+    run(network, batch(48), memory="auto")
+    budget = the_plan()["predicted"]  # what 48 tokens need without recomputation
     made.clear()
     torch._dynamo.reset()
     reporting.reset()
