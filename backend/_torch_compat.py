@@ -139,6 +139,13 @@ class _Partitioner(CustomPartitionerFn):
     def uuid(self) -> str:
         return self._uuid
 
+    # Inductor copies its settings, and pickles them for cache keys.
+    def __deepcopy__(self, memo: Any) -> _Partitioner:
+        return self
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"_uuid": self._uuid}
+
 
 def partition(
     gm: torch.fx.GraphModule, forward_outputs: int, static: list[int] | None
