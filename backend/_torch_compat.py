@@ -93,18 +93,25 @@ def compile_with_inductor(
     backward_attempt: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     partitioner: Partitioner | None = None,
     uuid: str = "",
+    in_order: Callable[[torch.fx.Graph], bool] = lambda graph: False,
 ) -> Callable[..., Any]:
     """Inductor's ``compile_fx`` with config patches that hold for the lazily compiled backward too.
 
     The backward is compiled when it first runs, inside of ``backward_attempt()``; if that context keeps what is raised,
     this backward runs op by op. ``partitioner`` cuts the joint graph, in every process anew: AOTAutograd's cache, which
     would hand out what was cut elsewhere, is not asked (Inductor's knows the two graphs by what is in them). ``uuid``
-    says which partitioner it is.
+    says which partitioner it is. A graph for which ``in_order`` says so runs in the order it has.
     """
     from functorch.compile import make_boxed_func
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        if in_order(graph.graph):
+            with inductor_config.patch(reorder_for_peak_memory=False):
+                return compile_half(graph, inputs, **settings)
+        return compile_half(graph, inputs, **settings)
+
+    def compile_half(graph: torch.fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         if not settings.get("is_backward"):
             return compile_fx_inner(graph, inputs, **settings)
         plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor changes the graph it is given

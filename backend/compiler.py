@@ -23,6 +23,7 @@ from fastft.kernels._op import OPS, rescue
 from fastft.kernels.linear_cross_entropy import linear_log_prob
 from fastft.memory import Memory, Planned
 from fastft.normalise import normalise
+from fastft.offload import has_offloads
 from fastft.options import Options
 from fastft.outputs import LazyOutputs, drop_lazy, with_lazy
 from fastft.reporting import MISSED, REPLACED, Report, Site
@@ -251,7 +252,9 @@ def _inductor(
     stamp = source_hash() + variants.stamp()
     with compat.cache_stamp({"fastft": stamp, **{compat.qualified_name(target): stamp for target in ours}}):
         cut = None if memory is None else memory.partition
-        return compat.compile_with_inductor(gm, example_inputs, _patches(options), backward_attempt, cut, stamp)
+        return compat.compile_with_inductor(
+            gm, example_inputs, _patches(options), backward_attempt, cut, stamp, has_offloads
+        )
 
 
 def _patches(options: Options) -> dict[str, Any]:

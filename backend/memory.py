@@ -31,12 +31,12 @@ import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
-from fastft import costs, planner
+from fastft import costs, offload, planner
 from fastft.fallback import Attempt
 from fastft.judging import random_state, set_random_state
 from fastft.options import MEMORY, Options, bytes_of
 from fastft.partitioner import Sizes, Walk, regions_of, tag
-from fastft.planner import ALL, ATTENTION, CHEAP, GIB, KEEP, MLP, Choice, Problem
+from fastft.planner import ALL, ATTENTION, CHEAP, GIB, KEEP, MLP, OFFLOADED, Choice, Problem
 from fastft.reporting import Report
 
 log = logging.getLogger("fastft")
@@ -48,6 +48,8 @@ MARGIN, LEAST_MARGIN = 0.05, GIB // 2
 #: A plan after out of memory needs at most this part of what the one before it was predicted to need.
 LEANER = 0.9
 ADAM_BYTES = 8
+#: Of free host memory, the part that offloading may take; and what copies reach (an H100: 51 GB/s there, 55 back).
+HOST_SHARE, HOST_BYTES_PER_SECOND = 0.25, 50e9
 #: How often a choice that needs more than the formula says is made again, by so much less.
 ROUNDS = 3
 
@@ -79,6 +81,7 @@ class Plan:
             "budget": self.budget,
             "predicted": self.peak(sizes),
             "kept": sum(self.walk.kept(sizes)),
+            "host": self.walk.offloaded(sizes),
             "seconds": self.seconds,
         }
 
@@ -101,6 +104,7 @@ class Memory:
             if isinstance(x, torch.SymInt) and isinstance(compat.size_expression(x), sympy.Symbol)
         }
         self.budget = self._budget()
+        self.host = self._host()
 
     def forget(self) -> None:
         """Before the graph is compiled: there are no plans yet."""
@@ -119,6 +123,12 @@ class Memory:
         ours = torch.cuda.memory_reserved(self.device)
         return free + ours - max(int(MARGIN * total), LEAST_MARGIN)
 
+    def _host(self) -> int:
+        """Bytes that may be offloaded; on a CPU that is of no use, unless it is asked for."""
+        if self.options.host_memory is not None:
+            return bytes_of("host_memory", self.options.host_memory)
+        return int(HOST_SHARE * offload.bytes_free()) if self.device is not None else 0
+
     def sizes_of(self, args: Sequence[Any]) -> Sizes:
         """The numbers that symbols stand for in a call."""
         return {symbol: int(args[i]) for i, symbol in self.symbols.items()}
@@ -131,6 +141,7 @@ class Memory:
         with Attempt("planning memory", "layers are recomputed in full", self.done.errors, self.options.strict):
             halves, plan = self._planned(cut)
             self.plans.append(plan)
+            offload.POOL.limit = max(offload.POOL.limit, self.host)
             self._report(plan)
             return halves
         return cut.at([ALL] * cut.count)[0]
@@ -145,12 +156,12 @@ class Memory:
                 # The formula is of regions that are cut alike; the cut itself may need more.
                 over = 0
                 for _ in range(ROUNDS):
-                    found = planner.fastest(problem, budget - over)
+                    found = planner.fastest(problem, budget - over, self.host)
                     if found is None or self._plan(cut, found).peak(self.sizes) <= budget:
                         break
                     over += self._plan(cut, found).peak(self.sizes) - budget
                     found = None
-            levels = found or planner.leanest(problem)
+            levels = found or planner.leanest(problem, self.host)
         return cut.at(levels)[0], self._plan(cut, levels)
 
     def _plan(self, cut: _Cut, levels: list[str]) -> Plan:
@@ -171,6 +182,16 @@ class Memory:
             before, after = max(before, plan.before + others), max(after, rest)
             for r in range(cut.count):
                 each[r][level] = Choice(kept[r], held[r], seconds[r])
+            away = next((name for name, of in OFFLOADED.items() if of == level), None)
+            if away is None or not self.host:
+                continue
+            computing = plan.walk.forward_seconds(self.sizes, self.rates)
+            for r, number in enumerate(plan.walk.movable_bytes(self.sizes)):
+                # A copy has the time of one layer, forward and, at about twice the work, backward; meanwhile there are
+                # two layers' tensors on the device.
+                copying = number / HOST_BYTES_PER_SECOND
+                late = max(0.0, copying - computing[r]) + max(0.0, copying - 2 * computing[r] - seconds[r])
+                each[r][away] = Choice(kept[r] - number, held[r] + number, seconds[r] + late, number)
         return Problem(tuple(each), before, after)
 
     def _report(self, plan: Plan) -> None:
@@ -182,7 +203,7 @@ class Memory:
         text = (
             f"{self.options.memory}: {planner.said(plan.levels) or 'no layers'}; predicted peak "
             f"{row['predicted'] / GIB:.2f} GiB{budget}; recomputation {plan.seconds * 1e3:.1f} ms a step at the rates "
-            f"of {self.rates.name}"
+            f"of {self.rates.name}" + (f"; {row['host'] / GIB:.2f} GiB on the host" if row["host"] else "")
         )
         self.done.merge_plan({"memory": text})
 
@@ -200,9 +221,14 @@ class _Cut:
         key = tuple(levels)
         if key not in self.found:
             joint = compat.copy_joint(self.joint)
-            tag(joint, self.outputs, self.regions, levels)
+            tag(joint, self.outputs, self.regions, [OFFLOADED.get(level, level) for level in levels])
             halves = compat.partition(joint, self.outputs, self.static)
-            self.found[key] = halves, Walk(*halves, self.outputs, self.regions)
+            walk = Walk(*halves, self.outputs, self.regions)
+            moved = {name: r for name, r in walk.movable.items() if levels[r] in OFFLOADED}
+            if moved:
+                offload.offload(*halves, moved, self.regions, walk.turns)
+                walk = Walk(*halves, self.outputs, self.regions)
+            self.found[key] = halves, walk
         return self.found[key]
 
 
@@ -300,6 +326,7 @@ class Planned:
         return None if attempt.failed is not None or len(memory.plans) == before else before
 
     def _free(self) -> None:
+        offload.abandon()
         gc.collect()
         if self.memory.device is not None:
             torch.cuda.empty_cache()

@@ -23,6 +23,7 @@ from torch import fx
 from fastft import _torch_compat as compat
 from fastft.costs import Memo, Rates, raw_work, scratch_bytes
 from fastft.kernels._op import OPS, Recompute
+from fastft.offload import OFFLOAD, OFFLOAD_WAIT, RELOAD, RELOAD_WAIT, can_move
 from fastft.planner import ALL, ATTENTION, CHEAP, MLP
 
 #: Where a node's region stands in its metadata. AOTAutograd copies it to what it traces the node to.
@@ -133,13 +134,16 @@ def _is_alias(node: fx.Node) -> bool:
 
 def _root(node: fx.Node) -> fx.Node:
     """The node whose memory this one shows: itself, an item of a call's results, or an input."""
-    while _is_alias(node):
+    while _is_alias(node) or node.target is RELOAD_WAIT:
         node = node.all_input_nodes[0]
     return node
 
 
 def _tensor(node: Any) -> torch.Tensor | None:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    """What a node makes on the device: a copy that comes back takes its place from when it starts."""
+    if not isinstance(node, fx.Node) or node.target in (OFFLOAD, OFFLOAD_WAIT):
+        return None
+    value = (next(iter(node.users)) if node.target is RELOAD else node).meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
 
 
@@ -174,6 +178,7 @@ class Walk:
         self.tensors: dict[str, torch.Tensor] = {}
         results = results_of(forward)
         saved = {n.name: _root(n) for n in results[outputs:] if _tensor(n) is not None}
+        self.host = [n.meta["val"] for n in results[outputs:] if isinstance(n, fx.Node) and n.target is OFFLOAD_WAIT]
         self.saved = {root.name: self._owner(root) for root in saved.values() if root.op != "placeholder"}
         names = {n: n.name for n in forward.graph.nodes if n.op != "placeholder"}
         steps = self._half(forward.graph, names, results)
@@ -190,6 +195,15 @@ class Walk:
         gradients = results_of(backward)
         half = self._half(backward.graph, names, gradients)
         self._turns(half)
+        #: Backward node → region whose turn it is.
+        self.turns = {node.name: step.region for node, step in half}
+        self.made = [n for n in forward.graph.nodes if n.name in regions]
+        #: Saved tensors that can be offloaded, with the regions that read them.
+        self.movable = {
+            name: region
+            for name, root in saved.items()
+            if root.name == name and can_move(root) and (region := self.saved.get(name)) is not None
+        }
         self.steps = [step for _, step in [*steps, *half]]
         self.again = [n for n in backward.graph.nodes if n.op == "call_function" and n.name in regions]
         self.inputs = [t for n in forward.graph.nodes if n.op == "placeholder" and (t := _tensor(n)) is not None]
@@ -217,11 +231,11 @@ class Walk:
         for node in graph.nodes:
             if node.op == "output":
                 continue
-            made = _root(node) is node and node in names and _tensor(node) is not None
-            steps[node] = _Step([names[node]] if made else [], [], node)
-            if made:
+            made = _tensor(node) if _root(node) is node and node in names else None
+            steps[node] = _Step([] if made is None else [names[node]], [], node)
+            if made is not None:
                 last[node] = node
-                self.tensors.setdefault(names[node], node.meta["val"])
+                self.tensors.setdefault(names[node], made)
             for operand in map(_root, node.all_input_nodes):
                 if operand in last:
                     last[operand] = node
@@ -289,9 +303,27 @@ class Walk:
             there.difference_update(gone)
             live -= sum(number[t] for t in gone)
 
+    def offloaded(self, sizes: Sizes) -> int:
+        """Bytes on the host."""
+        return sum(_numel(t, sizes) * t.element_size() for t in self.host)
+
+    def movable_bytes(self, sizes: Sizes) -> list[int]:
+        """Of what each region keeps, the bytes that can be offloaded."""
+        number, found = self.bytes_of(sizes), [0] * self.count
+        for tensor, region in self.movable.items():
+            found[region] += number[tensor]
+        return found
+
     def seconds(self, sizes: Sizes, rates: Rates) -> list[float]:
         """What each region computes again in the backward."""
+        return self._seconds(self.again, sizes, rates)
+
+    def forward_seconds(self, sizes: Sizes, rates: Rates) -> list[float]:
+        """What each region computes in the forward."""
+        return self._seconds(self.made, sizes, rates)
+
+    def _seconds(self, nodes: Iterable[fx.Node], sizes: Sizes, rates: Rates) -> list[float]:
         found, memo = [0.0] * self.count, Memo()
-        for node in self.again:
+        for node in nodes:
             found[self.regions[node.name]] += rates.seconds(raw_work(node, lambda n: number_at(n, sizes), memo))
         return found

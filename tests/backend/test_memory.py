@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import fastft
-from fastft import memory, reporting
+from fastft import memory, offload, reporting
 from fastft.memory import Memory, Planned
 from fastft.options import OptionError, Options, bytes_of
-from fastft.planner import ALL, ATTENTION, CHEAP, KEEP, MLP
+from fastft.planner import ALL, ALL_OFFLOADED, ATTENTION, ATTENTION_OFFLOADED, CHEAP, KEEP, MLP, OFFLOADED
 from tests.models import _families as families
 from tests.models._training import Step, check_equal, compiled, step
 
@@ -106,6 +106,97 @@ def test_every_level_computes_the_same(at: Any, checkpointing: bool, lora: float
             peaks.append(row["predicted"])
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept)
     assert peaks[-1] < peaks[0]
+
+
+OFFLOADING = ((ALL_OFFLOADED,), (ATTENTION_OFFLOADED,), (KEEP, ALL_OFFLOADED), (ATTENTION_OFFLOADED, MLP))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("levels", OFFLOADING, ids=" / ".join)
+def test_offloading_changes_nothing(at: Any, checkpointing: bool, levels: tuple[str, ...]) -> None:
+    network = model(checkpointing, lora=0.3)
+    at(*(OFFLOADED.get(level, level) for level in levels))
+    options = {"memory": "fast", "host_memory": "1GiB", "lazy_logits": False}
+    wanted = run(network, **options)
+    before = the_plan()
+    assert before["host"] == 0
+    at(*levels)
+    call = compiled(network, **options)
+    same(step(network, batch(), call=call), wanted)
+    row = the_plan()
+    assert row["kept"] + row["host"] == before["kept"] and row["host"] > 0
+    assert saved_bytes(network, call) == before["kept"]  # which does not ask where it is
+    assert offload.STARTED == {}
+    here = sum(len(free) for free in offload.POOL.free.values())
+    same(step(network, batch(), call=call), wanted)
+    assert sum(len(free) for free in offload.POOL.free.values()) == here  # buffers are used again
+
+
+def test_what_is_offloaded_survives_a_second_backward(at: Any) -> None:
+    network = model(lora=None)
+    at(ALL_OFFLOADED)
+    loss = compiled(network, memory="fast")(**batch()).loss
+    loss.backward(retain_graph=True)
+    first = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    loss.backward()
+    assert first and all(torch.equal(p.grad, first[n]) for n, p in network.named_parameters() if n in first)
+
+
+def test_lean_offloads_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six layers, two are on the device at a time."""
+    monkeypatch.setitem(families._SIZES, "num_hidden_layers", 6)
+    network = model(checkpointing=True)
+    rows = {}
+    for host in (0, 30_000, "1GiB"):
+        check_equal(run(network, memory="lean", host_memory=host), step(network, batch()))
+        rows[host] = the_plan()
+    assert rows[0]["host"] == 0 < rows[30_000]["host"] <= 30_000 < rows["1GiB"]["host"]
+    assert rows["1GiB"]["predicted"] < rows[30_000]["predicted"] < rows[0]["predicted"]
+
+
+def test_host_buffers_are_exact_and_used_again() -> None:
+    pool = offload.Pool()
+    x = torch.randn(3, 7, dtype=torch.bfloat16)
+    one = pool.like(x)
+    assert (one.shape, one.stride(), one.dtype) == (x.shape, x.stride(), x.dtype)
+    assert one.untyped_storage().nbytes() == 42
+    part, address = one[1:], one.data_ptr()
+    del one
+    assert pool.free == {}  # a view still has it
+    two = pool.like(x)
+    assert two.data_ptr() != address
+    del part
+    assert pool.like(x).data_ptr() == address
+    assert pool.like(torch.ones(2)).untyped_storage().nbytes() == 8
+
+
+def test_pinned_memory_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer over the limit is not pinned; buffers of other sizes that nobody uses make room first."""
+    pinned: dict[int, int] = {}
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, number: int, flags: int) -> int:
+            pinned[address] = number
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            del pinned[address]
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    pool = offload.Pool(limit=100)
+    kept = pool._made(60, pin=True)
+    assert (pool.pinned, list(pinned.values())) == (60, [60])
+    pool._made(60, pin=True)
+    assert (pool.pinned, list(pinned.values())) == (60, [60])
+    pool._back(60, kept)
+    del kept
+    other = pool._made(70, pin=True)
+    assert (pool.pinned, list(pinned.values()), pool.free) == (70, [70], {})
+    del other
+    assert (pool.pinned, pinned) == (0, {})
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
