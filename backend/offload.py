@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fastft import _torch_compat as compat
 from fastft.kernels._op import LIBRARY
 
 log = logging.getLogger("fastft")
@@ -171,7 +172,10 @@ RELOAD_WAIT = _define(
 def can_move(node: fx.Node) -> bool:
     """Whether a saved tensor can be offloaded: the graph made it, it is dense, and no view of another one."""
     value = node.meta["val"]
-    return node.op == "call_function" and value.dim() > 0 and value.is_contiguous()
+    if node.op != "call_function" or not value.dim():
+        return False
+    order = sorted(range(value.dim()), key=lambda i: compat.size_hint(value.stride(i)) or 0, reverse=True)
+    return bool(value.permute(order).is_contiguous())
 
 
 def offload(

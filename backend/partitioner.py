@@ -37,8 +37,10 @@ Regions = Mapping[str, int]
 # -------------------------------------------------------------------------------------------------------------- regions
 
 
-def forward_names(joint: fx.GraphModule, outputs: int) -> set[str]:
-    """Names of the nodes that the first ``outputs`` results of a joint graph are computed from."""
+def forward_of(joint: fx.GraphModule, outputs: int) -> set[fx.Node]:
+    """The nodes that the first ``outputs`` results of a joint graph are computed from, and what else their calls
+    return.
+    """
     waiting = [n for n in results_of(joint)[:outputs] if isinstance(n, fx.Node)]
     found: set[fx.Node] = set()
     while waiting:
@@ -46,18 +48,17 @@ def forward_names(joint: fx.GraphModule, outputs: int) -> set[str]:
         if node not in found:
             found.add(node)
             waiting += node.all_input_nodes
-    return {n.name for n in found}
+    return found | {u for n in found for u in n.users if u.target is operator.getitem}
 
 
 def regions_of(joint: fx.GraphModule, outputs: int) -> Regions:
     """The regions of a joint graph, the first ``outputs`` of whose results are the forward's."""
-    forward = forward_names(joint, outputs)
-    number: dict[int, int] = {}
-    found: dict[str, int] = {}
-    for node in joint.graph.nodes:
-        if node.op == "call_function" and node.name in forward and (mark := node.meta.get(REGION)):
-            found[node.name] = number.setdefault(mark, len(number))
-    return found
+    forward, number = forward_of(joint, outputs), dict[int, int]()
+    return {
+        node.name: number.setdefault(mark, len(number))
+        for node in joint.graph.nodes
+        if node.op == "call_function" and node in forward and (mark := node.meta.get(REGION))
+    }
 
 
 def _raw_names(wanted: Callable[[Any], bool]) -> set[str]:
@@ -88,10 +89,10 @@ def tag(joint: fx.GraphModule, outputs: int, regions: Regions, levels: Sequence[
             node.meta["recompute"] = compat.PREFER_RECOMPUTE
         else:
             node.meta.pop("recompute", None)
-    forward = forward_names(joint, outputs)
+    forward = forward_of(joint, outputs)
     for node in joint.graph.nodes:
         region = regions.get(node.name)
-        if region is not None and any(u.name in forward and regions.get(u.name) != region for u in node.users):
+        if region is not None and any(u in forward and regions.get(u.name) != region for u in node.users):
             # A view is recomputed from what it is of, and an item from its tuple.
             for one in _chain(node):
                 if regions.get(one.name) == region:
@@ -188,9 +189,9 @@ class Walk:
             step.region = turn
         names = {n: f"{n.name} of the backward" for n in backward.graph.nodes if not n.name.startswith("primals")}
         for node in backward.graph.nodes:
-            if node.op == "placeholder" and node.name in saved:
+            if node.op == "placeholder" and (node.name in saved or any(u.target is RELOAD for u in node.users)):
                 names.pop(node, None)
-                if saved[node.name].name in self.saved:
+                if node.name in saved and saved[node.name].name in self.saved:
                     names[node] = saved[node.name].name
         gradients = results_of(backward)
         half = self._half(backward.graph, names, gradients)
