@@ -45,6 +45,8 @@ log = logging.getLogger("fastft")
 MOST_PLANS = 3
 #: Of what is free, the part that ``"auto"`` leaves alone, and bytes of it at least: fragmentation, libraries' handles.
 MARGIN, LEAST_MARGIN = 0.05, GIB // 2
+#: Calls of a graph after which the device's own peak is no longer read.
+MEASURED_CALLS = 8
 #: A plan after out of memory needs at most this part of what the one before it was predicted to need.
 LEANER = 0.9
 ADAM_BYTES = 8
@@ -75,7 +77,9 @@ class Plan:
         return self.peaks[key]
 
     def to_dict(self, sizes: Sizes) -> dict[str, Any]:
-        """For the report: bytes, and seconds that recomputation adds to a step."""
+        """For the report: bytes, and seconds that recomputation adds to a step. ``measured``, on a GPU: the most that
+        the process had allocated there, from its second step on.
+        """
         return {
             "levels": {level: self.levels.count(level) for level in planner.LEVELS if level in self.levels},
             "budget": self.budget,
@@ -238,6 +242,12 @@ def _device(gm: fx.GraphModule) -> torch.device | None:
     return next((x.device for x in values if isinstance(x, torch.Tensor) and x.is_cuda), None)
 
 
+def plan_only(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, done: Report) -> None:
+    """Make a rewritten graph's plan, for the report, and compile nothing."""
+    with Attempt("planning memory", "the report has no plan", done.errors, options.strict):
+        compat.compile_with_aot_eager(gm, inputs, Memory(gm, options, done).partition)
+
+
 # ------------------------------------------------------------------------------------------------------------- running
 
 
@@ -256,6 +266,7 @@ class Planned:
         self.moment = compat.Moment(inputs) if memory.plans else None
         #: Sizes → position of the plan that serves them.
         self.serves: dict[Any, int] = {}
+        self.ran = 0
 
     def __call__(self, *args: Any) -> Any:
         if not self.memory.plans:  # a graph without a backward: nothing is kept
@@ -264,6 +275,7 @@ class Planned:
         key = tuple(sizes.values())
         if key not in self.serves:
             self.serves[key] = self._fitting(sizes)
+        self._measure(self.serves[key])
         while True:
             state, versions = random_state(), _versions(args)
             try:
@@ -278,6 +290,15 @@ class Planned:
             self.serves[key] = leaner
             self._free()
             set_random_state(state)
+
+    def _measure(self, plan: int) -> None:
+        """Note the most that was allocated on the device before this call, since the user's statistics were reset: after
+        the first call, that of a whole step.
+        """
+        device = self.memory.device
+        if device is not None and 0 < self.ran <= MEASURED_CALLS:
+            self.memory.done.memory[plan]["measured"] = torch.cuda.max_memory_allocated(device)
+        self.ran += 1
 
     def _fitting(self, sizes: Sizes) -> int:
         """The first plan, the fastest, that fits a batch of these sizes; a new one where none does."""

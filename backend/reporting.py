@@ -180,6 +180,10 @@ class Report:
             console.print("time: " + ", ".join(f"{k} {v:.2f} s" for k, v in self.timings.items()))
         for key, what in self.plan.items():
             console.print(f"plan: {key}: {what}", markup=False)
+        for row in self.memory:
+            if "measured" in row:
+                numbers = f"predicted {row['predicted'] / 2**30:.2f} GiB, measured {row['measured'] / 2**30:.2f} GiB"
+                console.print(f"memory: {numbers} (the process's peak)", markup=False)
         for bridge in self.bridges:
             console.print(
                 f"bridge {bridge.name}: {bridge.status}" + (f" ({bridge.reason})" if bridge.reason else ""),
