@@ -250,7 +250,7 @@ class Moment:
     """
 
     def __init__(self, inputs: Sequence[Any]) -> None:
-        context = torch._guards.TracingContext.try_get()
+        context: Any = torch._guards.TracingContext.try_get()
         self.mode: Any = None if context is None else context.fake_mode
         self.compiling = CompileContext.try_get()
         self.inputs: list[Any] = [
@@ -296,7 +296,8 @@ def size_hint(size: int | torch.SymInt) -> int | None:
 def copy_joint(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """A copy of AOTAutograd's joint graph, metadata included."""
     graph = torch.fx.Graph()
-    result, output = graph.graph_copy(gm.graph, {}, return_output_node=True)  # type: ignore[misc]
+    copied: Any = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    result, output = copied
     graph.output(result).meta = copy.copy(output.meta)
     return torch.fx.GraphModule(gm, graph)
 

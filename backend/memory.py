@@ -23,7 +23,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -60,13 +60,16 @@ Halves = tuple[fx.GraphModule, fx.GraphModule]
 
 @dataclass
 class Plan:
-    """One way to cut a graph. ``before``: bytes that are there beside the graph's own tensors."""
+    """One way to cut a graph. ``before``: bytes that are there beside the graph's own tensors; ``leanest``: there is no
+    smaller peak.
+    """
 
     levels: list[str]
     walk: Walk
     before: int
     budget: int | None
     seconds: float
+    leanest: bool = False
     peaks: dict[Any, int] = field(default_factory=dict)
 
     def peak(self, sizes: Sizes) -> int:
@@ -110,11 +113,11 @@ class Memory:
         self.budget = self._budget()
         self.host = self._host()
 
-    def forget(self) -> None:
-        """Before the graph is compiled: there are no plans yet."""
-        self.plans.clear()
-        self.done.memory.clear()
-        self.done.plan.pop("memory", None)
+    def forget(self, after: int = 0) -> None:
+        """The first so many plans are all there are: what came of others was not compiled."""
+        del self.plans[after:], self.done.memory[after:]
+        if not after:
+            self.done.plan.pop("memory", None)
 
     def _budget(self) -> int | None:
         """Bytes; None for no limit."""
@@ -152,7 +155,7 @@ class Memory:
 
     def _planned(self, cut: _Cut) -> tuple[Halves, Plan]:
         wanted, budget = self.options.memory, min((b for b in (self.budget, self.limit) if b is not None), default=None)
-        levels = [CHEAP if wanted == "fast" else KEEP] * cut.count
+        levels, least = [CHEAP if wanted == "fast" else KEEP] * cut.count, False
         if wanted == "lean" or (budget is not None and self._plan(cut, levels).peak(self.sizes) > budget):
             problem = self._problem(cut)
             found = None
@@ -165,8 +168,8 @@ class Memory:
                         break
                     over += self._plan(cut, found).peak(self.sizes) - budget
                     found = None
-            levels = found or planner.leanest(problem, self.host)
-        return cut.at(levels)[0], self._plan(cut, levels)
+            levels, least = found or planner.leanest(problem, self.host), found is None
+        return cut.at(levels)[0], replace(self._plan(cut, levels), leanest=least)
 
     def _plan(self, cut: _Cut, levels: list[str]) -> Plan:
         walk = cut.at(levels)[1]
@@ -292,8 +295,8 @@ class Planned:
             set_random_state(state)
 
     def _measure(self, plan: int) -> None:
-        """Note the most that was allocated on the device before this call, since the user's statistics were reset: after
-        the first call, that of a whole step.
+        """Note the most that was allocated on the device before this call, since the user's statistics were reset: from
+        the second call on, that of a whole step.
         """
         device = self.memory.device
         if device is not None and 0 < self.ran <= MEASURED_CALLS:
@@ -319,6 +322,8 @@ class Planned:
         log.warning("%s: a leaner plan is tried", said)
         self.memory.done.errors.append(said)
         fitting = [i for i, plan in enumerate(plans) if plan.peak(sizes) <= limit]
+        if plans[failed].leanest:
+            return None
         new = fitting[0] if fitting else self._compiled(sizes, limit)
         if new is not None and plans[new].peak(sizes) < plans[failed].peak(sizes):
             return new
@@ -338,7 +343,7 @@ class Planned:
             "the leanest there is runs on",
             memory.done.errors,
             memory.options.strict,
-            lambda: memory.plans.__delitem__(slice(before, None)),
+            lambda: memory.forget(before),
         ) as attempt:
             assert self.moment is not None
             with self.moment:

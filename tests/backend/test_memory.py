@@ -4,6 +4,7 @@ for batches of any size, and out of memory is no end.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -255,6 +256,52 @@ def test_a_budget_that_is_too_small_is_reported() -> None:
     assert "predicted peak" in str(report)
 
 
+def test_explain_has_the_plan_of_training() -> None:
+    network = model()
+    run(network, memory="lean", host_memory=0)
+    trained = the_plan()
+    report = fastft.explain(network, **batch(), options={"memory": "lean", "host_memory": 0})
+    assert report.memory == [trained] == report.to_dict()["memory"]
+    assert report.plan["memory"].startswith("lean: ")
+    assert fastft.report().memory == [trained]  # nothing else was compiled
+
+
+def test_the_command_line_explains_a_budget(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fastft.cli import app
+
+    file = tmp_path / "config.json"
+    families.FAMILIES["llama3"].build().config.to_json_file(file)
+    asked = ["explain", str(file), "--lora", "0", "--dtype", "float32", "--memory"]
+    done = CliRunner().invoke(app, [*asked, "lean"])
+    assert done.exit_code == 0, done.output
+    assert "plan: memory: lean: 2 layers" in done.output
+    wrong = CliRunner().invoke(app, [*asked, "12 Gb"])
+    assert wrong.exit_code == 2 and "did you mean 'GB'?" in wrong.output
+
+
+@pytest.mark.slow
+def test_under_inductor(at: Any) -> None:
+    network = model(checkpointing=True, lora=0.3)
+    losses = []
+    for level in (KEEP, ATTENTION_OFFLOADED):
+        at(level)
+        call = compiled(network, memory="fast", residual="inductor")
+        losses.append(step(network, batch(), call=call))
+        assert fastft.report().errors == []
+    same(losses[1], losses[0])
+
+
+def test_the_rates_of_copies_and_products_make_the_time() -> None:
+    """What is computed again is known by the ops' formulas."""
+    network = model()
+    at_hidden = 2 * 24 * 64
+    run(network, memory="lean", host_memory=0)
+    gemms = 2 * at_hidden * (64 + 2 * 32) * families.LAYERS  # at least q, k and v of both layers
+    assert the_plan()["seconds"] >= gemms / 750e12
+
+
 def test_unset_is_as_before() -> None:
     network = model(checkpointing=True)
     run(network)
@@ -373,6 +420,7 @@ def test_out_of_memory_with_the_leanest_plan_is_the_users(monkeypatch: pytest.Mo
     fails(made[0], 9)
     with pytest.raises(torch.OutOfMemoryError, match="a test's"):
         step(network, batch(), call=call)
+    assert len(fastft.report().memory) == 1
 
 
 def test_out_of_memory_after_a_write_to_an_input_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def compiled(mode: str | None = None, **options: Any) -> fastft.Report:
 
 def test_defaults() -> None:
     assert Options.of() == Options.of({}) == Options()
-    assert Options() == Options("inductor", None, (), True, "asked", "never", False, {})
+    assert Options() == Options("inductor", None, (), True, "asked", None, None, "never", False, {})
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options().fuel = 3  # type: ignore[misc]
 
