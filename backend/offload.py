@@ -39,7 +39,7 @@ class Pool:
 
     def like(self, x: torch.Tensor) -> torch.Tensor:
         """A host tensor of the size, strides and dtype of ``x``, which is dense; its content is undefined."""
-        number = x.numel() * x.element_size()
+        number = max(x.numel(), 1) * x.element_size()
         waiting = self.free.get(number)
         base = waiting.pop() if waiting else self._made(number, x.is_cuda)
         # NumPy's view is what the tensor's memory belongs to: it goes when the tensor and all its views have gone.
@@ -165,6 +165,8 @@ RELOAD_WAIT = _define(
     _reload_wait,
     lambda ticket, host, device: _like(host, _device(device)),
 )
+
+MOVES = OFFLOAD, OFFLOAD_WAIT, RELOAD, RELOAD_WAIT
 
 # ----------------------------------------------------------------------------------------------------------------- pass
 

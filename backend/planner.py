@@ -18,7 +18,6 @@ over the budget. Layers are alike, so few states are left.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -161,8 +160,8 @@ def _undominated(states: object) -> list[_State]:
 
 
 def said(levels: Sequence[str]) -> str:
-    """``"20 layers keep everything, 12 recompute everything"``."""
+    """``"keep everything in 20 layers, recompute everything in 12"``."""
+    counts = [(SAID[level], levels.count(level)) for level in LEVELS if level in levels]
     return ", ".join(
-        f"{n} {'layer' if n == 1 else 'layers'} {SAID[level]}" if not i else f"{n} {SAID[level]}"
-        for i, (level, n) in enumerate((k, Counter(levels)[k]) for k in LEVELS if k in levels)
+        f"{what} in {n}" + ("" if i else " layer" if n == 1 else " layers") for i, (what, n) in enumerate(counts)
     )

@@ -77,7 +77,7 @@ def test_accepted(options: dict[str, Any], wanted: Options) -> None:
     [
         (
             {"fule": 3},
-            "no option 'fule' (did you mean 'fuel'?); it has disable, fuel, inductor, lazy_logits, recompute",
+            "no option 'fule' (did you mean 'fuel'?); it has disable, fuel, host_memory, inductor, lazy_logits",
         ),
         ({"max_autotune": True}, "no option 'max_autotune'"),
         ({3: 3}, "no option 3"),

@@ -81,6 +81,6 @@ def test_a_deep_model_is_quick() -> None:
 
 
 def test_what_the_report_says() -> None:
-    assert said([KEEP, ALL, KEEP]) == "2 layers keep everything, 1 recompute everything"
-    assert said([CHEAP]) == "1 layer recompute cheap ops"
+    assert said([KEEP, ALL, KEEP]) == "keep everything in 2 layers, recompute everything in 1"
+    assert said([CHEAP]) == "recompute cheap ops in 1 layer"
     assert set(planner.SAID) == set(planner.LEVELS)
