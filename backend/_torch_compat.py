@@ -17,20 +17,27 @@ import torch._dynamo
 import torch._inductor.config as inductor_config
 from torch._guards import CompileContext
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
-    "PREFER_RECOMPUTE", "allow_compilations", "autocast_nodes", "backend_in_trace", "cache_stamp",
-    "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "dynamo_counters", "fake_mode",
-    "fake_mode_of", "forget_loaded_code",
-    "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
-    "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "process_group_store",
-    "qualified_name", "registered_backend", "size_hint", "storage_of", "tree_map", "version", "whole_cache_entries",
-    "wrapper_context",
+    "MUST_SAVE", "Moment", "PREFER_RECOMPUTE", "allow_compilations", "autocast_nodes", "backend_in_trace",
+    "cache_stamp", "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "copy_joint",
+    "dynamo_counters", "fake_mode", "fake_mode_of", "forget_loaded_code", "grad_mode_at", "gradients",
+    "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source", "is_checkpoint", "is_recompile",
+    "no_side_effect_calls", "numbers_are_inputs", "partition", "process_group_store", "qualified_name",
+    "registered_backend", "size_expression", "size_hint", "storage_of", "tree_map", "version",
+    "whole_cache_entries", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
+MUST_SAVE = CheckpointPolicy.MUST_SAVE
+#: Cuts a joint graph into forward and backward: ``(graph, number of the forward's outputs, positions of inputs that
+#: live as long as the model) -> (forward, backward)``.
+Partitioner = Callable[
+    [torch.fx.GraphModule, int, "list[int] | None"], tuple[torch.fx.GraphModule, torch.fx.GraphModule]
+]
 
 
 def version() -> tuple[int, int]:
@@ -84,16 +91,27 @@ def compile_with_inductor(
     example_inputs: Sequence[Any],
     patches: Mapping[str, Any],
     backward_attempt: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    partitioner: Partitioner | None = None,
+    uuid: str = "",
+    in_order: Callable[[torch.fx.Graph], bool] = lambda graph: False,
 ) -> Callable[..., Any]:
     """Inductor's ``compile_fx`` with config patches that hold for the lazily compiled backward too.
 
     The backward is compiled when it first runs, inside of ``backward_attempt()``; if that context keeps what is raised,
-    this backward runs op by op.
+    this backward runs op by op. ``partitioner`` cuts the joint graph, in every process anew: AOTAutograd's cache, which
+    would hand out what was cut elsewhere, is not asked (Inductor's knows the two graphs by what is in them). ``uuid``
+    says which partitioner it is. A graph for which ``in_order`` says so runs in the order it has.
     """
     from functorch.compile import make_boxed_func
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        if in_order(graph.graph):
+            with inductor_config.patch(reorder_for_peak_memory=False):
+                return compile_half(graph, inputs, **settings)
+        return compile_half(graph, inputs, **settings)
+
+    def compile_half(graph: torch.fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         if not settings.get("is_backward"):
             return compile_fx_inner(graph, inputs, **settings)
         plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor changes the graph it is given
@@ -105,9 +123,46 @@ def compile_with_inductor(
         plain.recompile()
         return make_boxed_func(plain.forward)
 
-    with whole_cache_entries(), _operators_by_name():
-        compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=compile_graph, config_patches=dict(patches))
+    settings: dict[str, Any] = dict(patches)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(whole_cache_entries())
+        stack.enter_context(_operators_by_name())
+        if partitioner is not None:
+            settings["custom_partitioner_fn"] = _Partitioner(partitioner, uuid)
+            stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
+        compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=compile_graph, config_patches=settings)
     return compiled
+
+
+class _Partitioner(CustomPartitionerFn):
+    """A :data:`Partitioner` as Inductor takes it."""
+
+    def __init__(self, partitioner: Partitioner, uuid: str) -> None:
+        self.partitioner, self._uuid = partitioner, uuid
+
+    def __call__(self, gm: torch.fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        return self.partitioner(gm, kwargs["num_fwd_outputs"], kwargs.get("static_lifetime_input_indices"))
+
+    def uuid(self) -> str:
+        return self._uuid
+
+    # Inductor copies its settings, and pickles them for cache keys.
+    def __deepcopy__(self, memo: Any) -> _Partitioner:
+        return self
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"_uuid": self._uuid}
+
+
+def partition(
+    gm: torch.fx.GraphModule, forward_outputs: int, static: list[int] | None
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    """AOTAutograd's minimum cut, by the tags in the graph's metadata. ``gm`` is used up."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    return min_cut_rematerialization_partition(
+        gm, None, compiler="inductor", num_fwd_outputs=forward_outputs, static_lifetime_input_indices=static
+    )
 
 
 @contextlib.contextmanager
@@ -167,13 +222,58 @@ def control_flow() -> tuple[type[Exception], ...]:
     return torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame
 
 
-def compile_with_aot_eager(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def compile_with_aot_eager(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[Any], partitioner: Partitioner | None = None
+) -> Callable[..., Any]:
     """AOTAutograd without a code generator: what runs checkpoint higher-order ops op by op, with the right random
-    state.
+    state. With a ``partitioner``, the joint graph that it cuts is of the ops that Inductor would see.
     """
-    from torch._dynamo.backends.debugging import aot_eager
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import aot_eager, boxed_nop
+    from torch._inductor.compile_fx import select_decomp_table
 
-    return aot_eager(gm, list(example_inputs))
+    if partitioner is None:
+        return aot_eager(gm, list(example_inputs))
+    cut: Any = _Partitioner(partitioner, "")
+    compile_graph: Any = aot_autograd(
+        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=cut, decompositions=select_decomp_table
+    )
+    return compile_graph(gm, list(example_inputs))
+
+
+class Moment:
+    """Where the compilation of a graph stands, so that the same graph can be compiled once more later: with the same
+    symbols for its sizes. ``inputs``: the graph's, as AOTAutograd takes them in this compilation, without memory.
+
+    Guards are in place by then. A compilation that adds one would hold for less than those promise: ``with`` raises
+    :class:`RuntimeError` at its end.
+    """
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        context: Any = torch._guards.TracingContext.try_get()
+        self.mode: Any = None if context is None else context.fake_mode
+        self.compiling = CompileContext.try_get()
+        self.inputs: list[Any] = [
+            self.mode.from_tensor(x, symbolic_context=context.tensor_to_context.get(x))
+            if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) and context is not None
+            else x
+            for x in inputs
+        ]
+
+    def __enter__(self) -> None:
+        self.stack = contextlib.ExitStack()
+        self.stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(self.mode)))
+        self.stack.enter_context(torch._guards.compile_context(self.compiling))
+        self.guards = self._guards()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.stack.close()
+        if kind is None and self._guards() != self.guards:
+            raise RuntimeError("it holds for fewer sizes than the graph did")
+
+    def _guards(self) -> tuple[set[Any], dict[Any, Any]]:
+        env = None if self.mode is None else self.mode.shape_env
+        return ({g.expr for g in env.guards}, dict(env.replacements)) if env is not None else (set(), {})
 
 
 def copy_graph(graph: torch.fx.Graph) -> torch.fx.Graph:
@@ -191,6 +291,20 @@ def size_hint(size: int | torch.SymInt) -> int | None:
         return size
     hint = getattr(size.node, "hint", None)
     return int(hint) if isinstance(hint, (int, sympy.Integer)) else None
+
+
+def copy_joint(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy of AOTAutograd's joint graph, metadata included."""
+    graph = torch.fx.Graph()
+    copied: Any = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    result, output = copied
+    graph.output(result).meta = copy.copy(output.meta)
+    return torch.fx.GraphModule(gm, graph)
+
+
+def size_expression(size: int | torch.SymInt) -> sympy.Expr:
+    """A size as an expression in the symbols of the graph."""
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
 
 
 def input_source(node: torch.fx.Node) -> str:

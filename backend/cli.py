@@ -135,6 +135,7 @@ def explain(
     batch: Sequences = 2,
     length: Length = 64,
     dtype: Dtype = "bfloat16",
+    memory: Annotated[str, typer.Option(help='Plan memory: "auto", "lean", "fast", "16GiB".')] = "",
     html: Html = None,
     as_json: AsJson = False,
 ) -> None:
@@ -143,11 +144,17 @@ def explain(
     The model is built with random weights and run once; nothing is trained or downloaded.
     """
     import fastft
+    from fastft.options import OptionError, Options
 
+    wanted = {"memory": int(memory) if memory.isdigit() else memory} if memory else {}
+    try:
+        Options.of(wanted)
+    except OptionError as error:
+        raise _fail(str(error)) from None
     if html is not None:
         _writable(html)
     network, data = _network(model, lora, checkpointing, layers, batch, length, dtype)
-    report = fastft.explain(network, **data)
+    report = fastft.explain(network, **data, options=wanted)
     typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))
     if html is not None:
         whole = _config(model).get_text_config().num_hidden_layers

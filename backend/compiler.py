@@ -5,6 +5,7 @@ A step that raises is undone, and the graph is compiled without it (:mod:`fastft
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,9 @@ from fastft.fallback import Attempt
 from fastft.first_step import FirstStep
 from fastft.kernels._op import OPS, rescue
 from fastft.kernels.linear_cross_entropy import linear_log_prob
+from fastft.memory import Memory, Planned
 from fastft.normalise import normalise
+from fastft.offload import has_offloads
 from fastft.options import Options
 from fastft.outputs import LazyOutputs, drop_lazy, with_lazy
 from fastft.reporting import MISSED, REPLACED, Report, Site
@@ -80,7 +83,7 @@ def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs
 
     # 2. Normalise: one flat graph.
     with step("normalising", "checkpointed layers are left as they are, and no site in them is found"):
-        counts = normalise(gm, recompute=options.recompute == "asked")
+        counts = normalise(gm, recompute=options.recompute == "asked", planned=options.memory is not None)
     modules: list[str] = []
     with _describing(done, options):
         done.device, done.inputs = describing.device_of(gm.graph), describing.inputs_of(gm.graph)
@@ -124,12 +127,18 @@ def _bridged(gm: fx.GraphModule) -> dict[fx.Node, Site]:
 def _plan(counts: Mapping[str, int], options: Options) -> dict[str, str]:
     plan = {}
     regions = counts["checkpoints"]
+    if options.memory is not None:
+        layers = f"{regions} checkpointed regions" if regions else f"{counts.get('layers', 0)} layers"
+        return {"recompute": f"{layers}: as the memory plan says"} | _policies(counts)
     kept = options.recompute == "never" or options.residual == "eager"
     what = "kept in full" if kept else "recomputed in backward"
     plan["recompute"] = f"{regions} checkpointed regions {what}" if regions else "cheap ops only"
-    if counts["kept"]:
-        plan["checkpoint policies"] = f"{counts['kept']} regions with a policy of the user's are left as they are"
-    return plan
+    return plan | _policies(counts)
+
+
+def _policies(counts: Mapping[str, int]) -> dict[str, str]:
+    kept = f"{counts['kept']} regions with a policy of the user's are left as they are"
+    return {"checkpoint policies": kept} if counts["kept"] else {}
 
 
 def _not_taken(graph: fx.Graph, options: Options) -> dict[str, str]:
@@ -155,7 +164,13 @@ def _compile_rest(
     done: Report,
 ) -> tuple[Callable[..., Any], LazyOutputs | None]:
     """The graph compiled, and its lazy outputs; or, where that fails, the graph as it came, which has none."""
+    memory: Memory | None = None
+    if options.memory is not None:
+        with Attempt("planning memory", "no layer is recomputed", done.errors, options.strict):
+            memory = Memory(gm, options, done)
     if options.residual == "eager":
+        if memory is not None:
+            return _planned(gm, memory, functools.partial(_op_by_op, memory), example_inputs), lazy
         # A checkpoint region that is still there (the user's own policy, or a step that was undone) would draw other
         # dropout masks in backward if it simply ran.
         if any(compat.is_checkpoint(n.target) for n in gm.graph.nodes):
@@ -175,15 +190,35 @@ def _compile_rest(
     def backward() -> Attempt:
         return Attempt("compiling a backward", "it runs op by op", done.errors, options.strict)
 
+    def compiled(one: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return _inductor(one, inputs, options, backward, memory)
+
     instead = f"it is tried without what is in {caches.INDUCTOR.folder}"
     with Attempt("compiling", instead, done.errors, options.strict):
-        return _inductor(gm, example_inputs, options, backward), lazy
+        return _planned(gm, memory, compiled, example_inputs), lazy
     gm.graph = rewritten
     instead = "the graph is compiled as it came"
     with Attempt("compiling in an empty folder", instead, done.errors), caches.empty_folder():
-        return _inductor(gm, example_inputs, options, backward), lazy
+        return _planned(gm, memory, compiled, example_inputs), lazy
     _give_up(gm, untouched, done, options)
     return compat.compile_with_inductor(gm, example_inputs, _patches(options)), None  # what fails now is not ours
+
+
+def _op_by_op(memory: Memory, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    return compat.compile_with_aot_eager(gm, inputs, memory.partition)
+
+
+def _planned(
+    gm: fx.GraphModule,
+    memory: Memory | None,
+    compiled: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    inputs: Sequence[Any],
+) -> Callable[..., Any]:
+    """The graph compiled; where memory is planned, it can be compiled again by another plan."""
+    if memory is None:
+        return compiled(gm, inputs)
+    graph = compat.copy_graph(gm.graph)
+    return Planned(memory, lambda now: compiled(fx.GraphModule(gm, compat.copy_graph(graph)), now), inputs)
 
 
 def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report, options: Options) -> None:
@@ -195,12 +230,17 @@ def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report, options: Opt
     ]
     with _describing(done, options):
         done.modules = describing.described(untouched, describing.modules_of(untouched), {})
-    for key in ("recompute", "checkpoint policies"):
+    for key in ("recompute", "checkpoint policies", "memory"):
         done.plan.pop(key, None)
+    done.memory.clear()
 
 
 def _inductor(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, backward_attempt: Callable[[], Attempt]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    backward_attempt: Callable[[], Attempt],
+    memory: Memory | None,
 ) -> Callable[..., Any]:
     of_users = variants.targets()
     ours = [
@@ -211,7 +251,10 @@ def _inductor(
     ]
     stamp = source_hash() + variants.stamp()
     with compat.cache_stamp({"fastft": stamp, **{compat.qualified_name(target): stamp for target in ours}}):
-        return compat.compile_with_inductor(gm, example_inputs, _patches(options), backward_attempt)
+        cut = None if memory is None else memory.partition
+        return compat.compile_with_inductor(
+            gm, example_inputs, _patches(options), backward_attempt, cut, stamp, has_offloads
+        )
 
 
 def _patches(options: Options) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """What a rewritten graph computes, in numbers for the sizes that were traced: each op's own ``cost`` formula, and a
 roofline over them.
 
-The formulas are those of the forward pass. Symbolic sizes count as what they were when the graph was traced, without a
+The formulas are those of the forward pass. In AOTAutograd's joint graph an op is its raw calls: :func:`raw_work`.
+
+Symbolic sizes count as what they were when the graph was traced, without a
 guard.
 """
 
@@ -9,14 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import sympy
 import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
 
 from fastft import _torch_compat as compat
 from fastft.fallback import said
 from fastft.kernels._op import OPS, Cost, Op
+from fastft.kernels.linear_cross_entropy import chunk_rows
 from fastft.reporting import Work
 
 # ------------------------------------------------------------------------------------------------------------ formulas
@@ -138,15 +144,18 @@ def _key(x: Any) -> Any:
     return x if x is None or isinstance(x, (bool, int, float, str, torch.dtype)) else id(x)
 
 
-def _sizes(x: Any) -> Any:
-    """Operands as formulas need them: tensors without memory, with sizes that are numbers."""
+def _sizes(x: Any, size: Callable[[Any], int] | None = None) -> Any:
+    """Operands as formulas need them: tensors without memory, with sizes that are numbers. ``size`` says which, if not
+    those that were traced.
+    """
+    size = size or _size
     if isinstance(x, torch.Tensor):
-        return torch.empty([_size(n) for n in x.shape], dtype=x.dtype, device="meta")
+        return torch.empty([size(n) for n in x.shape], dtype=x.dtype, device="meta")
     if isinstance(x, torch.SymInt):
-        return _size(x)
+        return size(x)
     if isinstance(x, (list, tuple)):
-        return tuple(map(_sizes, x))
-    return {k: _sizes(v) for k, v in x.items()} if isinstance(x, Mapping) else x
+        return tuple(_sizes(one, size) for one in x)
+    return {k: _sizes(v, size) for k, v in x.items()} if isinstance(x, Mapping) else x
 
 
 def _size(n: int | torch.SymInt) -> int:
@@ -173,6 +182,90 @@ def added(name: str, each: Iterable[Work]) -> Work:
         sum(w.bytes_kept for w in each),
         next((w.problem for w in each if w.problem), ""),
     )
+
+
+# ----------------------------------------------------------------------------------------------------------- raw calls
+
+
+def _raw_attention(result: Any, *, q: Any, k: Any, v: Any, causal: bool, window: int, chunk: int, **_: Any) -> Cost:
+    return _formula("attention")(q, k, v, causal=causal, window=window, chunk=chunk)
+
+
+def _raw_linear(result: Any, *, x: Any, quant: Any, adapters: Any, b: Any, **_: Any) -> Cost:
+    """``adapters``: how many each layer has, whose B are in ``b``, in turn."""
+    tokens, K, dtype, ranks = x.numel() // x.shape[-1], x.shape[-1], x.dtype, iter([up.shape[1] for up in b])
+    each = [
+        _formula("lora_linear")(tokens, y.shape[-1], K, sum(islice(ranks, count)), dtype.itemsize, bool(quant))
+        for y, count in zip(result, adapters, strict=True)
+    ]
+    return Cost(*(sum(getattr(c, of) for c in each) for of in ("flops", "bytes_moved", "bytes_kept")))
+
+
+def _raw_down(result: Any, **_: Any) -> Cost:
+    """Counted by the formula of ``lora_linear``."""
+    return Cost(sympy.Integer(0), sympy.Integer(0), sympy.Integer(0))
+
+
+#: Raw calls of the forward that multiply matrices. Others move memory: their operands and results.
+RAW: dict[str, Callable[..., Cost]] = {
+    "fastft::attention": _raw_attention,
+    "fastft::lora_linear": _raw_linear,
+    "fastft::lora_linear_down": _raw_down,
+}
+
+
+def raw_work(node: fx.Node, size: Callable[[Any], int], memo: Memo) -> Work:
+    """What one call in AOTAutograd's graph computes: by the formula of its op, or torch's own of FLOPs and the bytes of
+    its operands and results. ``size`` gives the number that a size is.
+    """
+    target: Any = node.target
+    schema = getattr(target, "_schema", None)
+    if schema is None or target.is_view:  # an item of a tuple, other eyes on the same memory
+        return Work(str(target))
+    given = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    args, kwargs, result = _sizes((*given, node.meta.get("val")), size)
+    key = (schema.name, _key((args, kwargs)))
+    if key not in memo:
+        if schema.name in RAW:
+            cost = RAW[schema.name](result, **_named(target, args, kwargs))
+            memo[key] = Work(schema.name, _number(cost.flops), _number(cost.bytes_moved))
+        else:
+            formula = flop_registry.get(target.overloadpacket)
+            flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+            memo[key] = Work(schema.name, flops, _bytes((args, kwargs, result)))
+    return memo[key]
+
+
+def scratch_bytes(node: fx.Node, size: Callable[[Any], int]) -> int:
+    """Bytes of the largest buffer that a call in AOTAutograd's graph makes for itself and that its results are not: the
+    logits of one chunk, or a dequantised weight.
+    """
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    if name.startswith("fastft::linear_log_prob"):
+        given = _named(node.target, node.args, node.kwargs)
+        vocab, item = size(given["weight"].meta["val"].shape[0]), given["dtype"].itemsize
+        return chunk_rows(size(given["hidden"].meta["val"].shape[0]), vocab, item) * vocab * item
+    if name in ("fastft::lora_linear", "fastft::lora_linear_backward"):
+        given = _named(node.target, node.args, node.kwargs)
+        if given["quant"]:
+            item = given["dtype"].itemsize if "dtype" in given else given["x"].meta["val"].element_size()
+            sizes = [n if isinstance(n, int) else size(n.meta["val"]) for n in given["shape"]]
+            return max(n * k for n, k in zip(sizes[::2], sizes[1::2], strict=True)) * item
+    return 0
+
+
+def _named(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by their names in the op's schema."""
+    named = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    return named | dict(zip((a.name for a in target._schema.arguments), args, strict=False)) | dict(kwargs)
+
+
+def _bytes(x: Any) -> int:
+    if isinstance(x, torch.Tensor):
+        return x.numel() * x.element_size()
+    if isinstance(x, Mapping):
+        x = list(x.values())
+    return sum(map(_bytes, x)) if isinstance(x, (list, tuple)) else 0
 
 
 # ------------------------------------------------------------------------------------------------------------ roofline

@@ -22,6 +22,7 @@ def explain(model: torch.nn.Module, *args: Any, options: dict[str, Any] | None =
     """
     from fastft import bridges
     from fastft.compiler import transform
+    from fastft.memory import plan_only
 
     asked = Options.of(options)
     merged = Report(bridges=bridges.rows())
@@ -31,11 +32,14 @@ def explain(model: torch.nn.Module, *args: Any, options: dict[str, Any] | None =
         untouched = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
         one = Report(graphs=1)
         transform(gm, asked, one)
+        if asked.memory is not None:
+            plan_only(gm, example_inputs, asked, one)
         merged.graphs += 1
         merged.parts.append(one)
         merged.sites += one.sites
         merged.errors += one.errors
         merged.merge_plan(one.plan)
+        merged.memory += one.memory
         merged.timings = {k: merged.timings.get(k, 0.0) + v for k, v in one.timings.items()}
         return untouched.forward
 

@@ -16,17 +16,21 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 from typing import Any
 
 import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
+from fastft.rewrite import module_path
 
 
-def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
+def normalise(gm: fx.GraphModule, *, recompute: bool = True, planned: bool = False) -> dict[str, int]:
     """Inline checkpoint bodies and drop calls without effect, in place. ``recompute=False`` forgets that the user
     allowed recomputation; so is it in a graph without a backward, where AOTAutograd refuses tagged random ops.
+    ``planned``: regions are numbered, and nothing is said yet of what is recomputed; in a graph without any, each layer
+    of the model is one (:mod:`fastft.memory` decides later).
 
     Returns counts for the report: ``checkpoints`` inlined, ``kept`` (a user's own checkpoint policy).
     """
@@ -48,7 +52,9 @@ def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
                 continue
             counts["checkpoints"] += 1
             layer = node.meta.get("ac_graph_id", counts["checkpoints"]) if recompute else None
-            waiting += _inline(gm, node, body, layer)[::-1]
+            waiting += _inline(gm, node, body, layer, recompute=not planned)[::-1]
+    if planned and trained and not counts["checkpoints"]:
+        counts["layers"] = _mark_layers(gm)
     if compat.numbers_are_inputs():
         _make_constants(gm)
     # Items that nobody reads (the second result of a higher-order op, as torch 2.11 lists it) would look like another
@@ -58,6 +64,19 @@ def normalise(gm: fx.GraphModule, *, recompute: bool = True) -> dict[str, int]:
             gm.graph.erase_node(node)
     gm.graph.lint()
     return counts
+
+
+#: Where a list of layers ends in a module's path: ``model.layers.3`` of ``model.layers.3.mlp``.
+_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
+
+
+def _mark_layers(gm: fx.GraphModule) -> int:
+    """Number the layers of the model, as regions; returns how many there are."""
+    numbers: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if node.op in ("call_function", "call_method") and (found := _LAYER.match(module_path(node))):
+            node.meta["ac_graph_id"] = numbers.setdefault(found[0], len(numbers) + 1)
+    return len(numbers)
 
 
 def _make_constants(gm: fx.GraphModule) -> None:
@@ -71,8 +90,12 @@ def _make_constants(gm: fx.GraphModule) -> None:
             gm.graph.erase_node(node)
 
 
-def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, layer: int | None) -> list[fx.Node]:
-    """Replace ``call`` by the nodes of ``body``, tagged as recomputable region number ``layer``; returns them."""
+def _inline(
+    gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, layer: int | None, recompute: bool
+) -> list[fx.Node]:
+    """Replace ``call`` by the nodes of ``body``, as region number ``layer``, tagged to be recomputed or not; returns
+    them.
+    """
     holder, *operands = call.args
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     mapped: dict[fx.Node, Any] = dict(zip(placeholders, operands, strict=True))
@@ -92,13 +115,13 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule, layer: int 
                 continue
             new = gm.graph.node_copy(node, lambda n: mapped[n])
             new.meta = copy.copy(node.meta)
+            # torch 2.11 tags a body's nodes while it traces them.
+            new.meta.pop("recompute", None)
+            new.meta.pop("ac_graph_id", None)
             if layer is not None:
-                new.meta["recompute"] = compat.PREFER_RECOMPUTE
                 new.meta["ac_graph_id"] = layer
-            else:
-                # torch 2.11 tags a body's nodes while it traces them.
-                new.meta.pop("recompute", None)
-                new.meta.pop("ac_graph_id", None)
+                if recompute:
+                    new.meta["recompute"] = compat.PREFER_RECOMPUTE
             mapped[node] = new
             added.append(new)
     _replace_outputs(gm, call, result)

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastft import _torch_compat as compat
+
+#: What ``memory`` can be beside a number of bytes.
+MEMORY = ("auto", "lean", "fast")
+UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
 
 #: ``mode=`` values and what they mean here; the others are refused with a reason.
 MODES = ("default", "max-autotune-no-cudagraphs")
@@ -32,6 +47,12 @@ class Options:
     ``lazy_logits``: the model's logits output is computed only when somebody reads it (default True).
     ``recompute``: ``"asked"`` (default) recomputes the layers that the user put under gradient checkpointing;
     ``"never"`` keeps everything.
+    ``memory``: how much memory a training step may take: bytes, or a number with a unit (``"40GiB"``, ``"24GB"``);
+    ``"auto"``, what is free on the device; ``"lean"``, as little as can be; ``"fast"``, as much as there is use for.
+    The layers then keep, recompute or offload what makes the step the fastest that fits (:mod:`fastft.planner`), under
+    gradient checkpointing or not. None (default): ``recompute`` decides.
+    ``host_memory``: most bytes of pinned host memory that offloading may take, as ``memory``; 0: nothing is offloaded;
+    None (default): a quarter of what is free when the graph is compiled.
     ``verify``: ``"first_step"`` computes the first step of each compiled graph also uncompiled, and in fp32 (fp64 for
     fp32 graphs); a graph that does not keep the error rule runs uncompiled from there on, with a warning and a row in
     the report. Dropout then draws as eager does. ``"never"`` (default).
@@ -51,6 +72,8 @@ class Options:
     disable: tuple[str, ...] = ()
     lazy_logits: bool = True
     recompute: str = "asked"
+    memory: str | int | None = None
+    host_memory: str | int | None = None
     verify: str = "never"
     strict: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +108,16 @@ class Options:
         _one_of("residual", self.residual, ("inductor", "eager"))
         _one_of("recompute", self.recompute, ("asked", "never"))
         _one_of("verify", self.verify, ("never", "first_step"))
+        if self.memory is not None:
+            if self.memory not in MEMORY:
+                bytes_of("memory", self.memory, f"{', '.join(map(repr, MEMORY))}, ")
+            if self.recompute != "asked":
+                raise OptionError(
+                    f"options memory={self.memory!r} and recompute={self.recompute!r} are both given; memory decides"
+                    ' what is recomputed: leave recompute out (memory="fast" recomputes no layer)'
+                )
+        if self.host_memory is not None:
+            bytes_of("host_memory", self.host_memory)
         if self.fuel is not None and (isinstance(self.fuel, bool) or not isinstance(self.fuel, int) or self.fuel < 0):
             raise OptionError(
                 f"option fuel is {self.fuel!r}; it is a number of rewrites, 0 or more, or None for all of them"
@@ -135,6 +168,22 @@ class Options:
                 f'mode={mode!r} {_NO_CUDA_GRAPHS}; use mode="max-autotune-no-cudagraphs" or leave mode out'
             )
         raise OptionError(f"fastft has no mode {mode!r}{nearest(str(mode), MODES)}; it has {', '.join(MODES)}")
+
+
+def bytes_of(name: str, got: Any, others: str = "") -> int:
+    """A number of bytes: an int, or a number and a unit in a string. Raises :class:`OptionError`; ``others`` are the
+    values that option ``name`` can have besides.
+    """
+    if isinstance(got, int) and not isinstance(got, bool) and got >= 0:
+        return got
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", got) if isinstance(got, str) else None
+    if found is None or found[2] not in UNITS:
+        hint = nearest(found[2], UNITS) if found is not None else ""
+        raise OptionError(
+            f"option {name} is {got!r}; it is {others}a number of bytes (17179869184), or a number with a unit in"
+            f' a string ("16GiB"); units are {", ".join(UNITS)}{hint}'
+        )
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def _one_of(name: str, got: Any, allowed: tuple[str, ...]) -> None:

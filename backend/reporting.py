@@ -78,7 +78,8 @@ class Report:
     """What happened to one graph, or to all of them.
 
     ``modules``, in the order in which they compute, ``inputs`` (``"input_ids [4, 2048]"``) and ``device`` are one
-    graph's. A report of several has theirs in ``parts``.
+    graph's. A report of several has theirs in ``parts``. ``memory``: the plans that were made for a memory budget, in
+    order, in bytes and seconds (:mod:`fastft.memory`).
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -87,6 +88,7 @@ class Report:
     recompiles: int = 0
     bridges: list[Bridge] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
+    memory: list[dict[str, Any]] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     break_reasons: dict[str, int] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
@@ -125,6 +127,7 @@ class Report:
             "recompiles": self.recompiles,
             "bridges": [vars(b) for b in self.bridges],
             "plan": dict(self.plan),
+            "memory": list(self.memory),
             "timings": dict(self.timings),
             "errors": list(self.errors),
             "parts": [
@@ -177,6 +180,10 @@ class Report:
             console.print("time: " + ", ".join(f"{k} {v:.2f} s" for k, v in self.timings.items()))
         for key, what in self.plan.items():
             console.print(f"plan: {key}: {what}", markup=False)
+        for row in self.memory:
+            if "measured" in row:
+                numbers = f"predicted {row['predicted'] / 2**30:.2f} GiB, measured {row['measured'] / 2**30:.2f} GiB"
+                console.print(f"memory: {numbers} (the process's peak)", markup=False)
         for bridge in self.bridges:
             console.print(
                 f"bridge {bridge.name}: {bridge.status}" + (f" ({bridge.reason})" if bridge.reason else ""),
@@ -224,6 +231,7 @@ def report() -> Report:
         for key, seconds in one.timings.items():
             merged.timings[key] = merged.timings.get(key, 0.0) + seconds
         merged.merge_plan(one.plan)
+        merged.memory += one.memory
         merged.parts.append(one)
     merged.errors += [f"kernel {name} failed, PyTorch runs in its place: {why}" for name, why in FAILED.items()]
     merged.errors += [f"no tuned configuration of {name}: {why}" for name, why in _config.FAILED.items()]

@@ -560,7 +560,7 @@ def _tag(new: fx.Node, old: fx.Node, got: Any, answer: Rewrite) -> None:
     new.meta["example_value"] = got
     if answer.kernel is not None and answer.kernel.recompute is Recompute.CHEAP and "recompute" not in new.meta:
         new.meta["recompute"] = compat.PREFER_RECOMPUTE
-        new.meta["ac_graph_id"] = 0
+        new.meta.setdefault("ac_graph_id", 0)
 
 
 def sweep(graph: fx.Graph, node: fx.Node) -> None:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 import fastft.kernels
 from bench.shapes import SHAPES
+from fastft import offload
 from fastft.kernels._op import OPS, Op, Recompute, register
 from tests.kernels._each import home_of, own_tests
 from tests.kernels._samples import Sample, differentiable, samples
@@ -131,7 +132,9 @@ def test_an_op_without_a_backward_gives_no_gradient(op: Op) -> None:
 
 
 def test_every_registered_raw_op_belongs_to_an_op() -> None:
+    """All but those that move tensors, and compute nothing."""
     ours = {name.removeprefix("fastft::") for op in OPS.values() for name in op.raw}
+    ours |= {op.name().removeprefix("fastft::") for op in offload.MOVES}
     named = {s.name.removeprefix("fastft::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastft::")}
     assert named <= ours, f"in no Op's raw: {sorted(named - ours)}"
 

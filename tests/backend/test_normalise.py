@@ -346,9 +346,9 @@ def test_a_graph_without_backward_may_draw_in_a_checkpoint(why: str) -> None:
 def test_regions_are_tagged_as_the_option_says(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[bool] = []
 
-    def noted(gm: fx.GraphModule, *, recompute: bool) -> dict[str, int]:
+    def noted(gm: fx.GraphModule, *, recompute: bool, planned: bool) -> dict[str, int]:
         found.append(recompute)
-        return normalise(gm, recompute=recompute)
+        return normalise(gm, recompute=recompute, planned=planned)
 
     monkeypatch.setattr("fastft.compiler.normalise", noted)
     torch._dynamo.reset()

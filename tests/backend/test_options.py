@@ -41,7 +41,7 @@ def compiled(mode: str | None = None, **options: Any) -> fastft.Report:
 
 def test_defaults() -> None:
     assert Options.of() == Options.of({}) == Options()
-    assert Options() == Options("inductor", None, (), True, "asked", "never", False, {})
+    assert Options() == Options("inductor", None, (), True, "asked", None, None, "never", False, {})
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options().fuel = 3  # type: ignore[misc]
 
@@ -77,7 +77,7 @@ def test_accepted(options: dict[str, Any], wanted: Options) -> None:
     [
         (
             {"fule": 3},
-            "no option 'fule' (did you mean 'fuel'?); it has attention_dropout, disable, fuel, inductor, lazy_logits",
+            "no option 'fule' (did you mean 'fuel'?); it has attention_dropout, disable, fuel, host_memory, inductor",
         ),
         ({"max_autotune": True}, "no option 'max_autotune'"),
         ({3: 3}, "no option 3"),

@@ -1,0 +1,366 @@
+"""``options={"memory": ...}``: from a budget to compiled graphs that keep it, for every batch.
+
+A graph's plan is made where AOTAutograd cuts it (:meth:`Memory.partition`), for the sizes of the batch at hand. With
+symbolic sizes the same graph runs other batches too. :class:`Planned` stands for the compiled graph: it knows what each
+of its plans needs for any sizes, takes the fastest that fits, and has the graph compiled once more, leaner, for a batch
+that none of them fits; also when the device runs out of memory in a forward.
+
+The peak that is predicted is the sum of
+
+* what is allocated on the device when the graph is compiled: weights, inputs, whatever else there is (on a CPU: the
+  graph's inputs);
+* the optimizer's state that is still to be made, taken as Adam's: 8 bytes for each trained number. A graph that is
+  compiled again finds it allocated;
+* the most bytes of the graph's own tensors that live at one time in its forward and backward, gradients among them, as
+  the two halves run node by node (:class:`fastft.partitioner.Walk`);
+* the largest buffer that an op of ours makes for itself: the loss's logits of one chunk, or one dequantised weight.
+
+Not in it: the allocator's fragmentation, and that Inductor never makes some tensors that the graph has.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fastft import _torch_compat as compat
+from fastft import costs, offload, planner
+from fastft.fallback import Attempt
+from fastft.judging import random_state, set_random_state
+from fastft.options import MEMORY, Options, bytes_of
+from fastft.partitioner import Sizes, Walk, regions_of, tag
+from fastft.planner import ALL, ATTENTION, CHEAP, GIB, KEEP, MLP, OFFLOADED, Choice, Problem
+from fastft.reporting import Report
+
+log = logging.getLogger("fastft")
+
+#: Compiled plans of one graph, at most: each takes as long to compile as the graph did.
+MOST_PLANS = 3
+#: Of what is free, the part that ``"auto"`` leaves alone, and bytes of it at least: fragmentation, libraries' handles.
+MARGIN, LEAST_MARGIN = 0.05, GIB // 2
+#: Calls of a graph after which the device's own peak is no longer read.
+MEASURED_CALLS = 8
+#: A plan after out of memory needs at most this part of what the one before it was predicted to need.
+LEANER = 0.9
+ADAM_BYTES = 8
+#: Of free host memory, the part that offloading may take; and what copies reach (an H100: 51 GB/s there, 55 back).
+HOST_SHARE, HOST_BYTES_PER_SECOND = 0.25, 50e9
+#: How often a choice that needs more than the formula says is made again, by so much less.
+ROUNDS = 3
+
+Halves = tuple[fx.GraphModule, fx.GraphModule]
+
+
+@dataclass
+class Plan:
+    """One way to cut a graph. ``before``: bytes that are there beside the graph's own tensors; ``leanest``: there is no
+    smaller peak.
+    """
+
+    levels: list[str]
+    walk: Walk
+    before: int
+    budget: int | None
+    seconds: float
+    leanest: bool = False
+    peaks: dict[Any, int] = field(default_factory=dict)
+
+    def peak(self, sizes: Sizes) -> int:
+        """Predicted bytes for a batch of these sizes."""
+        key = tuple(sizes.items())
+        if key not in self.peaks:
+            self.peaks[key] = self.before + self.walk.peak(sizes)
+        return self.peaks[key]
+
+    def to_dict(self, sizes: Sizes) -> dict[str, Any]:
+        """For the report: bytes, and seconds that recomputation adds to a step. ``measured``, on a GPU: the most that
+        the process had allocated there, from its second step on.
+        """
+        return {
+            "levels": {level: self.levels.count(level) for level in planner.LEVELS if level in self.levels},
+            "budget": self.budget,
+            "predicted": self.peak(sizes),
+            "kept": sum(self.walk.kept(sizes)),
+            "host": self.walk.offloaded(sizes),
+            "seconds": self.seconds,
+        }
+
+
+class Memory:
+    """Plans one graph. ``done`` gets the plans."""
+
+    def __init__(self, gm: fx.GraphModule, options: Options, done: Report) -> None:
+        self.options, self.done = options, done
+        self.plans: list[Plan] = []
+        self.sizes: Sizes = {}
+        self.limit: int | None = None  # a peak that must not be reached again
+        self.device = _device(gm)
+        self.rates = costs.rates_of(done.device) or costs.H100
+        inputs = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+        #: Where in the graph's arguments the sizes are that are symbols.
+        self.symbols = {
+            i: compat.size_expression(x)
+            for i, x in enumerate(inputs)
+            if isinstance(x, torch.SymInt) and isinstance(compat.size_expression(x), sympy.Symbol)
+        }
+        self.budget = self._budget()
+        self.host = self._host()
+
+    def forget(self, after: int = 0) -> None:
+        """The first so many plans are all there are: what came of others was not compiled."""
+        del self.plans[after:], self.done.memory[after:]
+        if not after:
+            self.done.plan.pop("memory", None)
+
+    def _budget(self) -> int | None:
+        """Bytes; None for no limit."""
+        wanted = self.options.memory
+        if wanted not in MEMORY:
+            return bytes_of("memory", wanted)
+        if wanted != "auto" or self.device is None:
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        ours = torch.cuda.memory_reserved(self.device)
+        return free + ours - max(int(MARGIN * total), LEAST_MARGIN)
+
+    def _host(self) -> int:
+        """Bytes that may be offloaded; on a CPU that is of no use, unless it is asked for."""
+        if self.options.host_memory is not None:
+            return bytes_of("host_memory", self.options.host_memory)
+        return int(HOST_SHARE * offload.bytes_free()) if self.device is not None else 0
+
+    def sizes_of(self, args: Sequence[Any]) -> Sizes:
+        """The numbers that symbols stand for in a call."""
+        return {symbol: int(args[i]) for i, symbol in self.symbols.items()}
+
+    # ---------------------------------------------------------------------------------------------------------- a plan
+
+    def partition(self, joint: fx.GraphModule, outputs: int, static: list[int] | None) -> Halves:
+        """Cut a joint graph by the best plan for ``sizes``, or, where planning fails, as the user's checkpoints say."""
+        cut = _Cut(joint, outputs, static)
+        with Attempt("planning memory", "layers are recomputed in full", self.done.errors, self.options.strict):
+            halves, plan = self._planned(cut)
+            self.plans.append(plan)
+            offload.POOL.limit = max(offload.POOL.limit, self.host)
+            self._report(plan)
+            return halves
+        return cut.at([ALL] * cut.count)[0]
+
+    def _planned(self, cut: _Cut) -> tuple[Halves, Plan]:
+        wanted, budget = self.options.memory, min((b for b in (self.budget, self.limit) if b is not None), default=None)
+        levels, least = [CHEAP if wanted == "fast" else KEEP] * cut.count, False
+        if wanted == "lean" or (budget is not None and self._plan(cut, levels).peak(self.sizes) > budget):
+            problem = self._problem(cut)
+            found = None
+            if budget is not None:
+                # The formula is of regions that are cut alike; the cut itself may need more.
+                over = 0
+                for _ in range(ROUNDS):
+                    found = planner.fastest(problem, budget - over, self.host)
+                    if found is None or self._plan(cut, found).peak(self.sizes) <= budget:
+                        break
+                    over += self._plan(cut, found).peak(self.sizes) - budget
+                    found = None
+            levels, least = found or planner.leanest(problem, self.host), found is None
+        return cut.at(levels)[0], replace(self._plan(cut, levels), leanest=least)
+
+    def _plan(self, cut: _Cut, levels: list[str]) -> Plan:
+        walk = cut.at(levels)[1]
+        there = walk.given(self.sizes) if self.device is None else torch.cuda.memory_allocated(self.device)
+        states = 0 if self.done.recompiles else ADAM_BYTES * walk.trained(self.sizes)
+        return Plan(levels, walk, there + states, self.budget, sum(walk.seconds(self.sizes, self.rates)))
+
+    def _problem(self, cut: _Cut) -> Problem:
+        """Every region's choices, from the graph cut with all regions at each level."""
+        each: list[dict[str, Choice]] = [{} for _ in range(cut.count)]
+        before = after = 0
+        for level in (KEEP, CHEAP, MLP, ATTENTION, ALL):
+            plan = self._plan(cut, [level] * cut.count)
+            *kept, others = plan.walk.kept(self.sizes)
+            *held, rest = plan.walk.held(self.sizes)
+            seconds = plan.walk.seconds(self.sizes, self.rates)
+            before, after = max(before, plan.before + others), max(after, rest)
+            for r in range(cut.count):
+                each[r][level] = Choice(kept[r], held[r], seconds[r])
+            away = next((name for name, of in OFFLOADED.items() if of == level), None)
+            if away is None or not self.host:
+                continue
+            computing = plan.walk.forward_seconds(self.sizes, self.rates)
+            for r, number in enumerate(plan.walk.movable_bytes(self.sizes)):
+                # A copy has the time of one layer, forward and, at about twice the work, backward; meanwhile there are
+                # two layers' tensors on the device.
+                copying = number / HOST_BYTES_PER_SECOND
+                late = max(0.0, copying - computing[r]) + max(0.0, copying - 2 * computing[r] - seconds[r])
+                each[r][away] = Choice(kept[r] - number, held[r] + number, seconds[r] + late, number)
+        return Problem(tuple(each), before, after)
+
+    def _report(self, plan: Plan) -> None:
+        row = plan.to_dict(self.sizes)
+        self.done.memory.append(row)
+        budget = "" if plan.budget is None else f" of {plan.budget / GIB:.2f} GiB"
+        if plan.budget is not None and row["predicted"] > plan.budget:
+            budget += ", which no plan keeps"
+        text = (
+            f"{self.options.memory}: {planner.said(plan.levels) or 'no layers'}; predicted peak "
+            f"{row['predicted'] / GIB:.2f} GiB{budget}; recomputation {plan.seconds * 1e3:.1f} ms a step at the rates "
+            f"of {self.rates.name}" + (f"; {row['host'] / GIB:.2f} GiB on the host" if row["host"] else "")
+        )
+        self.done.merge_plan({"memory": text})
+
+
+class _Cut:
+    """One joint graph, and what it was cut into, by the regions' levels."""
+
+    def __init__(self, joint: fx.GraphModule, outputs: int, static: list[int] | None) -> None:
+        self.joint, self.outputs, self.static = joint, outputs, static
+        self.regions = regions_of(joint, outputs)
+        self.count = max(self.regions.values(), default=-1) + 1
+        self.found: dict[tuple[str, ...], tuple[Halves, Walk]] = {}
+
+    def at(self, levels: Sequence[str]) -> tuple[Halves, Walk]:
+        key = tuple(levels)
+        if key not in self.found:
+            joint = compat.copy_joint(self.joint)
+            tag(joint, self.outputs, self.regions, [OFFLOADED.get(level, level) for level in levels])
+            halves = compat.partition(joint, self.outputs, self.static)
+            walk = Walk(*halves, self.outputs, self.regions)
+            moved = {name: r for name, r in walk.movable.items() if levels[r] in OFFLOADED}
+            if moved:
+                offload.offload(*halves, moved, self.regions, walk.turns)
+                walk = Walk(*halves, self.outputs, self.regions)
+            self.found[key] = halves, walk
+        return self.found[key]
+
+
+def _device(gm: fx.GraphModule) -> torch.device | None:
+    """The GPU that a graph's inputs are on, None for a CPU."""
+    values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+    return next((x.device for x in values if isinstance(x, torch.Tensor) and x.is_cuda), None)
+
+
+def plan_only(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, done: Report) -> None:
+    """Make a rewritten graph's plan, for the report, and compile nothing."""
+    with Attempt("planning memory", "the report has no plan", done.errors, options.strict):
+        compat.compile_with_aot_eager(gm, inputs, Memory(gm, options, done).partition)
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+class Planned:
+    """Stands for a compiled graph with one plan or more.
+
+    ``compiled(inputs)`` compiles the graph, by the plan that ``memory`` makes when it cuts it; with ``inputs`` now.
+    """
+
+    def __init__(
+        self, memory: Memory, compiled: Callable[[Sequence[Any]], Callable[..., Any]], inputs: Sequence[Any]
+    ) -> None:
+        self.memory, self.compiled = memory, compiled
+        memory.forget()
+        self.calls = [compiled(inputs)]
+        self.moment = compat.Moment(inputs) if memory.plans else None
+        #: Sizes → position of the plan that serves them.
+        self.serves: dict[Any, int] = {}
+        self.ran = 0
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.memory.plans:  # a graph without a backward: nothing is kept
+            return self.calls[0](*args)
+        sizes = self.memory.sizes_of(args)
+        key = tuple(sizes.values())
+        if key not in self.serves:
+            self.serves[key] = self._fitting(sizes)
+        self._measure(self.serves[key])
+        while True:
+            state, versions = random_state(), _versions(args)
+            try:
+                return self.calls[self.serves[key]](*args)
+            except torch.OutOfMemoryError:
+                if _versions(args) != versions:  # it has written to its inputs: they are not what they were
+                    raise
+                leaner = self._leaner(self.serves[key], sizes)
+                if leaner is None:
+                    raise
+            # Out of the handler, the traceback holds no tensors of the forward any more.
+            self.serves[key] = leaner
+            self._free()
+            set_random_state(state)
+
+    def _measure(self, plan: int) -> None:
+        """Note the most that was allocated on the device before this call, since the user's statistics were reset: from
+        the second call on, that of a whole step.
+        """
+        device = self.memory.device
+        if device is not None and 0 < self.ran <= MEASURED_CALLS:
+            self.memory.done.memory[plan]["measured"] = torch.cuda.max_memory_allocated(device)
+        self.ran += 1
+
+    def _fitting(self, sizes: Sizes) -> int:
+        """The first plan, the fastest, that fits a batch of these sizes; a new one where none does."""
+        budget, plans = self.memory.budget, self.memory.plans
+        if budget is None:
+            return 0
+        for i, plan in enumerate(plans):
+            if plan.peak(sizes) <= budget:
+                return i
+        new = self._compiled(sizes, None)
+        return _leanest(plans, sizes) if new is None else new
+
+    def _leaner(self, failed: int, sizes: Sizes) -> int | None:
+        """After out of memory: a plan that needs clearly less than the one that failed; None when there is none."""
+        plans = self.memory.plans
+        limit = int(LEANER * plans[failed].peak(sizes))
+        said = f"out of memory in a step that was predicted to need {plans[failed].peak(sizes) / GIB:.2f} GiB"
+        log.warning("%s: a leaner plan is tried", said)
+        self.memory.done.errors.append(said)
+        fitting = [i for i, plan in enumerate(plans) if plan.peak(sizes) <= limit]
+        if plans[failed].leanest:
+            return None
+        new = fitting[0] if fitting else self._compiled(sizes, limit)
+        if new is not None and plans[new].peak(sizes) < plans[failed].peak(sizes):
+            return new
+        least = _leanest(plans, sizes)
+        return least if plans[least].peak(sizes) < plans[failed].peak(sizes) else None
+
+    def _compiled(self, sizes: Sizes, limit: int | None) -> int | None:
+        """Compile one more plan, for these sizes and below ``limit``; its position, None where that cannot be."""
+        memory = self.memory
+        if len(memory.plans) >= MOST_PLANS:
+            memory.done.merge_plan({"memory": f"no plan is made after {MOST_PLANS} of them"})
+            return None
+        before = len(memory.plans)
+        memory.sizes, memory.limit = sizes, limit
+        with Attempt(
+            "compiling a leaner plan",
+            "the leanest there is runs on",
+            memory.done.errors,
+            memory.options.strict,
+            lambda: memory.forget(before),
+        ) as attempt:
+            assert self.moment is not None
+            with self.moment:
+                call = self.compiled(self.moment.inputs)
+            self.calls.append(call)
+        return None if attempt.failed is not None or len(memory.plans) == before else before
+
+    def _free(self) -> None:
+        offload.abandon()
+        gc.collect()
+        if self.memory.device is not None:
+            torch.cuda.empty_cache()
+
+
+def _leanest(plans: Sequence[Plan], sizes: Sizes) -> int:
+    return min(range(len(plans)), key=lambda i: plans[i].peak(sizes))
+
+
+def _versions(args: Sequence[Any]) -> list[int]:
+    return [x._version for x in args if isinstance(x, torch.Tensor) and not x.is_inference()]

@@ -1,0 +1,254 @@
+"""Tensors that the backward reads, moved to the host in the forward and back in time: ops, host buffers, and the pass
+that puts the ops into the two halves of a cut graph.
+
+A move is two ops: ``offload`` and ``reload`` start a copy on a stream beside the one that computes, and return a
+ticket; ``offload_wait`` and ``reload_wait`` make the computing stream wait for it, and return the copy. What is copied
+is an operand of the wait: neither Inductor nor the allocator gives its memory away before. All copies of a device are
+on one stream, in order: a host buffer is free again when the tensor in it is gone, though its last copy may still be
+running.
+
+Buffers are of the exact size (torch's own allocator of pinned memory takes powers of two), are used again for tensors
+of the same size, and are pinned up to a limit; what is over it is moved through memory that is not, more slowly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastft import _torch_compat as compat
+from fastft.kernels._op import LIBRARY
+
+log = logging.getLogger("fastft")
+
+# --------------------------------------------------------------------------------------------------------- host buffers
+
+
+class Pool:
+    """Host buffers by size. ``limit``: bytes of them that are pinned, at most; ``pinned``: that are now."""
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit, self.pinned = limit, 0
+        self.free: dict[int, list[torch.Tensor]] = {}
+
+    def like(self, x: torch.Tensor) -> torch.Tensor:
+        """A host tensor of the size, strides and dtype of ``x``, which is dense; its content is undefined."""
+        number = max(x.numel(), 1) * x.element_size()
+        waiting = self.free.get(number)
+        base = waiting.pop() if waiting else self._made(number, x.is_cuda)
+        # NumPy's view is what the tensor's memory belongs to: it goes when the tensor and all its views have gone.
+        view = base.numpy()[:]
+        weakref.finalize(view, self._back, number, base)
+        return torch.from_numpy(view).view(x.dtype).as_strided(x.shape, x.stride())
+
+    def _back(self, number: int, base: torch.Tensor) -> None:
+        self.free.setdefault(number, []).append(base)
+
+    def _made(self, number: int, pin: bool) -> torch.Tensor:
+        base = torch.empty(number, dtype=torch.uint8)
+        if not pin:
+            return base
+        for other in [n for n in self.free if n != number] if self.pinned + number > self.limit else []:
+            self._drop(other)
+        if self.pinned + number <= self.limit:
+            code = torch.cuda.cudart().cudaHostRegister(base.data_ptr(), number, 0)
+            if int(code) == 0:
+                self.pinned += number
+                weakref.finalize(base, self._unpinned, base.data_ptr(), number).atexit = False
+            else:
+                log.warning("host memory could not be pinned (CUDA error %d): offloading is slow", int(code))
+        return base
+
+    def _drop(self, number: int) -> None:
+        if self.free[number]:
+            torch.cuda.synchronize()  # a copy from one of them may still be running
+        del self.free[number]
+
+    def _unpinned(self, address: int, number: int) -> None:
+        torch.cuda.cudart().cudaHostUnregister(address)
+        self.pinned -= number
+
+
+POOL = Pool()
+
+# ------------------------------------------------------------------------------------------------------------------ ops
+
+#: Copies that were started: ticket → the copy, and the event after it (None where nothing is to be waited for).
+STARTED: dict[int, tuple[torch.Tensor, torch.cuda.Event | None]] = {}
+_NUMBERS = itertools.count()
+_STREAMS: dict[int, torch.cuda.Stream] = {}
+
+
+def _start(to: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Copy x; returns the ticket."""
+    device = next((t.device for t in (to, x) if t.is_cuda), None)
+    event = None
+    if device is None:
+        to.copy_(x)
+    else:
+        side = _STREAMS.setdefault(device.index, torch.cuda.Stream(device))
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            to.copy_(x, non_blocking=True)
+            event = side.record_event()
+    number = next(_NUMBERS)
+    STARTED[number] = to, event
+    return torch.tensor([number])
+
+
+def _wait(ticket: torch.Tensor, device: torch.device) -> torch.Tensor:
+    found, event = STARTED.pop(int(ticket))
+    if event is not None:
+        torch.cuda.current_stream(device).wait_event(event)
+    return found
+
+
+def abandon() -> None:
+    """Forget copies that nobody will wait for: a forward did not come to its end."""
+    if any(event is not None for _, event in STARTED.values()):
+        torch.cuda.synchronize()
+    STARTED.clear()
+
+
+def _device(number: int) -> torch.device:
+    return torch.device("cpu") if number < 0 else torch.device("cuda", number)
+
+
+def _offload(x: torch.Tensor) -> torch.Tensor:
+    return _start(POOL.like(x), x)
+
+
+def _offload_wait(ticket: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return _wait(ticket, x.device)
+
+
+def _reload(host: torch.Tensor, device: int) -> torch.Tensor:
+    return _start(_like(host, _device(device)), host)
+
+
+def _reload_wait(ticket: torch.Tensor, host: torch.Tensor, device: int) -> torch.Tensor:
+    return _wait(ticket, _device(device))
+
+
+def _like(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+
+
+def _ticket(*_: Any) -> torch.Tensor:
+    return torch.empty(1, dtype=torch.int64)
+
+
+def _define(schema: str, run: Any, fake: Any) -> Any:
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"fastft::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.fastft, name).default
+
+
+#: Start to copy x to the host; the copy.
+OFFLOAD = _define("offload(Tensor x) -> Tensor", _offload, _ticket)
+OFFLOAD_WAIT = _define(
+    "offload_wait(Tensor ticket, Tensor x) -> Tensor", _offload_wait, lambda ticket, x: _like(x, torch.device("cpu"))
+)
+#: Start to copy to GPU number ``device`` (-1: a CPU); the copy.
+RELOAD = _define("reload(Tensor host, int device) -> Tensor", _reload, _ticket)
+RELOAD_WAIT = _define(
+    "reload_wait(Tensor ticket, Tensor host, int device) -> Tensor",
+    _reload_wait,
+    lambda ticket, host, device: _like(host, _device(device)),
+)
+
+MOVES = OFFLOAD, OFFLOAD_WAIT, RELOAD, RELOAD_WAIT
+
+# ----------------------------------------------------------------------------------------------------------------- pass
+
+
+def can_move(node: fx.Node) -> bool:
+    """Whether a saved tensor can be offloaded: the graph made it, it is dense, and no view of another one."""
+    value = node.meta["val"]
+    if node.op != "call_function" or not value.dim():
+        return False
+    order = sorted(range(value.dim()), key=lambda i: compat.size_hint(value.stride(i)) or 0, reverse=True)
+    return bool(value.permute(order).is_contiguous())
+
+
+def offload(
+    forward: fx.GraphModule,
+    backward: fx.GraphModule,
+    moved: Mapping[str, int],
+    regions: Mapping[str, int],
+    turns: Mapping[str, int],
+) -> None:
+    """Let the saved tensors ``moved`` (name → region that reads them in the backward) wait on the host, in place.
+
+    A copy to the host has the time of the region after its own to finish; one back starts when the backward comes to
+    that region. ``regions``: of the forward's nodes; ``turns``: backward node → region whose turn it is.
+    """
+    nodes = {n.name: n for n in forward.graph.nodes}
+    output = next(n for n in reversed(forward.graph.nodes) if n.op == "output")
+    last = {regions[n.name]: n for n in forward.graph.nodes if n.name in regions}
+    hosts: dict[fx.Node, fx.Node] = {}
+    for name, region in moved.items():
+        node = nodes[name]
+        with forward.graph.inserting_after(node):
+            ticket = _call(forward, OFFLOAD, node)
+        after = max(last.get(region + 1, last[max(last)]), ticket)
+        with forward.graph.inserting_after(after):
+            hosts[node] = _call(forward, OFFLOAD_WAIT, ticket, node)
+    output.args = (tuple(hosts.get(n, n) if isinstance(n, fx.Node) else n for n in output.args[0]),)
+
+    inputs = {n.name: n for n in backward.graph.nodes if n.op == "placeholder"}
+    order = {n: i for i, n in enumerate(backward.graph.nodes)}
+    begins = [n for n in backward.graph.nodes if n.op != "placeholder"]
+    for name, region in sorted(moved.items(), key=lambda m: -m[1]):
+        given = inputs[name]
+        users = list(given.users)
+        value = given.meta["val"]
+        device = -1 if value.device.type == "cpu" else value.device.index or 0
+        given.meta = {**given.meta, "val": hosts[nodes[name]].meta["val"]}
+        given.meta.pop("tensor_meta", None)
+        first = min(users, key=order.__getitem__)
+        start = next((n for n in begins if turns.get(n.name, region) <= region + 1), first)
+        if order[start] > order[first]:
+            start = first
+        with backward.graph.inserting_before(start):
+            ticket = _call(backward, RELOAD, given, device)
+        with backward.graph.inserting_before(first):
+            there = _call(backward, RELOAD_WAIT, ticket, given, device)
+        for user in users:
+            user.replace_input_with(given, there)
+    for half in (forward, backward):
+        half.graph.lint()
+        half.recompile()
+
+
+def _call(half: fx.GraphModule, op: Any, *args: Any) -> fx.Node:
+    """A new node, with its value."""
+    node = half.graph.call_function(op, args)
+    values = fx.map_arg(args, lambda n: n.meta["val"])
+    tensor = next(v for v in values if isinstance(v, torch.Tensor) and v.dim() > 0)
+    with tensor.fake_mode:  # type: ignore[attr-defined]
+        node.meta["val"] = op(*values)
+    return node
+
+
+def has_offloads(graph: fx.Graph) -> bool:
+    """Whether copies of ours are in a graph, whose order is to be kept."""
+    return any(n.target in (OFFLOAD, RELOAD) for n in graph.nodes)
+
+
+def bytes_free() -> int:
+    """Bytes of host memory that are free; 0 where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 0

@@ -1,0 +1,330 @@
+"""Cuts AOTAutograd's joint graph into forward and backward by a memory budget (:mod:`fastft.planner` chooses).
+
+A region's nodes have its number in their metadata (:func:`fastft.normalise.normalise`). Its level becomes the tags that
+torch's own minimum cut reads. What a level costs is measured, not estimated: the graph is cut with all regions at that
+level, and both halves are walked as they will run, with what lives at each node. Sizes stay symbols there, so that the
+same walk gives the bytes for a batch of another size.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fastft import _torch_compat as compat
+from fastft.costs import Memo, Rates, raw_work, scratch_bytes
+from fastft.kernels._op import OPS, Recompute
+from fastft.offload import OFFLOAD, OFFLOAD_WAIT, RELOAD, RELOAD_WAIT, can_move
+from fastft.planner import ALL, ATTENTION, CHEAP, MLP
+
+#: Where a node's region stands in its metadata. AOTAutograd copies it to what it traces the node to.
+REGION = "ac_graph_id"
+#: Numbers for symbols in a graph's sizes.
+Sizes = Mapping[sympy.Symbol, int]
+#: Forward node → its region, counted from 0 in the order of the forward.
+Regions = Mapping[str, int]
+
+
+# -------------------------------------------------------------------------------------------------------------- regions
+
+
+def forward_of(joint: fx.GraphModule, outputs: int) -> set[fx.Node]:
+    """The nodes that the first ``outputs`` results of a joint graph are computed from, and what else their calls
+    return.
+    """
+    waiting = [n for n in results_of(joint)[:outputs] if isinstance(n, fx.Node)]
+    found: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found | {u for n in found for u in n.users if u.target is operator.getitem}
+
+
+def regions_of(joint: fx.GraphModule, outputs: int) -> Regions:
+    """The regions of a joint graph, the first ``outputs`` of whose results are the forward's."""
+    forward, number = forward_of(joint, outputs), dict[int, int]()
+    return {
+        node.name: number.setdefault(mark, len(number))
+        for node in joint.graph.nodes
+        if node.op == "call_function" and node in forward and (mark := node.meta.get(REGION))
+    }
+
+
+def _raw_names(wanted: Callable[[Any], bool]) -> set[str]:
+    return {f"fastft::{raw}" for op in OPS.values() if wanted(op) for raw in op.raw}
+
+
+def tag(joint: fx.GraphModule, outputs: int, regions: Regions, levels: Sequence[str]) -> None:
+    """Tell torch's minimum cut, by tags, what each region recomputes. What leaves a region is never recomputed."""
+    cheap = _raw_names(lambda op: op.recompute is Recompute.CHEAP)
+    attention = _raw_names(lambda op: op.name == "attention")
+    norms = _raw_names(lambda op: op.name in ("rms_norm", "layer_norm"))
+    attended: set[int] = set()  # regions whose attention has come
+    mlps: set[int] = set()  # regions whose norm after it has
+    for node in joint.graph.nodes:
+        region = regions.get(node.name)
+        if region is None:
+            if node.meta.get(REGION):
+                node.meta.pop("recompute", None)  # the backward's own
+            continue
+        level, op = levels[region], _schema_name(_source(node))
+        if op in attention:
+            attended.add(region)
+        elif op in norms and region in attended:
+            mlps.add(region)
+        if op in attention and level == ATTENTION:
+            node.meta["recompute"] = compat.MUST_SAVE
+        elif level in (ATTENTION, ALL) or (level == MLP and region in mlps) or (level in (CHEAP, MLP) and op in cheap):
+            node.meta["recompute"] = compat.PREFER_RECOMPUTE
+        else:
+            node.meta.pop("recompute", None)
+    forward = forward_of(joint, outputs)
+    for node in joint.graph.nodes:
+        region = regions.get(node.name)
+        if region is not None and any(u in forward and regions.get(u.name) != region for u in node.users):
+            # A view is recomputed from what it is of, and an item from its tuple.
+            for one in _chain(node):
+                if regions.get(one.name) == region:
+                    one.meta["recompute"] = compat.MUST_SAVE
+
+
+def _chain(node: fx.Node) -> Iterable[fx.Node]:
+    """``node``, and what it is a view or an item of, to the call that made it."""
+    yield node
+    while _is_alias(node) or node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+        yield node
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The call that a node is an item of, or the node."""
+    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
+
+
+def _schema_name(node: fx.Node) -> str:
+    return getattr(getattr(node.target, "_schema", None), "name", "")
+
+
+# ----------------------------------------------------------------------------------------------------------------- walk
+
+
+def number_at(size: Any, sizes: Sizes) -> int:
+    """A size as a number. Symbols that ``sizes`` does not have count as what they were when the graph was traced."""
+    if isinstance(size, int):
+        return size
+    e = compat.size_expression(size).subs(dict(sizes))
+    return (compat.size_hint(size) or 0) if e.free_symbols else int(e)
+
+
+def _is_alias(node: fx.Node) -> bool:
+    """Whether a node is other eyes on the memory of its first operand."""
+    view = getattr(node.target, "is_view", False) or node.target is torch.ops.aten._unsafe_view.default
+    return node.op == "call_function" and bool(view)
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The node whose memory this one shows: itself, an item of a call's results, or an input."""
+    while _is_alias(node) or node.target is RELOAD_WAIT:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _tensor(node: Any) -> torch.Tensor | None:
+    """What a node makes on the device: a copy that comes back takes its place from when it starts."""
+    if not isinstance(node, fx.Node) or node.target in (OFFLOAD, OFFLOAD_WAIT):
+        return None
+    value = (next(iter(node.users)) if node.target is RELOAD else node).meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def results_of(gm: fx.GraphModule) -> list[Any]:
+    """What a graph returns, flat."""
+    return list(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0])
+
+
+def _numel(t: torch.Tensor, sizes: Sizes) -> int:
+    return math.prod(number_at(n, sizes) for n in t.shape)
+
+
+@dataclass
+class _Step:
+    """One node as it runs: the tensors it makes, those that nobody reads after it, and the region whose turn it is."""
+
+    makes: list[str]
+    frees: list[str]
+    call: fx.Node
+    region: int = 0
+
+
+class Walk:
+    """Both halves of a cut graph as one list of steps: what lives when, for batches of any size.
+
+    ``saved``: tensor → region that keeps it for its backward, None for what belongs to no region. ``again``: what the
+    backward computes again.
+    """
+
+    def __init__(self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int, regions: Regions) -> None:
+        self.count, self.regions = max(regions.values(), default=-1) + 1, regions
+        self.tensors: dict[str, torch.Tensor] = {}
+        results = results_of(forward)
+        saved = {n.name: _root(n) for n in results[outputs:] if _tensor(n) is not None}
+        self.host = [n.meta["val"] for n in results[outputs:] if isinstance(n, fx.Node) and n.target is OFFLOAD_WAIT]
+        self.saved = {root.name: self._owner(root) for root in saved.values() if root.op != "placeholder"}
+        names = {n: n.name for n in forward.graph.nodes if n.op != "placeholder"}
+        steps = self._half(forward.graph, names, results)
+        turn, last = 0, max((i for i, (n, _) in enumerate(steps) if n.name in regions), default=-1)
+        for i, (node, step) in enumerate(steps):
+            turn = self.count if i > last else regions.get(node.name, turn)
+            step.region = turn
+        names = {n: f"{n.name} of the backward" for n in backward.graph.nodes if not n.name.startswith("primals")}
+        for node in backward.graph.nodes:
+            if node.op == "placeholder" and (node.name in saved or any(u.target is RELOAD for u in node.users)):
+                names.pop(node, None)
+                if node.name in saved and saved[node.name].name in self.saved:
+                    names[node] = saved[node.name].name
+        gradients = results_of(backward)
+        half = self._half(backward.graph, names, gradients)
+        self._turns(half)
+        #: Backward node → region whose turn it is.
+        self.turns = {node.name: step.region for node, step in half}
+        self.made = [n for n in forward.graph.nodes if n.name in regions]
+        #: Saved tensors that can be offloaded, with the regions that read them.
+        self.movable = {
+            name: region
+            for name, root in saved.items()
+            if root.name == name and can_move(root) and (region := self.saved.get(name)) is not None
+        }
+        self.steps = [step for _, step in [*steps, *half]]
+        self.again = [n for n in backward.graph.nodes if n.op == "call_function" and n.name in regions]
+        self.inputs = [t for n in forward.graph.nodes if n.op == "placeholder" and (t := _tensor(n)) is not None]
+        self.gradients = [t for n in gradients if (t := _tensor(n)) is not None]
+
+    def _owner(self, root: fx.Node) -> int | None:
+        """A layer's input is that layer's, whoever made it; what several layers read is nobody's."""
+        own, waiting, readers = self.regions.get(root.name), [root], set()
+        while waiting:
+            for user in waiting.pop().users:
+                if _is_alias(user):
+                    waiting.append(user)
+                elif user.op != "output":
+                    readers.add(self.regions.get(user.name))
+        others = readers - {own}
+        return own if not others else next(iter(others)) if len(others) == 1 else None
+
+    def _half(
+        self, graph: fx.Graph, names: Mapping[fx.Node, str], results: Sequence[Any]
+    ) -> list[tuple[fx.Node, _Step]]:
+        """The steps of one half. ``names``: its tensors', without those that the caller has anyway."""
+        stay = {_root(n) for n in results if isinstance(n, fx.Node)}
+        steps: dict[fx.Node, _Step] = {}
+        last: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            if node.op == "output":
+                continue
+            made = _tensor(node) if _root(node) is node and node in names else None
+            steps[node] = _Step([] if made is None else [names[node]], [], node)
+            if made is not None:
+                last[node] = node
+                self.tensors.setdefault(names[node], made)
+            for operand in map(_root, node.all_input_nodes):
+                if operand in last:
+                    last[operand] = node
+        for tensor, node in last.items():
+            if tensor not in stay:
+                steps[node].frees.append(names[tensor])
+        return list(steps.items())
+
+    def _turns(self, steps: list[tuple[fx.Node, _Step]]) -> None:
+        """In the backward it is the turn of the last region that still keeps something, once it was begun."""
+        live = Counter(region for region in self.saved.values() if region is not None)
+        begun = False
+        for node, step in steps:
+            tensors = [t for n in node.all_input_nodes for t in (n.name, _root(n).name)]
+            last = max((r for r, n in live.items() if n), default=0)
+            begun = begun or any(self.saved.get(t, self.regions.get(t)) == self.count - 1 for t in tensors)
+            step.region = last if begun else self.count
+            live.subtract(r for t in step.frees if (r := self.saved.get(t)) is not None)
+
+    # -------------------------------------------------------------------------------------------------- for given sizes
+
+    def bytes_of(self, sizes: Sizes) -> dict[str, int]:
+        """Every tensor's bytes."""
+        return {name: _numel(t, sizes) * t.element_size() for name, t in self.tensors.items()}
+
+    def given(self, sizes: Sizes) -> int:
+        """Bytes of the graph's inputs."""
+        return sum(_numel(t, sizes) * t.element_size() for t in self.inputs)
+
+    def trained(self, sizes: Sizes) -> int:
+        """How many numbers have gradients."""
+        return sum(_numel(t, sizes) for t in self.gradients)
+
+    def kept(self, sizes: Sizes) -> list[int]:
+        """Bytes that each region keeps for its backward, and, last, those of no region."""
+        number, found = self.bytes_of(sizes), [0] * (self.count + 1)
+        for tensor, region in self.saved.items():
+            found[-1 if region is None else region] += number[tensor]
+        return found
+
+    def held(self, sizes: Sizes) -> list[int]:
+        """Most bytes while it is each region's turn, and, last, while it is none's; without what belongs to no region
+        and what earlier regions keep.
+        """
+        *kept, others = self.kept(sizes)
+        earlier = [others, *(others + total for total in accumulate(kept))]
+        found = [0] * (self.count + 1)
+        for step, live in self._lives(sizes):
+            found[step.region] = max(found[step.region], live - earlier[step.region])
+        return found
+
+    def peak(self, sizes: Sizes) -> int:
+        """Most bytes that the graph's own tensors take at one time."""
+        return max((live for _, live in self._lives(sizes)), default=0)
+
+    def _lives(self, sizes: Sizes) -> Iterator[tuple[_Step, int]]:
+        """Every step, with the bytes that live while it runs."""
+        number, there, live = self.bytes_of(sizes), set[str](), 0
+        for step in self.steps:
+            new = [t for t in step.makes if t not in there]
+            there.update(new)
+            live += sum(number[t] for t in new)
+            yield step, live + scratch_bytes(step.call, lambda n: number_at(n, sizes))
+            gone = [t for t in step.frees if t in there]
+            there.difference_update(gone)
+            live -= sum(number[t] for t in gone)
+
+    def offloaded(self, sizes: Sizes) -> int:
+        """Bytes on the host."""
+        return sum(_numel(t, sizes) * t.element_size() for t in self.host)
+
+    def movable_bytes(self, sizes: Sizes) -> list[int]:
+        """Of what each region keeps, the bytes that can be offloaded."""
+        number, found = self.bytes_of(sizes), [0] * self.count
+        for tensor, region in self.movable.items():
+            found[region] += number[tensor]
+        return found
+
+    def seconds(self, sizes: Sizes, rates: Rates) -> list[float]:
+        """What each region computes again in the backward."""
+        return self._seconds(self.again, sizes, rates)
+
+    def forward_seconds(self, sizes: Sizes, rates: Rates) -> list[float]:
+        """What each region computes in the forward."""
+        return self._seconds(self.made, sizes, rates)
+
+    def _seconds(self, nodes: Iterable[fx.Node], sizes: Sizes, rates: Rates) -> list[float]:
+        found, memo = [0.0] * self.count, Memo()
+        for node in nodes:
+            found[self.regions[node.name]] += rates.seconds(raw_work(node, lambda n: number_at(n, sizes), memo))
+        return found

@@ -1,0 +1,496 @@
+"""``options={"memory": ...}`` on a tiny Llama: right at every level, what is saved is what was predicted, budgets hold
+for batches of any size, and out of memory is no end.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastft
+from fastft import _torch_compat as compat
+from fastft import memory, offload, reporting
+from fastft.memory import Memory, Planned
+from fastft.options import OptionError, Options, bytes_of
+from fastft.planner import ALL, ALL_OFFLOADED, ATTENTION, ATTENTION_OFFLOADED, CHEAP, KEEP, MLP, OFFLOADED
+from tests.models import _families as families
+from tests.models._training import Step, check_equal, compiled, step
+
+
+def batch(seq: int = 24, size: int = 2) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, families.VOCAB, (size, seq), generator=torch.Generator().manual_seed(seq))
+    return {"input_ids": ids, "labels": ids}
+
+
+def model(checkpointing: bool = False, lora: float | None = 0.0, dropout: float = 0.0) -> torch.nn.Module:
+    network = families.build("llama3", lora=lora, checkpointing=checkpointing)
+    for module in network.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    return network
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes every plan have these levels."""
+
+    def force(*levels: str) -> None:
+        planned = Memory._planned
+
+        def instead(self: Memory, cut: Any) -> Any:
+            wanted = list(levels) * cut.count if len(levels) == 1 else list(levels)
+            return cut.at(wanted)[0], self._plan(cut, wanted)
+
+        monkeypatch.setattr(Memory, "_planned", instead if levels else planned)
+
+    return force
+
+
+def run(network: torch.nn.Module, data: dict[str, Any] | None = None, **options: Any) -> Step:
+    return step(network, data or batch(), call=compiled(network, **options))
+
+
+def same(got: Step, wanted: Step) -> None:
+    """Bit for bit."""
+    assert got[1].keys() == wanted[1].keys()
+    assert torch.equal(got[0], wanted[0])
+    for name, gradient in wanted[1].items():
+        assert torch.equal(got[1][name], gradient), name
+
+
+def saved_bytes(network: torch.nn.Module, call: Any) -> int:
+    """Bytes that autograd saves for the backward, without those of weights and inputs."""
+    data, found = batch(), {}
+    theirs = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers(), *data.values())}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in theirs:
+            found[storage.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = call(**data).loss
+    loss.backward()
+    return sum(found.values())
+
+
+def the_plan() -> dict[str, Any]:
+    (row,) = fastft.report().memory
+    return row
+
+
+# ------------------------------------------------------------------------------------------------------------- levels
+
+
+@pytest.mark.parametrize(("checkpointing", "lora"), [(False, None), (True, 0.0)])
+def test_every_level_computes_the_same(at: Any, checkpointing: bool, lora: float | None) -> None:
+    network = model(checkpointing, lora)
+    eager = step(network, batch())
+    at(KEEP)
+    wanted = run(network, memory="fast")
+    check_equal(wanted, eager)
+    kept, peaks = [], []
+    for levels in ((KEEP,), (CHEAP,), (MLP,), (ATTENTION,), (ALL,), (ALL, KEEP), (ATTENTION, MLP)):
+        at(*levels)
+        call = compiled(network, memory="fast", lazy_logits=False)  # which would keep hidden states for themselves
+        same(step(network, batch(), call=call), wanted)
+        row = the_plan()
+        assert saved_bytes(network, call) == row["kept"], levels
+        assert fastft.report().errors == []
+        if len(levels) == 1:
+            assert row["levels"] == {levels[0]: families.LAYERS}
+            kept.append(row["kept"])
+            peaks.append(row["predicted"])
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept)
+    assert peaks[-1] < peaks[0]
+
+
+OFFLOADING = ((ALL_OFFLOADED,), (ATTENTION_OFFLOADED,), (KEEP, ALL_OFFLOADED), (ATTENTION_OFFLOADED, MLP))
+
+
+@pytest.mark.parametrize("levels", OFFLOADING, ids=" / ".join)
+def test_offloading_changes_nothing(at: Any, levels: tuple[str, ...]) -> None:
+    network = model(checkpointing=len(levels) == 1, lora=0.3)
+    at(*(OFFLOADED.get(level, level) for level in levels))
+    options = {"memory": "fast", "host_memory": "1GiB", "lazy_logits": False}
+    wanted = run(network, **options)
+    before = the_plan()
+    assert before["host"] == 0
+    at(*levels)
+    call = compiled(network, **options)
+    same(step(network, batch(), call=call), wanted)
+    row = the_plan()
+    assert row["kept"] + row["host"] == before["kept"] and row["host"] > 0
+    assert saved_bytes(network, call) == before["kept"]  # which does not ask where it is
+    assert offload.STARTED == {}
+    here = sum(len(free) for free in offload.POOL.free.values())
+    same(step(network, batch(), call=call), wanted)
+    assert sum(len(free) for free in offload.POOL.free.values()) == here  # buffers are used again
+
+
+def test_what_is_offloaded_survives_a_second_backward(at: Any) -> None:
+    network = model(lora=None)
+    at(ALL_OFFLOADED)
+    loss = compiled(network, memory="fast")(**batch()).loss
+    loss.backward(retain_graph=True)
+    first = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    loss.backward()
+    assert first and all(torch.equal(p.grad, first[n]) for n, p in network.named_parameters() if n in first)
+
+
+def test_lean_offloads_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six layers, two are on the device at a time."""
+    monkeypatch.setitem(families._SIZES, "num_hidden_layers", 6)
+    network = model(checkpointing=True)
+    rows = {}
+    for host in (0, 30_000, "1GiB"):
+        check_equal(run(network, memory="lean", host_memory=host), step(network, batch()))
+        rows[host] = the_plan()
+    assert rows[0]["host"] == 0 < rows[30_000]["host"] <= 30_000 < rows["1GiB"]["host"]
+    assert rows["1GiB"]["predicted"] < rows[30_000]["predicted"] < rows[0]["predicted"]
+
+
+def test_moves_give_what_they_say() -> None:
+    """Fake and real results are alike, of tensors of any strides, and there is one wait for each start."""
+    for x in (torch.randn(3, 4), torch.randn(2, 3, 4, 5, dtype=torch.bfloat16).permute(0, 2, 1, 3), torch.ones(0, 2)):
+        ticket = offload.OFFLOAD(x)
+        host = offload.OFFLOAD_WAIT(ticket, x)
+        back = offload.RELOAD_WAIT(offload.RELOAD(host, -1), host, -1)
+        with compat.fake_mode() as mode:
+            fake = mode.from_tensor(x)
+            fake_host = offload.OFFLOAD_WAIT(offload.OFFLOAD(fake), fake)
+            fake_back = offload.RELOAD_WAIT(offload.RELOAD(fake_host, -1), fake_host, -1)
+        for real, said in ((host, fake_host), (back, fake_back)):
+            assert (torch.equal(real, x) and real.data_ptr() != x.data_ptr()) or not x.numel()
+            assert (real.shape, real.stride(), real.dtype) == (said.shape, said.stride(), said.dtype)
+        with pytest.raises(KeyError):
+            offload.OFFLOAD_WAIT(ticket, x)
+    offload.OFFLOAD(torch.ones(2))
+    offload.abandon()
+    assert offload.STARTED == {}
+
+
+def test_host_buffers_are_exact_and_used_again() -> None:
+    pool = offload.Pool()
+    x = torch.randn(3, 7, dtype=torch.bfloat16)
+    one = pool.like(x)
+    assert (one.shape, one.stride(), one.dtype) == (x.shape, x.stride(), x.dtype)
+    assert one.untyped_storage().nbytes() == 42
+    part, address = one[1:], one.data_ptr()
+    del one
+    assert pool.free == {}  # a view still has it
+    two = pool.like(x)
+    assert two.data_ptr() != address
+    del part
+    assert pool.like(x).data_ptr() == address
+    assert pool.like(torch.ones(2)).untyped_storage().nbytes() == 8
+
+
+def test_pinned_memory_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer over the limit is not pinned; buffers of other sizes that nobody uses make room first."""
+    pinned: dict[int, int] = {}
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, number: int, flags: int) -> int:
+            pinned[address] = number
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            del pinned[address]
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    pool = offload.Pool(limit=100)
+    kept = pool._made(60, pin=True)
+    assert (pool.pinned, list(pinned.values())) == (60, [60])
+    pool._made(60, pin=True)
+    assert (pool.pinned, list(pinned.values())) == (60, [60])
+    pool._back(60, kept)
+    del kept
+    other = pool._made(70, pin=True)
+    assert (pool.pinned, list(pinned.values()), pool.free) == (70, [70], {})
+    del other
+    assert (pool.pinned, pinned) == (0, {})
+
+
+def test_dropout_is_drawn_once(at: Any) -> None:
+    """What is recomputed draws the masks that the forward drew."""
+    network = model(lora=0.3)
+    at(KEEP)
+    wanted = run(network, memory="fast")
+    for level in (MLP, ALL):
+        at(level)
+        same(run(network, memory="fast"), wanted)
+
+
+def test_a_layers_input_is_all_that_is_kept_of_it(at: Any) -> None:
+    network = model(checkpointing=True)
+    at(ALL)
+    run(network, memory="fast")
+    one = 2 * 24 * 64 * 4
+    kept = the_plan()["kept"]
+    # Three streams (two inputs, the last norm's), the norm's rstd, tables, and what the loss keeps.
+    assert kept < 5 * one
+    at(ATTENTION)
+    run(network, memory="fast")
+    out_and_lse = families.LAYERS * 2 * 24 * 4 * (16 + 1) * 4
+    assert the_plan()["kept"] - kept == out_and_lse
+
+
+# ------------------------------------------------------------------------------------------------------------ budgets
+
+
+def test_fast_lean_auto_and_bytes() -> None:
+    network = model(checkpointing=True)
+    found = {}
+    for wanted in ("fast", "lean", "auto"):
+        run(network, memory=wanted)
+        found[wanted] = the_plan()
+    assert found["fast"]["levels"] == {CHEAP: families.LAYERS}
+    assert found["auto"]["levels"] == {KEEP: families.LAYERS}  # a CPU sets no limit
+    lean, auto = found["lean"]["predicted"], found["auto"]["predicted"]
+    assert lean < found["fast"]["predicted"] < auto
+    slow = found["lean"]["seconds"]
+    for budget in (auto, auto - 1, (lean + auto) // 2, lean):
+        got = run(network, memory=budget)
+        row = the_plan()
+        assert lean <= row["predicted"] <= budget == row["budget"]
+        assert row["seconds"] <= slow
+    check_equal(got, step(network, batch()))
+    assert row["levels"] == found["lean"]["levels"]
+
+
+def test_a_budget_that_is_too_small_is_reported() -> None:
+    network = model()
+    check_equal(run(network, memory="1KiB"), step(network, batch()))
+    report = fastft.report()
+    assert "which no plan keeps" in report.plan["memory"] and report.errors == []
+    assert "predicted peak" in str(report)
+
+
+def test_explain_has_the_plan_of_training() -> None:
+    network = model()
+    run(network, memory="lean", host_memory=0)
+    trained = the_plan()
+    report = fastft.explain(network, **batch(), options={"memory": "lean", "host_memory": 0})
+    assert report.memory == [trained] == report.to_dict()["memory"]
+    assert report.plan["memory"].startswith("lean: ")
+    assert fastft.report().memory == [trained]  # nothing else was compiled
+
+
+def test_the_command_line_explains_a_budget(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fastft.cli import app
+
+    file = tmp_path / "config.json"
+    families.FAMILIES["llama3"].build().config.to_json_file(file)
+    asked = ["explain", str(file), "--lora", "0", "--dtype", "float32", "--memory"]
+    done = CliRunner().invoke(app, [*asked, "lean"])
+    assert done.exit_code == 0, done.output
+    assert "plan: memory: lean: " in done.output and "predicted peak" in done.output
+    wrong = CliRunner().invoke(app, [*asked, "12 Gb"])
+    assert wrong.exit_code == 2 and "did you mean 'GB'?" in wrong.output
+
+
+@pytest.mark.slow
+def test_under_inductor(at: Any) -> None:
+    network = model(checkpointing=True, lora=0.3)
+    losses = []
+    for level in (KEEP, ATTENTION_OFFLOADED):
+        at(level)
+        call = compiled(network, memory="fast", residual="inductor")
+        losses.append(step(network, batch(), call=call))
+        assert fastft.report().errors == []
+    same(losses[1], losses[0])
+
+
+def test_the_rates_of_copies_and_products_make_the_time() -> None:
+    """What is computed again is known by the ops' formulas."""
+    network = model()
+    at_hidden = 2 * 24 * 64
+    run(network, memory="lean", host_memory=0)
+    gemms = 2 * at_hidden * (64 + 2 * 32) * families.LAYERS  # at least q, k and v of both layers
+    assert the_plan()["seconds"] >= gemms / 750e12
+
+
+def test_unset_is_as_before() -> None:
+    network = model(checkpointing=True)
+    run(network)
+    report = fastft.report()
+    assert report.memory == [] and "memory" not in report.plan
+
+
+def test_inference_needs_no_plan() -> None:
+    network = model()
+    call = compiled(network, memory="lean")
+    with torch.no_grad():
+        torch.testing.assert_close(call(**batch()).loss, network(**batch()).loss)
+    assert fastft.report().memory == []
+
+
+# -------------------------------------------------------------------------------------------------- batches of any size
+
+
+def planned_calls(monkeypatch: pytest.MonkeyPatch) -> list[Planned]:
+    made: list[Planned] = []
+    init = Planned.__init__
+
+    def noted(self: Planned, *args: Any) -> None:
+        init(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(Planned, "__init__", noted)
+    return made
+
+
+def test_a_longer_batch_gets_a_leaner_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planned_calls(monkeypatch)
+    network = model(checkpointing=True)
+    run(network, batch(48), memory="auto")
+    budget = the_plan()["predicted"]  # what 48 tokens need without recomputation
+    made.clear()
+    torch._dynamo.reset()
+    reporting.reset()
+    call = torch.compile(
+        network, backend="fastft", dynamic=True, options={"residual": "eager", "strict": True, "memory": budget}
+    )
+    for seq in (16, 40, 64, 16):
+        check_equal(step(network, batch(seq), call=call), step(network, batch(seq)))
+    (planned,) = made
+    rows = fastft.report().memory
+    assert [row["levels"].get(KEEP, 0) == families.LAYERS for row in rows] == [True, False]
+    assert list(planned.serves.values()) == [0, 0, 1]
+    assert rows[1]["predicted"] <= budget
+    assert fastft.report().recompiles == 0
+    sizes = {symbol: 0 for symbol in planned.memory.symbols.values()}
+    assert sizes
+    ((large, _),) = [(key, plan) for key, plan in planned.serves.items() if plan]
+    grown = dict(zip(sizes, large, strict=True))
+    assert planned.memory.plans[0].peak(grown) > budget >= planned.memory.plans[1].peak(grown)
+
+
+def test_plans_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MOST_PLANS", 1)
+    network = model(checkpointing=True)
+    run(network, batch(16), memory="auto")
+    budget = the_plan()["predicted"]
+    torch._dynamo.reset()
+    reporting.reset()
+    call = torch.compile(
+        network, backend="fastft", dynamic=True, options={"residual": "eager", "strict": True, "memory": budget}
+    )
+    for seq in (16, 64):
+        check_equal(step(network, batch(seq), call=call), step(network, batch(seq)))
+    assert len(fastft.report().memory) == 1
+    assert "no plan is made after 1" in fastft.report().plan["memory"]
+
+
+# ------------------------------------------------------------------------------------------------------- out of memory
+
+
+def fails(planned: Planned, times: int) -> list[int]:
+    """The first plan runs out of memory so many times, at the end of its forward."""
+    call, ran = planned.calls[0], []
+
+    def once(*args: Any) -> Any:
+        found = call(*args)
+        ran.append(1)
+        if len(ran) <= times:
+            del found
+            raise torch.OutOfMemoryError("CUDA out of memory. (a test's)")
+        return found
+
+    planned.calls[0] = once
+    return ran
+
+
+@pytest.mark.parametrize("wanted", ["fast", "1GiB"])
+def test_out_of_memory_is_answered_by_a_leaner_plan(monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    made = planned_calls(monkeypatch)
+    network = model(checkpointing=True, lora=0.3)
+    eager = step(network, batch())
+    call = compiled(network, memory=wanted)
+    step(network, batch(), call=call)
+    wanted_step = step(network, batch(), call=call)
+    ran = fails(made[0], 1)
+    same(step(network, batch(), call=call), wanted_step)  # dropout is drawn as if nothing had been
+    report = fastft.report()
+    first, second = report.memory
+    assert second["predicted"] <= 0.9 * first["predicted"]
+    assert any("out of memory" in line for line in report.errors)
+    same(step(network, batch(), call=call), wanted_step)
+    assert len(ran) == 1 and len(report.memory) == 2  # these sizes stay with the leaner plan
+    assert eager[1].keys() == wanted_step[1].keys()
+
+
+def test_out_of_memory_with_the_leanest_plan_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planned_calls(monkeypatch)
+    network = model(checkpointing=True)
+    call = compiled(network, memory="lean")
+    step(network, batch(), call=call)
+    fails(made[0], 9)
+    with pytest.raises(torch.OutOfMemoryError, match="a test's"):
+        step(network, batch(), call=call)
+    assert len(fastft.report().memory) == 1
+
+
+def test_out_of_memory_after_a_write_to_an_input_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planned_calls(monkeypatch)
+
+    def written(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        x.add_(1)
+        return (x * w).sin().sum()
+
+    options = {"residual": "eager", "strict": True, "memory": "auto"}
+    call = torch.compile(written, backend="fastft", options=options)
+    x, w = torch.zeros(4), torch.ones(4, requires_grad=True)
+    call(x, w).backward()
+    fails(made[0], 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        call(x, w)
+    assert torch.equal(x, torch.full((4,), 2.0))
+
+
+# -------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_planning_that_fails_recomputes_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Memory, cut: Any) -> Any:
+        raise KeyError("planning is wrong")
+
+    monkeypatch.setattr(Memory, "_planned", broken)
+    network = model(checkpointing=True)
+    check_equal(run(network, memory="lean", strict=False), step(network, batch()))
+    (error,) = fastft.report().errors
+    assert error.startswith("planning memory failed, layers are recomputed in full: KeyError")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [(5, 5), (0, 0), ("16GiB", 16 * 2**30), ("24 GB", 24 * 10**9), ("1.5KiB", 1536), ("7B", 7), (" 2 MiB ", 2**21)],
+)
+def test_bytes(text: Any, wanted: int) -> None:
+    assert bytes_of("memory", text) == wanted
+    assert Options.of({"memory": text, "host_memory": text}).memory == text
+
+
+@pytest.mark.parametrize("text", ["12 Gb", "GiB", "-3GB", -3, True, 1.5, "lots", "", ["8GiB"]])
+@pytest.mark.parametrize("option", ["memory", "host_memory"])
+def test_what_is_no_number_of_bytes(option: str, text: Any) -> None:
+    with pytest.raises(OptionError, match=f"option {option} is ") as caught:
+        Options.of({option: text})
+    assert "16GiB" in str(caught.value) and ("'lean'" in str(caught.value)) == (option == "memory")
+    if text == "12 Gb":
+        assert "did you mean 'GB'?" in str(caught.value)
+
+
+def test_memory_and_recompute_are_not_both_given() -> None:
+    with pytest.raises(OptionError, match="leave recompute out"):
+        Options.of({"memory": "lean", "recompute": "never"})
