@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
-    "MUST_SAVE", "Moment", "PREFER_RECOMPUTE", "allow_compilations", "autocast_nodes", "backend_in_trace",
+    "MUST_SAVE", "PREFER_RECOMPUTE", "Moment", "allow_compilations", "autocast_nodes", "backend_in_trace",
     "cache_stamp", "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "copy_joint",
     "dynamo_counters", "fake_mode", "fake_mode_of", "forget_loaded_code", "grad_mode_at", "gradients",
     "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source", "is_checkpoint", "is_recompile",
