@@ -53,6 +53,9 @@ def trained(model: torch.nn.Module, *inputs: torch.Tensor, **options: Any) -> tu
     return [loss, *torch.autograd.grad(loss, leaves)], fastft.report()
 
 
+LINEARS = ("lora_linear", "lora_linears")
+
+
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 3, 8), torch.randn(2, 3, 8)
 
@@ -60,8 +63,8 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_ours(op: str) -> None:
     found = {v.name: v for v in fastft.variants.list(op)}
-    ours = ["auto", "triton", "sdpa", "reference"] if op == "attention" else ["triton", "reference"]
-    assert [*found] == ours
+    more = {"attention": ["auto", "triton", "sdpa"], **{name: ["triton", "accumulated"] for name in LINEARS}}
+    assert [*found] == [*more.get(op, ["triton"]), "reference"]
     assert next(iter(found.values())).call is OPS[op].call
     assert found["reference"].call is OPS[op].reference
     for v in found.values():
