@@ -212,6 +212,7 @@ CASES = [
     Case(padding="right", blind="added", hq=4, hk=2),
     Case(padding="all", blind="added", window=9, softcap=3.0),
     Case(d=96, dv=64, b=1, hq=2, hk=2, padding="left"),
+    Case(b=1, sq=70, sk=70, window=9, sinks=True),  # two tiles of δ
 ]  # fmt: skip
 #: Sizes that fill several tiles of the real kernels.
 LARGE = [

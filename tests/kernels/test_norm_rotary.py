@@ -178,7 +178,7 @@ def test_tables_that_require_a_gradient_are_refused(device: str) -> None:
         ({4: torch.empty(1, 6, 16)}, "shape"),
         ({8: "spiral"}, "style"),
     ],
-    ids=str,
+    ids=lambda v: "-".join(map(str, v)) if isinstance(v, dict) else str(v),  # not what is in a tensor
 )
 def test_supported(change: dict[int, Any], code: str | None) -> None:
     args = [*made(), E, 0.0, "half", None, None, 2, True]
