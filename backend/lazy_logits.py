@@ -466,7 +466,7 @@ def _maths(steps: Sequence[Step], dtype: torch.dtype) -> dict[str, Any] | None:
     return {"softcap": outer, "logit_scale": outer * scale} if outer > 0 else None
 
 
-def _reduced(x: LazyLogits, reduce: Callable[..., torch.Tensor], *row_args: torch.Tensor) -> torch.Tensor:
+def _reduced(x: Any, reduce: Callable[..., torch.Tensor], *row_args: torch.Tensor) -> torch.Tensor:
     source = x._source
     source.check()
     return _ByRows.apply(source.hidden, source.weight, source.bias, source, reduce, *row_args)
@@ -708,7 +708,7 @@ def _max(x: LazyLogits, dim: Any = None, keepdim: bool = False, **kwargs: Any) -
     # The gradient of the largest goes to where it was found.
     where = _reduced(x.detach(), functools.partial(torch.argmax, dim=-1, keepdim=True))
     largest = _reduced(x, _pick, where)
-    return torch.return_types.max(r if keepdim else r.squeeze(-1) for r in (largest, where))
+    return torch.return_types.max((largest, where) if keepdim else (largest.squeeze(-1), where.squeeze(-1)))
 
 
 def _largest(z: torch.Tensor, k: int, sorted: bool) -> torch.Tensor:

@@ -683,10 +683,11 @@ def _backward(
     if keep is None:
         whole = (hidden, weight, bias, labels, top, log_sum, entropy)
         return _backward_all(grad_log_prob, grad_entropy, grad_mean_logits, grad_lse, *whole, *maths, *need)
-    grads = [None if g is None else g[keep] for g in (grad_log_prob, grad_entropy, grad_mean_logits, grad_lse)]
+    incoming = (grad_log_prob, grad_entropy, grad_mean_logits, grad_lse)
+    g_log_prob, g_entropy, g_mean, g_lse = (None if g is None else g[keep] for g in incoming)
     entropy = entropy[keep] if entropy.shape[0] else entropy
     picked = (hidden[keep], weight, bias, labels[keep], top[keep], log_sum[keep], entropy)
-    dh, dw, db = _backward_all(*grads, *picked, *maths, *need)
+    dh, dw, db = _backward_all(g_log_prob, g_entropy, g_mean, g_lse, *picked, *maths, *need)
     return hidden.new_zeros(hidden.shape).index_copy_(0, keep, dh) if need_hidden else dh, dw, db
 
 
@@ -728,16 +729,17 @@ def _backward_all(
 
     for chunk in head.chunks():
         logits = head.logits(chunk)
-        grads = [None if g is None else g[chunk] for g in (g_log_prob, g_entropy, g_mean, g_lse)]
+        g_lp, g_ent, g_z, g_sum = (None if g is None else g[chunk] for g in (g_log_prob, g_entropy, g_mean, g_lse))
+        grads, vocab = (g_lp, g_ent, g_z, g_sum), weight.shape[0]
         saved = (top[chunk], log_sum[chunk], part(entropy, chunk))
         if in_kernel:
             amended = g_mean is not None or g_lse is not None
             if amended:
                 # The entry of each label, as a vocabulary of one.
                 ignored = labels[chunk] == ignore_index
-                at = labels[chunk].masked_fill(ignored, 0).clamp(0, weight.shape[0] - 1)[:, None]
+                at = labels[chunk].masked_fill(ignored, 0).clamp(0, vocab - 1)[:, None]
                 entry, where = logits.gather(1, at), -ignored.long()
-                _backward_chunk(entry, where, *saved, *grads, -1, weight.shape[0], *head.maths)
+                _backward_chunk(entry, where, *saved, *grads, -1, vocab, *head.maths)
             _backward_kernel[(logits.shape[0], triton.cdiv(weight.shape[0], head.constants["BLOCK"]))](
                 logits,
                 labels[chunk],
@@ -752,12 +754,12 @@ def _backward_all(
                 **head.constants,
             )
             if amended:
-                if g_mean is not None:
-                    each = g_mean[chunk] * (logit_scale / temperature / weight.shape[0])
+                if g_z is not None:
+                    each = g_z * (logit_scale / temperature / vocab)
                     logits += each.masked_fill(ignored, 0)[:, None]
                 logits.scatter_(1, at, entry)
         else:
-            _backward_chunk(logits, labels[chunk], *saved, *grads, ignore_index, weight.shape[0], *head.maths)
+            _backward_chunk(logits, labels[chunk], *saved, *grads, ignore_index, vocab, *head.maths)
         if need_hidden:
             torch.mm(logits, head.weight, out=grad_hidden[chunk])
         if need_weight:
