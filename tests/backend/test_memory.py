@@ -320,6 +320,20 @@ def test_the_rates_of_copies_and_products_make_the_time() -> None:
     assert the_plan()["seconds"] >= gemms / 750e12
 
 
+def test_the_devices_own_peak_is_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second call on: before, there was no step."""
+    made = planned_calls(monkeypatch)
+    network = model()
+    call = compiled(network, memory="auto")
+    step(network, batch(), call=call)
+    monkeypatch.setattr(made[0].memory, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    assert "measured" not in the_plan()
+    step(network, batch(), call=call)
+    assert the_plan()["measured"] == 3 * 2**30
+    assert "measured 3.00 GiB (the process's peak)" in str(fastft.report())
+
+
 def test_unset_is_as_before() -> None:
     network = model(checkpointing=True)
     run(network)
