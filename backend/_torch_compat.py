@@ -251,10 +251,10 @@ class Moment:
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         context: Any = torch._guards.TracingContext.try_get()
-        self.mode: Any = None if context is None else context.fake_mode
-        self.compiling = CompileContext.try_get()
+        mode: Any = None if context is None else context.fake_mode
+        self.mode, self.compiling = mode, CompileContext.try_get()
         self.inputs: list[Any] = [
-            self.mode.from_tensor(x, symbolic_context=context.tensor_to_context.get(x))
+            mode.from_tensor(x, symbolic_context=context.tensor_to_context.get(x))
             if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) and context is not None
             else x
             for x in inputs
