@@ -206,15 +206,18 @@ def test_pinned_memory_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    pool = offload.Pool(limit=100)
-    kept = pool._made(60, pin=True)
-    assert (pool.pinned, list(pinned.values())) == (60, [60])
-    over = pool._made(60, pin=True)
-    assert (pool.pinned, list(pinned.values()), over.numel()) == (60, [60], 60)
-    pool._back(60, kept)
+    page = offload.PAGE
+    pool = offload.Pool(limit=10 * page)
+    kept = pool._made(6 * page - 1, pin=True)
+    ((address, number),) = pinned.items()
+    assert (pool.pinned, number, kept.numel()) == (6 * page - 1, 6 * page, 6 * page - 1)
+    assert address == kept.data_ptr() and address % page == 0
+    over = pool._made(6 * page, pin=True)
+    assert (pool.pinned, list(pinned.values()), over.numel()) == (6 * page - 1, [6 * page], 6 * page)
+    pool._back(6 * page - 1, kept)
     del kept
-    other = pool._made(70, pin=True)
-    assert (pool.pinned, list(pinned.values()), pool.free) == (70, [70], {})
+    other = pool._made(7 * page, pin=True)
+    assert (pool.pinned, list(pinned.values()), pool.free) == (7 * page, [7 * page], {})
     del other
     assert (pool.pinned, pinned) == (0, {})
 
