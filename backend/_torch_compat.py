@@ -235,8 +235,10 @@ def compile_with_aot_eager(
     if partitioner is None:
         return aot_eager(gm, list(example_inputs))
     cut: Any = _Partitioner(partitioner, "")
+    with inductor_config.patch(fallback_random=True):  # dropout draws as eager does
+        table = select_decomp_table()
     compile_graph: Any = aot_autograd(
-        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=cut, decompositions=select_decomp_table
+        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=cut, decompositions=table
     )
     return compile_graph(gm, list(example_inputs))
 
