@@ -235,8 +235,10 @@ def compile_with_aot_eager(
     if partitioner is None:
         return aot_eager(gm, list(example_inputs))
     cut: Any = _Partitioner(partitioner, "")
+    with inductor_config.patch(fallback_random=True):  # dropout draws as eager does
+        table = select_decomp_table()
     compile_graph: Any = aot_autograd(
-        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=cut, decompositions=select_decomp_table
+        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=cut, decompositions=table
     )
     return compile_graph(gm, list(example_inputs))
 
@@ -251,10 +253,10 @@ class Moment:
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         context: Any = torch._guards.TracingContext.try_get()
-        self.mode: Any = None if context is None else context.fake_mode
-        self.compiling = CompileContext.try_get()
+        mode: Any = None if context is None else context.fake_mode
+        self.mode, self.compiling = mode, CompileContext.try_get()
         self.inputs: list[Any] = [
-            self.mode.from_tensor(x, symbolic_context=context.tensor_to_context.get(x))
+            mode.from_tensor(x, symbolic_context=context.tensor_to_context.get(x))
             if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor) and context is not None
             else x
             for x in inputs

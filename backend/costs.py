@@ -236,22 +236,26 @@ def raw_work(node: fx.Node, size: Callable[[Any], int], memo: Memo) -> Work:
     return memo[key]
 
 
-def scratch_bytes(node: fx.Node, size: Callable[[Any], int]) -> int:
-    """Bytes of the largest buffer that a call in AOTAutograd's graph makes for itself and that its results are not: the
-    logits of one chunk, or a dequantised weight.
+#: What gives the number that a size is.
+Size = Callable[[Any], int]
+
+
+def scratch(node: fx.Node) -> Callable[[Size], int]:
+    """Bytes of the largest buffer that a call in AOTAutograd's graph makes for itself and that its results are not, for
+    any sizes: the logits of one chunk, or a dequantised weight. Holds no part of the graph, which may change.
     """
     name = getattr(getattr(node.target, "_schema", None), "name", "")
     if name.startswith("fastft::linear_log_prob"):
-        given = _named(node.target, node.args, node.kwargs)
-        vocab, item = size(given["weight"].meta["val"].shape[0]), given["dtype"].itemsize
-        return chunk_rows(size(given["hidden"].meta["val"].shape[0]), vocab, item) * vocab * item
+        given = fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"])
+        tokens, vocab, item = given["hidden"].shape[0], given["weight"].shape[0], given["dtype"].itemsize
+        return lambda size: chunk_rows(size(tokens), size(vocab), item) * size(vocab) * item
     if name in ("fastft::lora_linear", "fastft::lora_linear_backward"):
-        given = _named(node.target, node.args, node.kwargs)
+        given = fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"])
         if given["quant"]:
-            item = given["dtype"].itemsize if "dtype" in given else given["x"].meta["val"].element_size()
-            sizes = [n if isinstance(n, int) else size(n.meta["val"]) for n in given["shape"]]
-            return max(n * k for n, k in zip(sizes[::2], sizes[1::2], strict=True)) * item
-    return 0
+            item = given["dtype"].itemsize if "dtype" in given else given["x"].element_size()
+            pairs = list(zip(given["shape"][::2], given["shape"][1::2], strict=True))
+            return lambda size: max(size(n) * size(k) for n, k in pairs) * item
+    return lambda size: 0
 
 
 def _named(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:

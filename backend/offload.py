@@ -30,6 +30,10 @@ log = logging.getLogger("fastft")
 # --------------------------------------------------------------------------------------------------------- host buffers
 
 
+#: Bytes.
+PAGE = 4096
+
+
 class Pool:
     """Host buffers by size. ``limit``: bytes of them that are pinned, at most; ``pinned``: that are now."""
 
@@ -51,18 +55,23 @@ class Pool:
         self.free.setdefault(number, []).append(base)
 
     def _made(self, number: int, pin: bool) -> torch.Tensor:
-        base = torch.empty(number, dtype=torch.uint8)
+        """A new buffer, pinned if there is room for it."""
         if not pin:
-            return base
+            return torch.empty(number, dtype=torch.uint8)
         for other in [n for n in self.free if n != number] if self.pinned + number > self.limit else []:
             self._drop(other)
+        # CUDA pins whole pages, each once: this one's are its own.
+        whole = -(-number // PAGE) * PAGE
+        room = torch.empty(whole + PAGE, dtype=torch.uint8)
+        start = -room.data_ptr() % PAGE
+        base = room[start : start + number]
         if self.pinned + number <= self.limit:
-            code = torch.cuda.cudart().cudaHostRegister(base.data_ptr(), number, 0)
-            if int(code) == 0:
+            code = int(torch.cuda.cudart().cudaHostRegister(base.data_ptr(), whole, 0))
+            if code == 0:
                 self.pinned += number
                 weakref.finalize(base, self._unpinned, base.data_ptr(), number).atexit = False
             else:
-                log.warning("host memory could not be pinned (CUDA error %d): offloading is slow", int(code))
+                log.warning("host memory could not be pinned (CUDA error %d): offloading is slow", code)
         return base
 
     def _drop(self, number: int) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
-from fastft.costs import Memo, Rates, raw_work, scratch_bytes
+from fastft.costs import Memo, Rates, Size, raw_work, scratch
 from fastft.kernels._op import OPS, Recompute
 from fastft.offload import OFFLOAD, OFFLOAD_WAIT, RELOAD, RELOAD_WAIT, can_move
 from fastft.planner import ALL, ATTENTION, CHEAP, MLP
@@ -159,11 +159,12 @@ def _numel(t: torch.Tensor, sizes: Sizes) -> int:
 
 @dataclass
 class _Step:
-    """One node as it runs: the tensors it makes, those that nobody reads after it, and the region whose turn it is."""
+    """One node as it runs: the tensors it makes, those that nobody reads after it, bytes that its op takes for itself,
+    and the region whose turn it is."""
 
     makes: list[str]
     frees: list[str]
-    call: fx.Node
+    scratch: Callable[[Size], int]
     region: int = 0
 
 
@@ -233,7 +234,7 @@ class Walk:
             if node.op == "output":
                 continue
             made = _tensor(node) if _root(node) is node and node in names else None
-            steps[node] = _Step([] if made is None else [names[node]], [], node)
+            steps[node] = _Step([] if made is None else [names[node]], [], scratch(node))
             if made is not None:
                 last[node] = node
                 self.tensors.setdefault(names[node], made)
@@ -299,7 +300,7 @@ class Walk:
             new = [t for t in step.makes if t not in there]
             there.update(new)
             live += sum(number[t] for t in new)
-            yield step, live + scratch_bytes(step.call, lambda n: number_at(n, sizes))
+            yield step, live + step.scratch(lambda n: number_at(n, sizes))
             gone = [t for t in step.frees if t in there]
             there.difference_update(gone)
             live -= sum(number[t] for t in gone)

@@ -9,12 +9,14 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 import fastft
 from fastft import caches, costs, reporting
 from fastft.costs import H100, rates_of, work_of
 from fastft.kernels import load
 from fastft.kernels._op import OPS, Cost
+from fastft.kernels.linear_cross_entropy import chunk_rows
 from fastft.kernels.lora_linear import JOINT
 from fastft.kernels.lora_linear import OP as LORA_LINEAR
 from fastft.reporting import Report, Work
@@ -157,3 +159,57 @@ def test_rates() -> None:
 def test_caveats_are_of_ops() -> None:
     assert costs.CAVEATS.keys() - {"linear"} <= load().keys()
     assert costs.ADAPTERS.keys() <= load().keys()
+
+
+# ----------------------------------------------------------------------------------------------------------- raw calls
+
+
+def called(op: Any, *args: Any, result: Any = None) -> fx.Node:
+    """A call in a graph, as AOTAutograd's is: tensors are nodes that have them as values."""
+    graph = fx.Graph()
+
+    def node(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [node(one) for one in x]
+        if not isinstance(x, torch.Tensor):
+            return x
+        new = graph.placeholder("x")
+        new.meta["val"] = x
+        return new
+
+    call = graph.call_function(op, tuple(map(node, args)))
+    call.meta["val"] = result
+    return call
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def test_raw_calls_have_their_ops_formulas() -> None:
+    q, k = meta(2, 8, 64, 16), meta(2, 4, 64, 16)
+    mask = (*(None,) * 6, True, 0, 0, 0.25, 0.0)
+    attention = called(torch.ops.fastft.attention.default, q, k, k, *mask, result=(q, q))
+    work = costs.raw_work(attention, int, {})
+    assert (work.flops, work.problem) == (2 * 2 * 8 * 64 * 32 * 32, "")
+    x, w, b = meta(4, 64, 32), meta(48, 32), meta(48, 8)
+    shape = (x, [w], [], [], [64, 64], [None], meta(256, 8), [1], [b], [None], [2.0], None, torch.bfloat16)
+    linear = called(torch.ops.fastft.lora_linear.default, *shape, result=[meta(4, 64, 48)])
+    assert costs.raw_work(linear, int, {}).flops == 2 * 256 * 48 * 32 + 2 * 256 * 8 * (48 + 32)
+    mm = called(torch.ops.aten.mm.default, meta(3, 5), meta(5, 7), result=meta(3, 7))
+    assert vars(costs.raw_work(mm, int, {})) == vars(Work("aten::mm", 2 * 3 * 5 * 7, 2 * (15 + 35 + 21)))
+    view = called(torch.ops.aten.view.default, meta(4, 4), [16], result=meta(16))
+    assert costs.raw_work(view, int, {}).bytes_moved == 0
+
+
+def test_what_ops_take_for_themselves() -> None:
+    maths = (-100, None, 1.0, 1.0, torch.bfloat16, False, False, False, False, True)
+    labels = meta(5000, dtype=torch.int64)
+    loss = called(torch.ops.fastft.linear_log_prob.default, meta(5000, 64), meta(128256, 64), None, labels, *maths)
+    assert costs.scratch(loss)(int) == chunk_rows(5000, 128256, 2) * 128256 * 2
+    x, packed = meta(4, 64, 32), meta(768, 1, dtype=torch.uint8)
+    rest = ([None], None, [0], [], [], [], None, torch.bfloat16)
+    for quant, wanted in (([packed], 48 * 32 * 2), ([], 0)):
+        linear = called(torch.ops.fastft.lora_linear.default, x, [packed], quant, [48, 32], [64, 256], *rest)
+        assert costs.scratch(linear)(int) == wanted
+    assert costs.scratch(called(torch.ops.aten.mm.default, meta(3, 5), meta(5, 7)))(int) == 0

@@ -183,13 +183,22 @@ class Drill:
     options: dict[str, Any] = dataclasses.field(default_factory=lambda: {"residual": "eager"})
 
 
+def no_second_plan(monkeypatch: Patch) -> None:
+    """No plan fits the batch, and none can be made."""
+    monkeypatch.setattr("fastft.memory.Planned._fitting", lambda self, sizes: self._compiled(sizes, None) or 0)
+    monkeypatch.setattr("fastft._torch_compat.Moment.__enter__", boom)
+
+
 INDUCTOR = {"residual": "inductor"}
+LEAN = {"residual": "eager", "memory": "lean"}
 DRILLS: dict[str, Drill] = {
     "sharing what is tuned": Drill(replaced("fastft.compiler.database.share")),
     "normalising": Drill(after("fastft.compiler.normalise"), norms=1),  # two are in the checkpointed layer
     "rewriting": Drill(after("fastft.compiler.rewrite"), norms=0),
     "leaving the logits out": Drill(after("fastft.compiler.drop_lazy")),
     "planning": Drill(after("fastft.compiler._plan")),
+    "planning memory": Drill(replaced("fastft.memory.Memory._planned"), options=LEAN),
+    "compiling a leaner plan": Drill(no_second_plan, options=LEAN),
     "describing the graph": Drill(replaced("fastft.describing.described")),
     "table …": Drill(no_table_rules, norms=0),
     "seed of table …": Drill(edited_tables(bad_seed)),

@@ -206,15 +206,18 @@ def test_pinned_memory_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    pool = offload.Pool(limit=100)
-    kept = pool._made(60, pin=True)
-    assert (pool.pinned, list(pinned.values())) == (60, [60])
-    pool._made(60, pin=True)
-    assert (pool.pinned, list(pinned.values())) == (60, [60])
-    pool._back(60, kept)
+    page = offload.PAGE
+    pool = offload.Pool(limit=10 * page)
+    kept = pool._made(6 * page - 1, pin=True)
+    ((address, number),) = pinned.items()
+    assert (pool.pinned, number, kept.numel()) == (6 * page - 1, 6 * page, 6 * page - 1)
+    assert address == kept.data_ptr() and address % page == 0
+    over = pool._made(6 * page, pin=True)
+    assert (pool.pinned, list(pinned.values()), over.numel()) == (6 * page - 1, [6 * page], 6 * page)
+    pool._back(6 * page - 1, kept)
     del kept
-    other = pool._made(70, pin=True)
-    assert (pool.pinned, list(pinned.values()), pool.free) == (70, [70], {})
+    other = pool._made(7 * page, pin=True)
+    assert (pool.pinned, list(pinned.values()), pool.free) == (7 * page, [7 * page], {})
     del other
     assert (pool.pinned, pinned) == (0, {})
 
@@ -318,6 +321,20 @@ def test_the_rates_of_copies_and_products_make_the_time() -> None:
     run(network, memory="lean", host_memory=0)
     gemms = 2 * at_hidden * (64 + 2 * 32) * families.LAYERS  # at least q, k and v of both layers
     assert the_plan()["seconds"] >= gemms / 750e12
+
+
+def test_the_devices_own_peak_is_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second call on: before, there was no step."""
+    made = planned_calls(monkeypatch)
+    network = model()
+    call = compiled(network, memory="auto")
+    step(network, batch(), call=call)
+    monkeypatch.setattr(made[0].memory, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    assert "measured" not in the_plan()
+    step(network, batch(), call=call)
+    assert the_plan()["measured"] == 3 * 2**30
+    assert "measured 3.00 GiB (the process's peak)" in str(fastft.report())
 
 
 def test_unset_is_as_before() -> None:
@@ -453,6 +470,7 @@ def test_out_of_memory_after_a_write_to_an_input_is_the_users(monkeypatch: pytes
     x, w = torch.zeros(4), torch.ones(4, requires_grad=True)
     call(x, w).backward()
     fails(made[0], 1)
+    monkeypatch.setattr(Planned, "_leaner", lambda self, failed, sizes: failed)
     with pytest.raises(torch.OutOfMemoryError):
         call(x, w)
     assert torch.equal(x, torch.full((4,), 2.0))
