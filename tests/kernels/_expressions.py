@@ -392,14 +392,14 @@ class Language:
     def debug_barrier(self) -> None:
         """A program is one thread here."""
 
-    def load(self, at: Pointer, mask: Any = None, other: Any = sympy.nan) -> Block:
+    def load(self, at: Pointer, mask: Any = None, other: Any = sympy.nan, eviction_policy: str = "") -> Block:
         places, allowed, others = at.places(mask, exactly(other))
         whole = at.cells.dtype != object
         others = np.where(allowed, 0, others).astype(np.int64) if whole else others
         out = np.where(allowed, at.cells[np.where(allowed, places, 0)], others) if at.cells.size else others
         return block(out.astype(np.int64) if whole else out)
 
-    def store(self, at: Pointer, value: Any, mask: Any = None) -> None:
+    def store(self, at: Pointer, value: Any, mask: Any = None, eviction_policy: str = "") -> None:
         places, allowed, values = at.places(mask, exactly(value))
         at.cells[places[allowed]] = values[allowed]
 

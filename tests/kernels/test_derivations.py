@@ -196,7 +196,7 @@ def test_softcaps_in_the_kernels_are_their_own_derivatives(monkeypatch: pytest.M
         score, tanh = (np.asarray(v).item() for v in _attention_triton._softcap(block(s), block(scale), block(cap)))
         logits = Pointer(np.array([s], dtype=object), 0)
         loaded = linear_cross_entropy._load_z(
-            logits, block(0), True, block(scale), block(cap), True, block(1 / temperature)
+            logits, block(0), True, block(scale), block(cap), True, block(1 / temperature), ""
         )
         z, slope = (np.asarray(v).item() for v in loaded)
     assert simplified(score * sympy.log(2) - textbook) == 0
