@@ -221,7 +221,7 @@ MUTANTS = (
     Mutant(
         "glu: d silu without its product",
         "kernels/glu.py",
-        "return g * s, s * (1.0 + g * tl.sigmoid(-z) * z_slope)",
+        "return g * s, s * (1.0 + g * rest * z_slope)",
         "return g * s, s * (1.0 + 0.0 * g * z_slope)",
         'tests/kernels/test_glu.py -k "matches_reference"',
         interpret=True,
@@ -229,8 +229,8 @@ MUTANTS = (
     Mutant(
         "glu: sign in the slope",
         "kernels/glu.py",
-        "return g * s, s * (1.0 + g * tl.sigmoid(-z) * z_slope)",
-        "return g * s, s * (1.0 - g * tl.sigmoid(-z) * z_slope)",
+        "return g * s, s * (1.0 + g * rest * z_slope)",
+        "return g * s, s * (1.0 - g * rest * z_slope)",
         'tests/kernels/test_glu.py -k "matches_reference"',
         interpret=True,
     ),
