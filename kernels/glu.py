@@ -95,8 +95,8 @@ def _activate(g, KIND: tl.constexpr):
     else:  # z = 2t; 2√(2/π) = 1.5957691216057308
         z = 1.5957691216057308 * g * (1.0 + 0.044715 * g * g)
         z_slope = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
-    # σ(z) and σ(−z) = 1 − σ(z), which f′ multiplies by up to 50 and which therefore must not be a difference: both of one
-    # exponential, which cannot overflow, and of one division.
+    # σ(z), and σ(−z) = 1 − σ(z), which f′ multiplies by up to 50, so that it must not be a difference: both of one
+    # exponential, which cannot overflow, and one division.
     e = tl.exp(-tl.abs(z))
     near = 1.0 / (1.0 + e)
     far = e * near

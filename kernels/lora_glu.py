@@ -148,17 +148,25 @@ def _thin(wide_ptr, row, first, rows, inner, outer_stride, inner_stride, RANK: t
 
 
 @jit
-def _adapted(
-    wide_ptr, b_ptr, h, row, col, first, rows, n, inner, outer_stride, inner_stride,
-    SCALE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """e + s h Bᵀ of a tile, in fp32, and the tile's rows of B. e begins at column ``first``."""
-    r = tl.arange(0, BLOCK_R)
+def _bases(wide_ptr, row, col, rows, n, inner, outer_stride, inner_stride):
+    """e of gate and up of a tile. What a tile reads is asked for before any of it is used: a product waits for all
+    threads, and no load passes it."""
     there = (row < rows)[:, None] & (col < n)[None, :]
-    e = tl.load(tile_at(wide_ptr, row, first + col, inner, outer_stride, inner_stride), mask=there, other=0.0)
-    of_col = (col < n)[:, None] & (r < RANK)[None, :]
-    b = tl.load(b_ptr + col[:, None] * RANK + r[None, :], mask=of_col, other=0.0)
-    return e.to(tl.float32) + SCALE * tl.dot(h, tl.trans(b), input_precision=PRECISION), b
+    at = tile_at(wide_ptr, row, col, inner, outer_stride, inner_stride)
+    return tl.load(at, mask=there, other=0.0), tl.load(at + n, mask=there, other=0.0)
+
+
+@jit
+def _thin_b(b_ptr, col, n, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """B of a tile's columns."""
+    r = tl.arange(0, BLOCK_R)
+    return tl.load(b_ptr + col[:, None] * RANK + r[None, :], mask=(col < n)[:, None] & (r < RANK)[None, :], other=0.0)
+
+
+@jit
+def _adapted(e, h, b, SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    """e + s h Bᵀ, in fp32."""
+    return e.to(tl.float32) + SCALE * tl.dot(h, tl.trans(b), input_precision=PRECISION)
 
 
 @jit
@@ -173,14 +181,10 @@ def _forward_kernel(
     col = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     h_gate = _thin(wide_ptr, row, 2 * n, rows, inner, wide_outer, wide_inner, RANK_GATE, BLOCK_R)
     h_up = _thin(wide_ptr, row, 2 * n + RANK_GATE, rows, inner, wide_outer, wide_inner, RANK_UP, BLOCK_R)
-    g, _ = _adapted(
-        wide_ptr, b_gate_ptr, h_gate, row, col, 0, rows, n, inner, wide_outer, wide_inner,
-        SCALE_GATE, RANK_GATE, BLOCK_R, PRECISION,
-    )  # fmt: skip
-    u, _ = _adapted(
-        wide_ptr, b_up_ptr, h_up, row, col, n, rows, n, inner, wide_outer, wide_inner,
-        SCALE_UP, RANK_UP, BLOCK_R, PRECISION,
-    )  # fmt: skip
+    e_gate, e_up = _bases(wide_ptr, row, col, rows, n, inner, wide_outer, wide_inner)
+    b_gate, b_up = _thin_b(b_gate_ptr, col, n, RANK_GATE, BLOCK_R), _thin_b(b_up_ptr, col, n, RANK_UP, BLOCK_R)
+    g = _adapted(e_gate, h_gate, b_gate, SCALE_GATE, PRECISION)
+    u = _adapted(e_up, h_up, b_up, SCALE_UP, PRECISION)
     f, _ = _activate(g, KIND)
     there = (row < rows)[:, None] & (col < n)[None, :]
     tl.store(tile_at(y_ptr, row, col, inner, y_outer, y_inner), (f * u).to(y_ptr.dtype.element_ty), mask=there)
@@ -203,16 +207,13 @@ def _backward_kernel(
     for start in range(split * BLOCK_N, n, SPLITS * BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
         there = (row < rows)[:, None] & (col < n)[None, :]
-        dy = tl.load(tile_at(dy_ptr, row, col, inner, dy_outer, dy_inner), mask=there, other=0.0).to(tl.float32)
-        g, b_gate = _adapted(
-            wide_ptr, b_gate_ptr, h_gate, row, col, 0, rows, n, inner, wide_outer, wide_inner,
-            SCALE_GATE, RANK_GATE, BLOCK_R, PRECISION,
-        )  # fmt: skip
-        u, b_up = _adapted(
-            wide_ptr, b_up_ptr, h_up, row, col, n, rows, n, inner, wide_outer, wide_inner,
-            SCALE_UP, RANK_UP, BLOCK_R, PRECISION,
-        )  # fmt: skip
+        dy = tl.load(tile_at(dy_ptr, row, col, inner, dy_outer, dy_inner), mask=there, other=0.0)
+        e_gate, e_up = _bases(wide_ptr, row, col, rows, n, inner, wide_outer, wide_inner)
+        b_gate, b_up = _thin_b(b_gate_ptr, col, n, RANK_GATE, BLOCK_R), _thin_b(b_up_ptr, col, n, RANK_UP, BLOCK_R)
+        g = _adapted(e_gate, h_gate, b_gate, SCALE_GATE, PRECISION)
+        u = _adapted(e_up, h_up, b_up, SCALE_UP, PRECISION)
         f, slope = _activate(g, KIND)
+        dy = dy.to(tl.float32)
         dg = (dy * u * slope).to(dwide_ptr.dtype.element_ty)
         du = (dy * f).to(dwide_ptr.dtype.element_ty)
         dg_at = tile_at(dwide_ptr, row, col, inner, dwide_outer, dwide_inner)

@@ -358,6 +358,13 @@ MUTANTS = (
         interpret=True,
     ),
     Mutant(
+        "lora_glu: more warps than rows of products",
+        "kernels/lora_glu.py",
+        '"FUSED": 1, "num_warps": 4,',
+        '"FUSED": 1, "num_warps": 8,',
+        "tests/kernels/test_hopper.py -k warps_of_lora_glu",
+    ),
+    Mutant(
         "lora_glu: warps that compute what others do",
         "kernels/lora_glu.py",
         'if config["BLOCK_M"] < WARP_ROWS * config["num_warps"]',
