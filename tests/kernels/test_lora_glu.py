@@ -381,8 +381,8 @@ MUTANTS = (
     Mutant(
         "lora_glu: what is behind h has a gradient",
         "kernels/lora_glu.py",
-        "        dwide[..., 2 * n + sum(ranks) :].zero_()\n",
-        "        dwide[..., 2 * n + sum(ranks) :].fill_(1.0)\n",
+        "@ up))\n        dwide[..., 2 * n + sum(ranks) :].zero_()\n",
+        "@ up))\n        dwide[..., 2 * n + sum(ranks) :].fill_(1.0)\n",
         "tests/kernels/test_lora_glu.py -k is_not_read",
     ),
     Mutant(

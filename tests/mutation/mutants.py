@@ -35,7 +35,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "side by side: over the edge",
         "kernels/_side_by_side.py",
         "(col < widths[i] * UNIT)[None, :]",
-        "(col < COLUMNS * UNIT)[None, :]",
+        "(col <= widths[i] * UNIT)[None, :]",
         "tests/kernels/test_side_by_side.py -k belongs",
         interpret=True,
     ),
