@@ -85,14 +85,14 @@ SUM_ROWS = 32
 #: Columns that a program of the backward takes at a time (about 190 registers a thread, two programs a processor, each
 #: with two tiles on their way), and programs that share a row's columns, each with a part of the sums over them.
 SPLIT_N, SPLITS = 64, 8
-#: From this rank on half as many columns: B's tiles and the sums are four times as large.
-LARGE_RANK = 64
+#: Above this rank, half as many columns: B's tiles and the sums are four times those of rank 16.
+MIDDLE_RANK = 32
 #: Rows of a warp's product.
 WARP_ROWS = 16
 
 
 def _split_tile(device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int, kind: str) -> Config:
-    narrow = rank >= LARGE_RANK or dtype == torch.float32
+    narrow = rank > MIDDLE_RANK or dtype == torch.float32
     columns = SPLIT_N // 2 if narrow else SPLIT_N
     return {"BLOCK_M": BLOCK_M, "BLOCK_N": columns, "SPLITS": SPLITS, "FUSED": 1, "num_warps": 4, "num_stages": 3}
 

@@ -23,8 +23,6 @@ from tests.kernels._samples import Named, New, Sample
 from tests.kernels.test_lora_stack import layers
 from tests.mutation._mutant import Mutant
 
-#: The interpreter's exp(−g) is inf far out, as a GPU's is, and then σ(g) = 0; numpy warns.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -130,6 +128,14 @@ def test_what_is_tuned():
     assert any(c["FUSED"] == 0 for c in nearest)
     for tile in ((64, 32, 4), (32, 64, 2), (128, 64, 8)):
         assert any((c["BLOCK_M"], c["BLOCK_N"], c["num_warps"]) == tile and c["FUSED"] for c in nearest)
+
+
+def test_narrower_tiles_where_registers_are_few():
+    columns = {
+        (rank, dtype): module.BACKWARD.chosen(torch.device("cpu"), dtype, 8192, 14336, rank, "silu")["BLOCK_N"]
+        for rank, dtype in ((16, BF16), (32, BF16), (33, BF16), (64, BF16), (16, F32))
+    }
+    assert list(columns.values()) == [64, 64, 32, 32, 32]
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
@@ -363,6 +369,13 @@ MUTANTS = (
         '"FUSED": 1, "num_warps": 4,',
         '"FUSED": 1, "num_warps": 8,',
         "tests/kernels/test_hopper.py -k warps_of_lora_glu",
+    ),
+    Mutant(
+        "lora_glu: wide tiles where they spill",
+        "kernels/lora_glu.py",
+        "narrow = rank > MIDDLE_RANK or",
+        "narrow = rank > 2 * MIDDLE_RANK or",
+        "tests/kernels/test_lora_glu.py -k narrower_tiles",
     ),
     Mutant(
         "lora_glu: warps that compute what others do",
