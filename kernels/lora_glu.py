@@ -14,8 +14,11 @@ matrix as wide as ``wide`` = [e_g | e_u | h_g | h_u | …], from which ``lora_st
 
     ∂wide = [dg | du | s_g dg B_g | s_u du B_u | 0]      ∂B = s dgᵀ h_g, s duᵀ h_u
 
-dg B is summed up in the same pass that writes dg. A program walks over some columns of its rows, an eighth of them, and
-leaves its part of the sums [T, r] behind, in fp32; a second, small kernel adds the parts up, always in the same order.
+dg B is summed up in the same pass that writes dg. A program walks over some columns of its rows, every eighth tile of
+them, and leaves its part of the sums [T, r] behind, in fp32; a second, small kernel adds the parts up, always in the
+same order. Programs that share rows are at neighbouring tiles at the same time: DRAM gives its rate to those who ask
+for what lies side by side, and a tile is only 128 bytes wide. (With ``FUSED`` 0, which tuning may choose, the pass
+writes dg and du and no more, and dg B are products of cuBLAS's.)
 
 Kept: wide. The op is cheap to compute again, from what the backward needs anyway; its products are not, which is why
 they are another op.
@@ -79,19 +82,41 @@ def _tile(device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int
 
 #: Rows of a program that adds the parts up.
 SUM_ROWS = 32
-#: Columns that a program of the backward takes at a time (128 registers a thread, so that four programs share a
-#: processor), and programs that share a row's columns, each with a part of the sums over them.
-SPLIT_N, SPLITS = 32, 8
+#: Columns that a program of the backward takes at a time (about 190 registers a thread, two programs a processor, each
+#: with two tiles on their way), and programs that share a row's columns, each with a part of the sums over them.
+SPLIT_N, SPLITS = 64, 8
+#: Above this rank, half as many columns: B's tiles and the sums are four times those of rank 16.
+MIDDLE_RANK = 32
+#: Rows of a warp's product.
+WARP_ROWS = 16
 
 
 def _split_tile(device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int, kind: str) -> Config:
-    return {"BLOCK_M": BLOCK_M, "BLOCK_N": SPLIT_N, "SPLITS": SPLITS, "num_warps": 4, "num_stages": 3}
+    narrow = rank > MIDDLE_RANK or dtype == torch.float32
+    columns = SPLIT_N // 2 if narrow else SPLIT_N
+    return {"BLOCK_M": BLOCK_M, "BLOCK_N": columns, "SPLITS": SPLITS, "FUSED": 1, "num_warps": 4, "num_stages": 3}
 
 
 def _legal(
     config: Config, device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int, kind: str
 ) -> str | None:
     return crowded(6 * config["BLOCK_M"] * config["BLOCK_N"], config["num_warps"])
+
+
+def _legal_backward(
+    config: Config, device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int, kind: str
+) -> str | None:
+    if config["FUSED"]:
+        # Warps of a product whose result goes into another product stand below each other.
+        if config["BLOCK_M"] < WARP_ROWS * config["num_warps"]:
+            return f"{config['BLOCK_M']} rows for {config['num_warps']} warps: some would compute what others do"
+    else:
+        # Its programs have one tile and share nothing; of the values that change nothing, the heuristic's stand.
+        usual = _split_tile(device, dtype, rows, n, rank, kind)
+        for name in ("SPLITS", "num_stages"):
+            if config[name] != usual[name]:
+                return f"{name} changes nothing where FUSED is 0"
+    return _legal(config, device, dtype, rows, n, rank, kind)
 
 
 def _waste(
@@ -101,10 +126,14 @@ def _waste(
 
 
 _VALUES = {"BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (32, 64, 128, 256), "num_warps": (2, 4, 8, 16)}
-_SIZES: dict[str, Any] = {"tokens": ("rows",), "sizes": ("n", "rank", "kind"), "legal": _legal, "waste": _waste}
-FORWARD = Space("lora_glu.forward", _VALUES, _tile, **_SIZES)
+_SIZES: dict[str, Any] = {"tokens": ("rows",), "sizes": ("n", "rank", "kind"), "waste": _waste}
+FORWARD = Space("lora_glu.forward", _VALUES, _tile, legal=_legal, **_SIZES)
 BACKWARD = Space(
-    "lora_glu.backward", {**_VALUES, "SPLITS": (1, 2, 4, 8, 16, 32), "num_stages": (1, 2, 3, 4)}, _split_tile, **_SIZES
+    "lora_glu.backward",
+    {**_VALUES, "num_warps": (2, 4, 8), "SPLITS": (1, 2, 4, 8, 16, 32), "FUSED": (0, 1), "num_stages": (1, 2, 3, 4)},
+    _split_tile,
+    legal=_legal_backward,
+    **_SIZES,
 )
 
 # ---------------------------------------------------------------- kernels
@@ -119,17 +148,25 @@ def _thin(wide_ptr, row, first, rows, inner, outer_stride, inner_stride, RANK: t
 
 
 @jit
-def _adapted(
-    wide_ptr, b_ptr, h, row, col, first, rows, n, inner, outer_stride, inner_stride,
-    SCALE: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """e + s h Bᵀ of a tile, in fp32, and the tile's rows of B. e begins at column ``first``."""
-    r = tl.arange(0, BLOCK_R)
+def _bases(wide_ptr, row, col, rows, n, inner, outer_stride, inner_stride):
+    """e of gate and up of a tile. What a tile reads is asked for before any of it is used: a product waits for all
+    threads, and no load passes it."""
     there = (row < rows)[:, None] & (col < n)[None, :]
-    e = tl.load(tile_at(wide_ptr, row, first + col, inner, outer_stride, inner_stride), mask=there, other=0.0)
-    of_col = (col < n)[:, None] & (r < RANK)[None, :]
-    b = tl.load(b_ptr + col[:, None] * RANK + r[None, :], mask=of_col, other=0.0).to(h.dtype)
-    return e.to(tl.float32) + SCALE * tl.dot(h, tl.trans(b), input_precision=PRECISION), b
+    at = tile_at(wide_ptr, row, col, inner, outer_stride, inner_stride)
+    return tl.load(at, mask=there, other=0.0), tl.load(at + n, mask=there, other=0.0)
+
+
+@jit
+def _thin_b(b_ptr, col, n, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """B of a tile's columns."""
+    r = tl.arange(0, BLOCK_R)
+    return tl.load(b_ptr + col[:, None] * RANK + r[None, :], mask=(col < n)[:, None] & (r < RANK)[None, :], other=0.0)
+
+
+@jit
+def _adapted(e, h, b, SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    """e + s h Bᵀ, in fp32."""
+    return e.to(tl.float32) + SCALE * tl.dot(h, tl.trans(b), input_precision=PRECISION)
 
 
 @jit
@@ -144,14 +181,10 @@ def _forward_kernel(
     col = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     h_gate = _thin(wide_ptr, row, 2 * n, rows, inner, wide_outer, wide_inner, RANK_GATE, BLOCK_R)
     h_up = _thin(wide_ptr, row, 2 * n + RANK_GATE, rows, inner, wide_outer, wide_inner, RANK_UP, BLOCK_R)
-    g, _ = _adapted(
-        wide_ptr, b_gate_ptr, h_gate, row, col, 0, rows, n, inner, wide_outer, wide_inner,
-        SCALE_GATE, RANK_GATE, BLOCK_R, PRECISION,
-    )  # fmt: skip
-    u, _ = _adapted(
-        wide_ptr, b_up_ptr, h_up, row, col, n, rows, n, inner, wide_outer, wide_inner,
-        SCALE_UP, RANK_UP, BLOCK_R, PRECISION,
-    )  # fmt: skip
+    e_gate, e_up = _bases(wide_ptr, row, col, rows, n, inner, wide_outer, wide_inner)
+    b_gate, b_up = _thin_b(b_gate_ptr, col, n, RANK_GATE, BLOCK_R), _thin_b(b_up_ptr, col, n, RANK_UP, BLOCK_R)
+    g = _adapted(e_gate, h_gate, b_gate, SCALE_GATE, PRECISION)
+    u = _adapted(e_up, h_up, b_up, SCALE_UP, PRECISION)
     f, _ = _activate(g, KIND)
     there = (row < rows)[:, None] & (col < n)[None, :]
     tl.store(tile_at(y_ptr, row, col, inner, y_outer, y_inner), (f * u).to(y_ptr.dtype.element_ty), mask=there)
@@ -160,7 +193,7 @@ def _forward_kernel(
 @jit
 def _backward_kernel(
     dy_ptr, wide_ptr, b_gate_ptr, b_up_ptr, dwide_ptr, parts_ptr,
-    rows, n, span, inner, dy_outer, dy_inner, wide_outer, wide_inner, dwide_outer, dwide_inner,
+    rows, n, inner, dy_outer, dy_inner, wide_outer, wide_inner, dwide_outer, dwide_inner,
     SCALE_GATE: tl.constexpr, SCALE_UP: tl.constexpr, RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr,
     BLOCK_R: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, WANT_H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
@@ -171,19 +204,16 @@ def _backward_kernel(
     h_up = _thin(wide_ptr, row, 2 * n + RANK_GATE, rows, inner, wide_outer, wide_inner, RANK_UP, BLOCK_R)
     dh_gate = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     dh_up = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(split * span, tl.minimum((split + 1) * span, n), BLOCK_N):
+    for start in range(split * BLOCK_N, n, SPLITS * BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
         there = (row < rows)[:, None] & (col < n)[None, :]
-        dy = tl.load(tile_at(dy_ptr, row, col, inner, dy_outer, dy_inner), mask=there, other=0.0).to(tl.float32)
-        g, b_gate = _adapted(
-            wide_ptr, b_gate_ptr, h_gate, row, col, 0, rows, n, inner, wide_outer, wide_inner,
-            SCALE_GATE, RANK_GATE, BLOCK_R, PRECISION,
-        )  # fmt: skip
-        u, b_up = _adapted(
-            wide_ptr, b_up_ptr, h_up, row, col, n, rows, n, inner, wide_outer, wide_inner,
-            SCALE_UP, RANK_UP, BLOCK_R, PRECISION,
-        )  # fmt: skip
+        dy = tl.load(tile_at(dy_ptr, row, col, inner, dy_outer, dy_inner), mask=there, other=0.0)
+        e_gate, e_up = _bases(wide_ptr, row, col, rows, n, inner, wide_outer, wide_inner)
+        b_gate, b_up = _thin_b(b_gate_ptr, col, n, RANK_GATE, BLOCK_R), _thin_b(b_up_ptr, col, n, RANK_UP, BLOCK_R)
+        g = _adapted(e_gate, h_gate, b_gate, SCALE_GATE, PRECISION)
+        u = _adapted(e_up, h_up, b_up, SCALE_UP, PRECISION)
         f, slope = _activate(g, KIND)
+        dy = dy.to(tl.float32)
         dg = (dy * u * slope).to(dwide_ptr.dtype.element_ty)
         du = (dy * f).to(dwide_ptr.dtype.element_ty)
         dg_at = tile_at(dwide_ptr, row, col, inner, dwide_outer, dwide_inner)
@@ -229,6 +259,16 @@ def _constants(x: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str)
     }  # fmt: skip
 
 
+def _rounded(b: Tensors, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Both B, contiguous, in ``dtype``, in one launch: what a kernel converts stands in registers, tile after tile,
+    between being loaded and being multiplied."""
+    if all(up.dtype == dtype for up in b):
+        return [up.contiguous() for up in b]
+    out = [up.new_empty(up.shape, dtype=dtype) for up in b]
+    torch._foreach_copy_(out, list(b))
+    return out
+
+
 def _forward(wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str) -> torch.Tensor:
     y = _forward_fake(wide, b, scaling, kind)
     if y.numel() == 0:
@@ -241,7 +281,7 @@ def _forward(wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str
     n, rank = y.shape[-1], max(up.shape[1] for up in b)
     tile = FORWARD(wide.device, wide.dtype, walk.count, n, rank, kind)
     blocks = triton.cdiv(n, tile["BLOCK_N"])
-    b_gate, b_up = (up.contiguous() for up in b)
+    b_gate, b_up = _rounded(b, wide.dtype)
     _forward_kernel[(triton.cdiv(walk.count, tile["BLOCK_M"]) * blocks,)](
         wide, b_gate, b_up, y,
         walk.count, n, blocks, walk.inner, *itertools.chain.from_iterable(walk.strides),
@@ -273,21 +313,29 @@ def _backward_into(
         return
     n, ranks = b[0].shape[0], [up.shape[1] for up in b]
     tile = BACKWARD(wide.device, wide.dtype, walk.count, n, max(ranks), kind)
-    span = triton.cdiv(triton.cdiv(n, tile["BLOCK_N"]), tile["SPLITS"]) * tile["BLOCK_N"]
-    parts = wide.new_empty((tile["SPLITS"], walk.count, sum(ranks)) if want_h else 0, dtype=torch.float32)
-    b_gate, b_up = (up.contiguous() for up in b)
+    fused, blocks = tile.pop("FUSED"), triton.cdiv(n, tile["BLOCK_N"])
+    summed = bool(want_h and fused)
+    if not fused:
+        tile["SPLITS"], tile["num_stages"] = blocks, 1
+    parts = wide.new_empty((tile["SPLITS"], walk.count, sum(ranks)) if summed else 0, dtype=torch.float32)
+    b_gate, b_up = _rounded(b, wide.dtype)
     of_dwide, of_dy, of_wide = walk.strides
     _backward_kernel[(triton.cdiv(walk.count, tile["BLOCK_M"]) * tile["SPLITS"],)](
-        dy, wide, b_gate, b_up, dwide, parts, walk.count, n, span, walk.inner, *of_dy, *of_wide, *of_dwide,
-        **_constants(wide, b, scaling, kind), WANT_H=want_h, **tile,
+        dy, wide, b_gate, b_up, dwide, parts, walk.count, n, walk.inner, *of_dy, *of_wide, *of_dwide,
+        **_constants(wide, b, scaling, kind), WANT_H=summed, **tile,
     )  # fmt: skip
-    if want_h:
+    if summed:
         behind = wide.shape[-1] - 2 * n
         _sum_kernel[(triton.cdiv(walk.count, SUM_ROWS),)](
             parts, dwide, walk.count, 2 * n, behind, walk.inner, *of_dwide,
             RANK=sum(ranks), BLOCK_C=triton.next_power_of_2(behind), BLOCK_M=SUM_ROWS, SPLITS=tile["SPLITS"],
             num_warps=4,
         )  # fmt: skip
+    elif want_h:
+        *grads, dh_gate, dh_up = _pieces(lora._rows(dwide), n, ranks)
+        for at, grad, up, scale in zip((dh_gate, dh_up), grads, (b_gate, b_up), scaling, strict=True):
+            at.addmm_(grad, up, beta=0, alpha=scale)
+        dwide[..., 2 * n + sum(ranks) :].zero_()
 
 
 def _backward_torch(

@@ -58,6 +58,7 @@ import torch.nn.functional as F
 from fastft.kernels import nf4
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register
+from fastft.kernels._side_by_side import side_by_side
 
 Tensors = Sequence[torch.Tensor]
 Optionals = Sequence["torch.Tensor | None"]
@@ -536,9 +537,8 @@ def _backward(
     if together and quant and need_x and one_dtype and _side_by_side(shape[::2], k, bool(shared)):
         full = _starts(shape[::2])
         wide = gs[0].new_empty((gs[0].shape[0], full[-1] + _whole(at[-1])))
-        copies = [wide[:, start:end].copy_(g) for (start, end), g in zip(itertools.pairwise(full), gs, strict=True)]
+        gs = side_by_side(wide, gs)
         wide[:, full[-1] + at[-1] :].zero_()
-        gs = copies
     if shared:
         scales = [scaling[j] for j in shared]
         if wide is None:

@@ -84,7 +84,30 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b) or getattr(a - b, "is_zero", False) is True
 
 
-EXP, LOG, TANH, ERF, ABS = (unary(f) for f in (sympy.exp, sympy.log, sympy.tanh, sympy.erf, sympy.Abs))
+#: |z| of a z whose sign nobody knows, as it stands: sympy would take it apart.
+_MAGNITUDE = sympy.Function("magnitude")
+
+
+def _abs(z: Any) -> Any:
+    known = sympy.sympify(z).is_number or z.is_nonnegative
+    return sympy.Abs(z) if known else _MAGNITUDE(z)
+
+
+def _by_sign(at_least: Any, a: Any, b: Any) -> Any:
+    """a where z ≥ 0, else b. Where nobody knows z's sign, with |z| as z in a and as −z in b, they must be one
+    expression, and that is the result.
+    """
+    if at_least in (True, False):
+        return a if at_least else b
+    assert isinstance(at_least, sympy.Ge) and at_least.rhs == 0, f"a choice by {at_least}"
+    z, t = at_least.lhs, sympy.Dummy("t", real=True)
+    a, b = (e.xreplace({_MAGNITUDE(z): size}) for e, size in ((a, t), (b, -t)))
+    assert sympy.simplify(a - b) == 0, f"{a} where {at_least}, else {b}"
+    return a.xreplace({t: z})
+
+
+EXP, LOG, TANH, ERF, ABS = (unary(f) for f in (sympy.exp, sympy.log, sympy.tanh, sympy.erf, _abs))
+AT_LEAST, BY_SIGN = np.frompyfunc(sympy.Ge, 2, 1), np.frompyfunc(_by_sign, 3, 1)
 SQRT, SIGMOID = unary(sympy.sqrt), unary(lambda z: 1 / (1 + sympy.exp(-z)))
 MAX, MIN = np.frompyfunc(sympy.Max, 2, 1), np.frompyfunc(sympy.Min, 2, 1)
 EQUAL = np.frompyfunc(_same, 2, 1)
@@ -330,6 +353,8 @@ class Block(np.ndarray):
         if ufunc in (np.equal, np.not_equal) and any(x.dtype == object for x in plain):
             same = np.asarray(EQUAL(*plain)).astype(bool)
             return block(same if ufunc is np.equal else ~same)
+        if ufunc is np.greater_equal and any(x.dtype == object for x in plain):
+            return block(AT_LEAST(*plain))
         return block(getattr(ufunc, method)(*plain, **kwargs))
 
     def to(self, dtype: Any) -> Block:
@@ -404,7 +429,8 @@ class Language:
         at.cells[places[allowed]] = values[allowed]
 
     def where(self, condition: Any, a: Any, b: Any) -> Block:
-        return block(np.where(np.asarray(condition), exactly(a), exactly(b)))
+        condition, a, b = np.asarray(condition), exactly(a), exactly(b)
+        return block(BY_SIGN(condition, a, b) if condition.dtype == object else np.where(condition, a, b))
 
     def _either(self, function: Any, whole: Any, a: Any, b: Any) -> Block:
         a, b = exactly(a).view(np.ndarray), exactly(b).view(np.ndarray)

@@ -17,8 +17,6 @@ from tests.kernels._fuzz import SIZES, WIDTHS, Draw, flags
 from tests.kernels._samples import Named, New, Sample
 from tests.mutation._mutant import Mutant
 
-#: The interpreter's exp(−g) is inf far out, as a GPU's is, and then σ(g) = 0; numpy warns.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -221,7 +219,7 @@ MUTANTS = (
     Mutant(
         "glu: d silu without its product",
         "kernels/glu.py",
-        "return g * s, s * (1.0 + g * tl.sigmoid(-z) * z_slope)",
+        "return g * s, s * (1.0 + g * rest * z_slope)",
         "return g * s, s * (1.0 + 0.0 * g * z_slope)",
         'tests/kernels/test_glu.py -k "matches_reference"',
         interpret=True,
@@ -229,8 +227,8 @@ MUTANTS = (
     Mutant(
         "glu: sign in the slope",
         "kernels/glu.py",
-        "return g * s, s * (1.0 + g * tl.sigmoid(-z) * z_slope)",
-        "return g * s, s * (1.0 - g * tl.sigmoid(-z) * z_slope)",
+        "return g * s, s * (1.0 + g * rest * z_slope)",
+        "return g * s, s * (1.0 - g * rest * z_slope)",
         'tests/kernels/test_glu.py -k "matches_reference"',
         interpret=True,
     ),

@@ -100,6 +100,38 @@ def test_compiles_for_an_h100(module, run, argument):
         assert "ld.global.v4.b32" in kernel.asm["ptx"] and "st.global.v4.b32" in kernel.asm["ptx"]
 
 
+@pytest.mark.parametrize("rank", [16, 64])
+def test_the_warps_of_lora_glu_share_the_work(rank):
+    """Two products in a row make warps stand below each other; where the tile has fewer rows than they, some compute
+    what others do.
+    """
+    from tests.kernels._hopper import compiling
+
+    with compiling(lora_glu) as kernels:
+        run_lora_glu(rank)
+    each = [k for k in kernels if k.metadata.name != "_sum_kernel"]
+    for space, kernel in zip((lora_glu.FORWARD, lora_glu.BACKWARD), each, strict=True):
+        tile = space.chosen(torch.device("cpu"), BF16, 4, 14336, rank, "silu")
+        elements = tile["BLOCK_M"] * tile["BLOCK_N"] // (32 * tile["num_warps"])
+        assert kernel.asm["ptx"].count("ex2.approx") == elements, "one exponential for each"
+        assert "st.local" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("run", ["forward", "backward"])
+def test_lora_glu_asks_for_a_tile_before_it_computes(run):
+    """Products wait for all threads, and loads do not pass that."""
+    from tests.kernels._hopper import compiling
+
+    with compiling(lora_glu) as kernels, lora_glu.BACKWARD.using({"FUSED": 0, "BLOCK_N": 128, "num_warps": 8}):
+        run_lora_glu(16)
+    kernel = kernels[run == "backward"]
+    order = re.findall(r"ld\.global\.v[24]|bar\.sync", kernel.asm["ptx"])
+    loads = [at for at, what in enumerate(order) if what != "bar.sync"]
+    # e of gate and up, of the backward dy too; B, h.
+    assert len(loads) >= (12 if run == "forward" else 16)
+    assert sum(at > order.index("bar.sync") for at in loads) <= 2, "loads that stand behind a barrier"
+
+
 def run_attention(n):
     q, k, v = (random(1, 40, 2, n).transpose(1, 2).requires_grad_() for _ in range(3))
     attention.attention(q, k, v, causal=True).sum().backward()

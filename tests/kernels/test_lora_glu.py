@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from fastft.autotune.search import MOST, nearest_first
 from fastft.kernels import lora_glu as module
+from fastft.kernels._op import use_triton
 from fastft.kernels.glu import KINDS, glu
 from fastft.kernels.lora_glu import OP, lora_glu
 from fastft.kernels.lora_linear import lora_linears
@@ -21,8 +23,6 @@ from tests.kernels._samples import Named, New, Sample
 from tests.kernels.test_lora_stack import layers
 from tests.mutation._mutant import Mutant
 
-#: The interpreter's exp(−g) is inf far out, as a GPU's is, and then σ(g) = 0; numpy warns.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -89,6 +89,53 @@ def test_several_programs_share_a_row(splits, monkeypatch, device):
     monkeypatch.setattr(module, "SPLIT_N", 16)
     monkeypatch.setattr(module, "BLOCK_M", 16)
     check_op(flat(), tensors((41,), 149, (4, 3), spare=1, device=device), length=149)
+
+
+@pytest.mark.parametrize("dtype, adapter", [(F32, F32), (BF16, F32), (BF16, BF16)], ids=str)
+def test_products_after_the_pass(dtype, adapter, device):
+    """What tuning may choose in place of sums in the pass; one program for each tile."""
+    launched = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                launched.update(grid=grid, **options)
+                return kernel[grid](*args, **options)
+
+            return launch
+
+    kernel = module._backward_kernel
+    with module.BACKWARD.using({"FUSED": 0, "BLOCK_N": 32}), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_backward_kernel", Kernel())
+        wide, *b = tensors((2, 41), 149, (4, 3), dtype, adapter, spare=1, device=device)
+        check_op(flat(), [wide, *b], length=149)
+        (dwide,) = torch.autograd.grad(flat().call(wide, *b).sum(), wide)
+    assert not dwide[..., -1].any()
+    if use_triton(wide):
+        assert launched["grid"] == (2 * 5,) and launched["SPLITS"] == 5 and not launched["WANT_H"]
+
+
+def test_what_is_tuned():
+    """The choices that the notes speak of are in reach of a search, and none is there twice."""
+    key = (torch.device("cpu"), BF16, 8192, 14336, 16, "silu")
+    found, _ = module.BACKWARD.candidates(*key)
+    tiles = {fused: {(c["BLOCK_M"], c["BLOCK_N"], c["num_warps"]) for c in found if c["FUSED"] == fused}
+             for fused in (0, 1)}  # fmt: skip
+    assert {(64, 32, 4), (64, 64, 4), (32, 64, 2), (128, 64, 8)} <= tiles[1] and (64, 64, 8) not in tiles[1]
+    assert {(64, 64, 4), (64, 128, 8)} <= tiles[0]
+    assert sum(c["FUSED"] == 0 for c in found) == len(tiles[0])
+    nearest = nearest_first(module.BACKWARD, key, found)[:MOST]
+    assert any(c["FUSED"] == 0 for c in nearest)
+    for tile in ((64, 32, 4), (32, 64, 2), (128, 64, 8)):
+        assert any((c["BLOCK_M"], c["BLOCK_N"], c["num_warps"]) == tile and c["FUSED"] for c in nearest)
+
+
+def test_narrower_tiles_where_registers_are_few():
+    columns = {
+        (rank, dtype): module.BACKWARD.chosen(torch.device("cpu"), dtype, 8192, 14336, rank, "silu")["BLOCK_N"]
+        for rank, dtype in ((16, BF16), (32, BF16), (33, BF16), (64, BF16), (16, F32))
+    }
+    assert list(columns.values()) == [64, 64, 32, 32, 32]
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
@@ -287,10 +334,55 @@ MUTANTS = (
     Mutant(
         "lora_glu: the last columns belong to nobody",
         "kernels/lora_glu.py",
-        'span = triton.cdiv(triton.cdiv(n, tile["BLOCK_N"]), tile["SPLITS"])',
-        'span = max(1, triton.cdiv(n, tile["BLOCK_N"]) // tile["SPLITS"])',
+        "range(split * BLOCK_N, n, SPLITS * BLOCK_N)",
+        "range(split * BLOCK_N, n - BLOCK_N, SPLITS * BLOCK_N)",
         "tests/kernels/test_lora_glu.py -k several_programs",
         interpret=True,
+    ),
+    Mutant(
+        "lora_glu: products after the pass without their scale",
+        "kernels/lora_glu.py",
+        "at.addmm_(grad, up, beta=0, alpha=scale)",
+        "at.addmm_(grad, up, beta=0)",
+        "tests/kernels/test_lora_glu.py -k products_after",
+        interpret=True,
+    ),
+    Mutant(
+        "lora_glu: products after the pass, columns that nobody wrote",
+        "kernels/lora_glu.py",
+        "            at.addmm_(grad, up, beta=0, alpha=scale)\n        dwide[..., 2 * n + sum(ranks) :].zero_()\n",
+        "            at.addmm_(grad, up, beta=0, alpha=scale)\n        dwide[..., 2 * n + sum(ranks) :].fill_(1.0)\n",
+        "tests/kernels/test_lora_glu.py -k products_after",
+        interpret=True,
+    ),
+    Mutant(
+        "lora_glu: products after the pass, one tile of several",
+        "kernels/lora_glu.py",
+        'tile["SPLITS"], tile["num_stages"] = blocks, 1',
+        'tile["num_stages"] = 1',
+        "tests/kernels/test_lora_glu.py -k products_after",
+        interpret=True,
+    ),
+    Mutant(
+        "lora_glu: more warps than rows of products",
+        "kernels/lora_glu.py",
+        '"FUSED": 1, "num_warps": 4,',
+        '"FUSED": 1, "num_warps": 8,',
+        "tests/kernels/test_hopper.py -k warps_of_lora_glu",
+    ),
+    Mutant(
+        "lora_glu: wide tiles where they spill",
+        "kernels/lora_glu.py",
+        "narrow = rank > MIDDLE_RANK or",
+        "narrow = rank > 2 * MIDDLE_RANK or",
+        "tests/kernels/test_lora_glu.py -k narrower_tiles",
+    ),
+    Mutant(
+        "lora_glu: warps that compute what others do",
+        "kernels/lora_glu.py",
+        'if config["BLOCK_M"] < WARP_ROWS * config["num_warps"]',
+        'if config["BLOCK_M"] < config["num_warps"]',
+        "tests/kernels/test_lora_glu.py -k what_is_tuned",
     ),
     Mutant(
         "lora_glu: dB without its scale",
@@ -302,8 +394,8 @@ MUTANTS = (
     Mutant(
         "lora_glu: what is behind h has a gradient",
         "kernels/lora_glu.py",
-        "        dwide[..., 2 * n + sum(ranks) :].zero_()\n",
-        "        dwide[..., 2 * n + sum(ranks) :].fill_(1.0)\n",
+        "@ up))\n        dwide[..., 2 * n + sum(ranks) :].zero_()\n",
+        "@ up))\n        dwide[..., 2 * n + sum(ranks) :].fill_(1.0)\n",
         "tests/kernels/test_lora_glu.py -k is_not_read",
     ),
     Mutant(
