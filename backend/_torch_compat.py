@@ -19,6 +19,7 @@ from torch._guards import CompileContext
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
@@ -160,9 +161,12 @@ def partition(
     """AOTAutograd's minimum cut, by the tags in the graph's metadata. ``gm`` is used up."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    return min_cut_rematerialization_partition(
-        gm, None, compiler="inductor", num_fwd_outputs=forward_outputs, static_lifetime_input_indices=static
-    )
+    with _use_lazy_graph_module(
+        True
+    ):  # most of these graphs are never run: a third of the time would go into their code
+        return min_cut_rematerialization_partition(
+            gm, None, compiler="inductor", num_fwd_outputs=forward_outputs, static_lifetime_input_indices=static
+        )
 
 
 @contextlib.contextmanager
@@ -301,7 +305,7 @@ def copy_joint(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     copied: Any = graph.graph_copy(gm.graph, {}, return_output_node=True)
     result, output = copied
     graph.output(result).meta = copy.copy(output.meta)
-    return torch.fx.GraphModule(gm, graph)
+    return _LazyGraphModule(gm, graph)
 
 
 def size_expression(size: int | torch.SymInt) -> sympy.Expr:

@@ -131,15 +131,16 @@ def work_of(kernel: Op | None, target: Any, args: Any, kwargs: Any, trained: boo
         return Work(name, problem=str(error) if isinstance(error, Unknown) else said(error))
 
 
-def _key(x: Any) -> Any:
+def _key(x: Any, size: Callable[[Any], int] | None = None) -> Any:
+    size = size or _size
     if isinstance(x, torch.Tensor):
-        return tuple(map(_size, x.shape)), x.dtype
+        return tuple(map(size, x.shape)), x.dtype
     if isinstance(x, torch.SymInt):
-        return _size(x)
+        return size(x)
     if isinstance(x, (list, tuple)):
-        return tuple(map(_key, x))
+        return tuple(_key(one, size) for one in x)
     if isinstance(x, Mapping):
-        return tuple((k, _key(v)) for k, v in x.items())
+        return tuple((k, _key(v, size)) for k, v in x.items())
     # What is no plain value is in the graph, and lives as long as it.
     return x if x is None or isinstance(x, (bool, int, float, str, torch.dtype)) else id(x)
 
@@ -223,9 +224,9 @@ def raw_work(node: fx.Node, size: Callable[[Any], int], memo: Memo) -> Work:
     if schema is None or target.is_view:  # an item of a tuple, other eyes on the same memory
         return Work(str(target))
     given = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    args, kwargs, result = _sizes((*given, node.meta.get("val")), size)
-    key = (schema.name, _key((args, kwargs)))
+    key = (schema.name, _key(given, size))
     if key not in memo:
+        args, kwargs, result = _sizes((*given, node.meta.get("val")), size)
         if schema.name in RAW:
             cost = RAW[schema.name](result, **_named(target, args, kwargs))
             memo[key] = Work(schema.name, _number(cost.flops), _number(cost.bytes_moved))

@@ -20,9 +20,10 @@ Not in it: the allocator's fragmentation, and that Inductor never makes some ten
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,7 +36,7 @@ from fastft import costs, offload, planner
 from fastft.fallback import Attempt
 from fastft.judging import random_state, set_random_state
 from fastft.options import MEMORY, Options, bytes_of
-from fastft.partitioner import Sizes, Walk, regions_of, tag
+from fastft.partitioner import Sizes, Walk, kinds_of, regions_of, tag
 from fastft.planner import ALL, ATTENTION, CHEAP, GIB, KEEP, MLP, OFFLOADED, Choice, Problem
 from fastft.reporting import Report
 
@@ -54,6 +55,9 @@ ADAM_BYTES = 8
 HOST_SHARE, HOST_BYTES_PER_SECOND = 0.25, 50e9
 #: How often a choice that needs more than the formula says is made again, by so much less.
 ROUNDS = 3
+
+#: Levels that are measured; the others follow from them.
+MEASURED = (KEEP, CHEAP, MLP, ATTENTION, ALL)
 
 Halves = tuple[fx.GraphModule, fx.GraphModule]
 
@@ -145,7 +149,10 @@ class Memory:
     def partition(self, joint: fx.GraphModule, outputs: int, static: list[int] | None) -> Halves:
         """Cut a joint graph by the best plan for ``sizes``, or, where planning fails, as the user's checkpoints say."""
         cut = _Cut(joint, outputs, static)
-        with Attempt("planning memory", "layers are recomputed in full", self.done.errors, self.options.strict):
+        with (
+            _no_collection(),
+            Attempt("planning memory", "layers are recomputed in full", self.done.errors, self.options.strict),
+        ):
             halves, plan = self._planned(cut)
             self.plans.append(plan)
             offload.POOL.limit = max(offload.POOL.limit, self.host)
@@ -178,28 +185,48 @@ class Memory:
         return Plan(levels, walk, there + states, self.budget, sum(walk.seconds(self.sizes, self.rates)))
 
     def _problem(self, cut: _Cut) -> Problem:
-        """Every region's choices, from the graph cut with all regions at each level."""
-        each: list[dict[str, Choice]] = [{} for _ in range(cut.count)]
+        """Every region's choices, from the graph cut with the regions at the levels that :func:`layouts` gives."""
+        kinds = kinds_of(cut.joint, cut.outputs, cut.regions)
         before = after = 0
-        for level in (KEEP, CHEAP, MLP, ATTENTION, ALL):
-            plan = self._plan(cut, [level] * cut.count)
-            *kept, others = plan.walk.kept(self.sizes)
-            *held, rest = plan.walk.held(self.sizes)
-            seconds = plan.walk.seconds(self.sizes, self.rates)
-            before, after = max(before, plan.before + others), max(after, rest)
-            for r in range(cut.count):
-                each[r][level] = Choice(kept[r], held[r], seconds[r])
-            away = next((name for name, of in OFFLOADED.items() if of == level), None)
-            if away is None or not self.host:
-                continue
-            computing = plan.walk.forward_seconds(self.sizes, self.rates)
-            for r, number in enumerate(plan.walk.movable_bytes(self.sizes)):
-                # A copy has the time of one layer, forward and, at about twice the work, backward; meanwhile there are
-                # two layers' tensors on the device.
-                copying = number / HOST_BYTES_PER_SECOND
-                late = max(0.0, copying - computing[r]) + max(0.0, copying - 2 * computing[r] - seconds[r])
-                each[r][away] = Choice(kept[r] - number, held[r] + number, seconds[r] + late, number)
-        return Problem(tuple(each), before, after)
+        gradients = [0] * cut.count
+        each: dict[tuple[int, str], _Region] = {}  # by region, where all were cut at one level
+        alike: dict[tuple[int, str], _Region] = {}  # by kind
+        for levels in layouts(kinds):
+            plan = self._plan(cut, levels)
+            forward, backward, made = plan.walk.held(self.sizes)
+            before = max(before, plan.before + plan.walk.kept(self.sizes)[-1])
+            after = max(after, forward[-1], backward[-1])
+            gradients = [max(pair) for pair in zip(gradients, made, strict=False)]
+            for r, region in enumerate(self._regions(plan)):
+                if len(set(levels)) == 1:
+                    each[r, levels[r]] = region
+                elif _inner(levels, r):
+                    key = kinds[r], levels[r]
+                    alike[key] = alike.get(key, region).or_more(region)
+        choices: list[dict[str, Choice]] = []
+        for r in range(cut.count):
+            choices.append({})
+            for level in MEASURED:
+                region = each[r, level] if (r, level) in each else alike[kinds[r], level]
+                choices[r] |= region.choices(level, gradients[r], bool(self.host))
+        return Problem(tuple(choices), before, after)
+
+    def _regions(self, plan: Plan) -> list[_Region]:
+        """What each region needs in a plan."""
+        walk, sizes = plan.walk, self.sizes
+        forward, backward, _ = walk.held(sizes)
+        return [
+            _Region(*numbers)
+            for numbers in zip(
+                walk.kept(sizes)[:-1],
+                forward[:-1],
+                backward[:-1],
+                walk.seconds(sizes, self.rates),
+                walk.movable_bytes(sizes),
+                walk.forward_seconds(sizes, self.rates),
+                strict=True,
+            )
+        ]
 
     def _report(self, plan: Plan) -> None:
         row = plan.to_dict(self.sizes)
@@ -213,6 +240,37 @@ class Memory:
             f"of {self.rates.name}" + (f"; {row['host'] / GIB:.2f} GiB on the host" if row["host"] else "")
         )
         self.done.merge_plan({"memory": text})
+
+
+@dataclass(frozen=True)
+class _Region:
+    """What a region needs at a level: bytes kept, and held in the forward and in the backward (without the gradients
+    that are there before), seconds of recomputation, bytes that can be offloaded, seconds of its forward.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    seconds: float
+    movable: int
+    computing: float
+
+    def or_more(self, other: _Region) -> _Region:
+        """The larger of each number."""
+        return _Region(*map(max, zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def choices(self, level: str, gradients: int, offload: bool) -> dict[str, Choice]:
+        """The level, and with ``offload`` the one that offloads what is kept there, if there is one."""
+        held = max(self.forward, self.backward + gradients)
+        found = {level: Choice(self.kept, held, self.seconds)}
+        away = next((name for name, of in OFFLOADED.items() if of == level), None)
+        if away is not None and offload:
+            # A copy has the time of one layer, forward and, at about twice the work, backward; meanwhile there are two
+            # layers' tensors on the device.
+            number, copying = self.movable, self.movable / HOST_BYTES_PER_SECOND
+            late = max(0.0, copying - self.computing) + max(0.0, copying - 2 * self.computing - self.seconds)
+            found[away] = Choice(self.kept - number, held + number, self.seconds + late, number)
+        return found
 
 
 class _Cut:
@@ -237,6 +295,41 @@ class _Cut:
                 walk = Walk(*halves, self.outputs, self.regions)
             self.found[key] = halves, walk
         return self.found[key]
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """In here no garbage is collected: with a deep graph's many objects that takes a third of the time of a plan."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def layouts(kinds: Sequence[int]) -> list[list[str]]:
+    """Levels for the regions in each of the fewest cuts that measure every level of every kind of region.
+
+    ``kinds``: which regions are alike. In a cut, regions that follow each other share a level; what one needs is read
+    where its neighbours have its level too, and where it is neither the first nor the last. Where there are too few
+    regions for that, all have the same level in each of five cuts, and each region's own numbers are read.
+    """
+    for cuts in range(1, len(MEASURED)):
+        found = []
+        for i in range(cuts):
+            levels = MEASURED[i::cuts]
+            found.append([levels[r * len(levels) // len(kinds)] for r in range(len(kinds))])
+        read = {(kinds[r], levels[r]) for levels in found for r in range(len(kinds)) if _inner(levels, r)}
+        if len(read) == len(set(kinds)) * len(MEASURED):
+            return found
+    return [[level] * len(kinds) for level in MEASURED]
+
+
+def _inner(levels: Sequence[str], region: int) -> bool:
+    """Whether a region has two neighbours, and both have its level."""
+    return 0 < region < len(levels) - 1 and levels[region - 1] == levels[region] == levels[region + 1]
 
 
 def _device(gm: fx.GraphModule) -> torch.device | None:

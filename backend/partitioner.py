@@ -61,6 +61,34 @@ def regions_of(joint: fx.GraphModule, outputs: int) -> Regions:
     }
 
 
+def kinds_of(joint: fx.GraphModule, outputs: int, regions: Regions) -> list[int]:
+    """A number for each region, the same for those that are alike: they compute the same of tensors of the same sizes,
+    and the backward reads the same of it. What it reads may be another thing in the first and in the last: that it need
+    not know the gradient of the first one's input makes no kind.
+    """
+    forward = forward_of(joint, outputs)
+    computed: list[list[Any]] = [[] for _ in range(max(regions.values(), default=-1) + 1)]
+    read: list[list[int]] = [[] for _ in computed]
+    for node in joint.graph.nodes:
+        region = regions.get(node.name)
+        if region is None:
+            continue
+        read[region].append(sum(u not in forward for u in node.users))
+        if node.target is not operator.getitem:  # the backward may be the only one to read an item
+            value, plain = node.meta.get("val"), fx.map_arg((node.args, node.kwargs), lambda n: None)
+            made = [(str(t.shape), t.dtype) for t in _tensors(value)]
+            computed[region].append((str(node.target), repr(plain), tuple(made)))
+    for edge, neighbour in ((0, 1), (-1, -2)):
+        if len(computed) > 2 and computed[edge] == computed[neighbour]:
+            read[edge] = read[neighbour]
+    number: dict[Any, int] = {}
+    return [number.setdefault((*a, *b), len(number)) for a, b in zip(computed, read, strict=True)]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [t for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, torch.Tensor)]
+
+
 def _raw_names(wanted: Callable[[Any], bool]) -> set[str]:
     return {f"fastft::{raw}" for op in OPS.values() if wanted(op) for raw in op.raw}
 
@@ -207,6 +235,9 @@ class Walk:
             if root.name == name and can_move(root) and (region := self.saved.get(name)) is not None
         }
         self.steps = [step for _, step in [*steps, *half]]
+        self.halfway = len(steps)
+        #: What the backward makes and returns.
+        self.returned = {names[root] for n in gradients if isinstance(n, fx.Node) and (root := _root(n)) in names}
         self.again = [n for n in backward.graph.nodes if n.op == "call_function" and n.name in regions]
         self.inputs = [t for n in forward.graph.nodes if n.op == "placeholder" and (t := _tensor(n)) is not None]
         self.gradients = [t for n in gradients if (t := _tensor(n)) is not None]
@@ -227,23 +258,23 @@ class Walk:
         self, graph: fx.Graph, names: Mapping[fx.Node, str], results: Sequence[Any]
     ) -> list[tuple[fx.Node, _Step]]:
         """The steps of one half. ``names``: its tensors', without those that the caller has anyway."""
-        stay = {_root(n) for n in results if isinstance(n, fx.Node)}
+        stay = {names[root] for n in results if isinstance(n, fx.Node) and (root := _root(n)) in names}
         steps: dict[fx.Node, _Step] = {}
-        last: dict[fx.Node, fx.Node] = {}
+        last: dict[str, fx.Node] = {}  # by name: several saved views may be of one tensor
         for node in graph.nodes:
             if node.op == "output":
                 continue
             made = _tensor(node) if _root(node) is node and node in names else None
             steps[node] = _Step([] if made is None else [names[node]], [], scratch(node))
             if made is not None:
-                last[node] = node
+                last[names[node]] = node
                 self.tensors.setdefault(names[node], made)
             for operand in map(_root, node.all_input_nodes):
-                if operand in last:
-                    last[operand] = node
+                if names.get(operand) in last:
+                    last[names[operand]] = node
         for tensor, node in last.items():
             if tensor not in stay:
-                steps[node].frees.append(names[tensor])
+                steps[node].frees.append(tensor)
         return list(steps.items())
 
     def _turns(self, steps: list[tuple[fx.Node, _Step]]) -> None:
@@ -278,16 +309,27 @@ class Walk:
             found[-1 if region is None else region] += number[tensor]
         return found
 
-    def held(self, sizes: Sizes) -> list[int]:
-        """Most bytes while it is each region's turn, and, last, while it is none's; without what belongs to no region
-        and what earlier regions keep.
+    def held(self, sizes: Sizes) -> tuple[list[int], list[int], list[int]]:
+        """Most bytes while it is each region's turn, in the forward and in the backward, and, last, while it is none's;
+        without what belongs to no region, what earlier regions keep, and the gradients that there are when the turn
+        begins, which are the third list.
         """
+        number = self.bytes_of(sizes)
         *kept, others = self.kept(sizes)
         earlier = [others, *(others + total for total in accumulate(kept))]
-        found = [0] * (self.count + 1)
-        for step, live in self._lives(sizes):
-            found[step.region] = max(found[step.region], live - earlier[step.region])
-        return found
+        forward, backward = [0] * (self.count + 1), [0] * (self.count + 1)
+        gradients: dict[int, int] = {}
+        made = 0
+        for i, (step, live) in enumerate(self._lives(sizes)):
+            r, half = step.region, forward if i < self.halfway else backward
+            if half is backward:
+                live -= gradients.setdefault(r, made)
+                made += sum(number[t] for t in step.makes if t in self.returned)
+            half[r] = max(half[r], live - earlier[r])
+        later = 0
+        for r in reversed(range(self.count + 1)):  # a region that keeps nothing has no turn
+            later = gradients.setdefault(r, later)
+        return forward, backward, [gradients[r] for r in range(self.count + 1)]
 
     def peak(self, sizes: Sizes) -> int:
         """Most bytes that the graph's own tensors take at one time."""

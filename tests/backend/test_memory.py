@@ -13,7 +13,7 @@ import torch
 import fastft
 from fastft import _torch_compat as compat
 from fastft import memory, offload, reporting
-from fastft.memory import Memory, Planned
+from fastft.memory import MEASURED, Memory, Planned, layouts
 from fastft.options import OptionError, Options, bytes_of
 from fastft.planner import ALL, ALL_OFFLOADED, ATTENTION, ATTENTION_OFFLOADED, CHEAP, KEEP, MLP, OFFLOADED
 from tests.models import _families as families
@@ -350,6 +350,57 @@ def test_inference_needs_no_plan() -> None:
     with torch.no_grad():
         torch.testing.assert_close(call(**batch()).loss, network(**batch()).loss)
     assert fastft.report().memory == []
+
+
+# -------------------------------------------------------------------------------------------------------- deep graphs
+
+
+def test_a_deep_graph_is_cut_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once with all levels at a time, and once by the plan; and a layer's numbers are those that it has where all
+    layers have its level.
+    """
+    monkeypatch.setitem(families._SIZES, "num_hidden_layers", 16)
+    cuts: list[Any] = []
+    problems: list[Any] = []
+    partition, problem_of = compat.partition, Memory._problem
+
+    def counted(*args: Any) -> Any:
+        cuts.append(partition(*args))
+        return cuts[-1]
+
+    def both(self: Memory, cut: Any) -> Any:
+        problems.append(problem_of(self, cut))
+        made = len(cuts)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "layouts", lambda kinds: [[level] * len(kinds) for level in MEASURED])
+            problems.append(problem_of(self, cut))
+        del cuts[made:]
+        kept = cut.at([KEEP] * cut.count)[1]
+        assert set(kept.turns.values()) == set(range(cut.count + 1))
+        return problems[0]
+
+    monkeypatch.setattr(compat, "partition", counted)
+    monkeypatch.setattr(Memory, "_problem", both)
+    network = model(checkpointing=True)
+    report = fastft.explain(network, **batch(), options={"memory": "lean", "host_memory": "1GiB", "strict": True})
+    assert report.errors == [] and sum(report.memory[0]["levels"].values()) == 16
+    assert len(cuts) == 2
+    quick, slow = problems
+    assert (quick.before, quick.after) == (slow.before, slow.after)
+    assert quick.regions[1:] == slow.regions[1:]
+    for level, choice in slow.regions[0].items():  # the first need not know its input's gradient
+        known = quick.regions[0][level]
+        assert choice.kept + choice.host <= known.kept + known.host and choice.held <= known.held
+
+
+@pytest.mark.parametrize(
+    ("kinds", "cuts"),
+    [([0] * 80, 1), ([0] * 15, 1), ([0] * 12, 2), ([0] * 6, 3), ([0] * 2, 5), ([0, 1] * 16, 1), ([0] + [1] * 31, 5)],
+)
+def test_layouts_are_few(kinds: list[int], cuts: int) -> None:
+    found = layouts(kinds)
+    assert len(found) == cuts and {len(levels) for levels in found} == {len(kinds)}
+    assert {level for levels in found for level in levels} == set(MEASURED)
 
 
 # -------------------------------------------------------------------------------------------------- batches of any size

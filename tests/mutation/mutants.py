@@ -1147,6 +1147,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_memory.py -k every_level",
     ),
     Mutant(
+        "memory plan: a layer at the edge of its level counts",
+        "backend/memory.py",
+        "and levels[region - 1] == levels[region] == levels[region + 1]",
+        "",
+        "tests/backend/test_memory.py -k layouts_are_few",
+    ),
+    Mutant(
+        "memory plan: the first layer is of a kind of its own",
+        "backend/partitioner.py",
+        "if len(computed) > 2 and computed[edge] == computed[neighbour]:",
+        "if False:",
+        "tests/backend/test_memory.py -k cut_twice",
+    ),
+    Mutant(
+        "memory plan: gradients of later layers are a layer's own",
+        "backend/partitioner.py",
+        "live -= gradients.setdefault(r, made)",
+        "gradients.setdefault(r, made)",
+        "tests/backend/test_memory.py -k cut_twice",
+    ),
+    Mutant(
         "memory plan: a later batch runs by the first plan",
         "backend/memory.py",
         "            if plan.peak(sizes) <= budget:\n                return i",
