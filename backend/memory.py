@@ -310,20 +310,16 @@ def _no_collection() -> Iterator[None]:
 
 
 def layouts(kinds: Sequence[int]) -> list[list[str]]:
-    """Levels for the regions in each of the fewest cuts that measure every level of every kind of region.
+    """Levels for the regions in each of the cuts that measure every level of every kind of region: one cut, or five.
 
     ``kinds``: which regions are alike. In a cut, regions that follow each other share a level; what one needs is read
     where its neighbours have its level too, and where it is neither the first nor the last. Where there are too few
     regions for that, all have the same level in each of five cuts, and each region's own numbers are read.
     """
-    for cuts in range(1, len(MEASURED)):
-        found = []
-        for i in range(cuts):
-            levels = MEASURED[i::cuts]
-            found.append([levels[r * len(levels) // len(kinds)] for r in range(len(kinds))])
-        read = {(kinds[r], levels[r]) for levels in found for r in range(len(kinds)) if _inner(levels, r)}
-        if len(read) == len(set(kinds)) * len(MEASURED):
-            return found
+    levels = [MEASURED[r * len(MEASURED) // len(kinds)] for r in range(len(kinds))]
+    read = {(kinds[r], levels[r]) for r in range(len(kinds)) if _inner(levels, r)}
+    if len(read) == len(set(kinds)) * len(MEASURED):
+        return [levels]
     return [[level] * len(kinds) for level in MEASURED]
 
 
