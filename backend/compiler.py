@@ -209,7 +209,8 @@ def _inductor(
         if n.op == "call_function"
         and (str(getattr(n.target, "__module__", "")).startswith("fastft.") or n.target in of_users)
     ]
-    stamp = source_hash() + variants.stamp()
+    # The cache does not see the tags that say what is recomputed.
+    stamp = source_hash() + variants.stamp() + options.recompute
     with compat.cache_stamp({"fastft": stamp, **{compat.qualified_name(target): stamp for target in ours}}):
         return compat.compile_with_inductor(gm, example_inputs, _patches(options), backward_attempt)
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import fastft
 import fastft.autotune
@@ -116,3 +119,20 @@ def test_an_edited_backward_is_never_stale(package: Path) -> None:
     edited = run(package)
     assert edited["aot"].get("autograd_cache_hit", 0) == 0
     assert flat(edited["compiled"]) == pytest.approx([3 * n for n in flat(first["eager"])], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_recomputed_is_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is the same, but for tags that torch's cache does not see."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.randn(8, 8, requires_grad=True)
+    for recompute in ("asked", "never"):
+        torch._dynamo.reset()
+        counters.clear()
+        call = torch.compile(
+            lambda x: checkpoint(lambda y: torch.tanh(y @ y) @ y, x, use_reentrant=False).sum(),
+            backend="fastft",
+            options={"strict": True, "recompute": recompute},
+        )
+        call(x).backward()
+        assert "autograd_cache_hit" not in counters["aot_autograd"], recompute
