@@ -1063,6 +1063,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/autotune/test_variants.py -k cache_stamp",
     ),
     Mutant(
+        "cache: what is recomputed is not in the key",
+        "backend/compiler.py",
+        "variants.stamp() + options.recompute",
+        "variants.stamp()",
+        "tests/backend/test_cache.py -k recomputed",
+    ),
+    Mutant(
         "config: the heuristic for what is tuned",
         "kernels/_config.py",
         "        return config if tuned is None else {**config, **tuned}",
