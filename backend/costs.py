@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastft import _torch_compat as compat
 from fastft.fallback import said
+from fastft.kernels import lora_linear
 from fastft.kernels._op import OPS, Cost, Op
 from fastft.kernels.linear_cross_entropy import chunk_rows
 from fastft.reporting import Work
@@ -202,6 +203,11 @@ def _raw_linear(result: Any, *, x: Any, quant: Any, adapters: Any, b: Any, **_: 
     return Cost(*(sum(getattr(c, of) for c in each) for of in ("flops", "bytes_moved", "bytes_kept")))
 
 
+def _raw_stack(result: Any, *, x: Any, quant: Any, **_: Any) -> Cost:
+    tokens, K = x.numel() // x.shape[-1], x.shape[-1]
+    return _formula("lora_linear")(tokens, result.shape[-1], K, 0, x.dtype.itemsize, bool(quant))
+
+
 def _raw_down(result: Any, **_: Any) -> Cost:
     """Counted by the formula of ``lora_linear``."""
     return Cost(sympy.Integer(0), sympy.Integer(0), sympy.Integer(0))
@@ -212,6 +218,7 @@ RAW: dict[str, Callable[..., Cost]] = {
     "fastft::attention": _raw_attention,
     "fastft::lora_linear": _raw_linear,
     "fastft::lora_linear_down": _raw_down,
+    "fastft::lora_stack": _raw_stack,
 }
 
 
@@ -246,17 +253,29 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
     any sizes: the logits of one chunk, or a dequantised weight. Holds no part of the graph, which may change.
     """
     name = getattr(getattr(node.target, "_schema", None), "name", "")
+    if not name.startswith("fastft::"):
+        return lambda size: 0
+    given = fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"])
     if name.startswith("fastft::linear_log_prob"):
-        given = fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"])
         tokens, vocab, item = given["hidden"].shape[0], given["weight"].shape[0], given["dtype"].itemsize
         return lambda size: chunk_rows(size(tokens), size(vocab), item) * size(vocab) * item
-    if name in ("fastft::lora_linear", "fastft::lora_linear_backward"):
-        given = fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"])
-        if given["quant"]:
-            item = given["dtype"].itemsize if "dtype" in given else given["x"].element_size()
-            pairs = list(zip(given["shape"][::2], given["shape"][1::2], strict=True))
-            return lambda size: max(size(n) * size(k) for n, k in pairs) * item
-    return lambda size: 0
+    if not name.startswith(("fastft::lora_linear", "fastft::lora_stack")) or not given.get("quant"):
+        return lambda size: 0
+    widths, k = given["shape"][::2], given["shape"][1]
+    if name == "fastft::lora_linear":
+        item = given["x"].element_size()
+        return lambda size: max(map(size, widths)) * size(k) * item
+    below, rows = [down.shape[0] for down in given["a"]], 0
+    if name == "fastft::lora_linear_backward":
+        item, own, dy = given["dtype"].itemsize, given["own"], given["dy"]
+        asked = [given[of] for of in ("dtype", "lora_dtype", "together", "need_x")]
+        if not lora_linear.one_product(dy, given["shape"], own, *asked):
+            return lambda size: max(map(size, widths)) * size(k) * item
+        below, rows = [n for n, alone in zip(below, own, strict=True) if not alone], dy[0].numel() // dy[0].shape[-1]
+    else:
+        item = (given["x"] if name == "fastft::lora_stack" else given["dwide"]).element_size()
+    # All weights and matrices A below each other, and the gradients of all layers next to each other.
+    return lambda size: (sum(map(size, widths)) + lora_linear.whole(sum(below))) * (size(k) + size(rows)) * item
 
 
 def _named(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:

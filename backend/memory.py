@@ -55,6 +55,8 @@ ADAM_BYTES = 8
 HOST_SHARE, HOST_BYTES_PER_SECOND = 0.25, 50e9
 #: How often a choice that needs more than the formula says is made again, by so much less.
 ROUNDS = 3
+#: The leanest choice's own cut is believed if it needs no more than this beside what the formula says it adds.
+CLOSE = 0.02
 
 #: Levels that are measured; the others follow from them.
 MEASURED = (KEEP, CHEAP, MLP, ATTENTION, ALL)
@@ -175,8 +177,21 @@ class Memory:
                         break
                     over += self._plan(cut, found).peak(self.sizes) - budget
                     found = None
-            levels, least = found or planner.leanest(problem, self.host), found is None
+            levels, least = found or self._leanest(cut, problem), found is None
         return cut.at(levels)[0], replace(self._plan(cut, levels), leanest=least)
+
+    def _leanest(self, cut: _Cut, problem: Problem) -> list[str]:
+        """The formula's choice; where its cut needs more, the leanest of that and of layers all alike."""
+
+        def peak(levels: list[str]) -> int:
+            return self._plan(cut, levels).peak(self.sizes)
+
+        levels = planner.leanest(problem, self.host)
+        if peak(levels) - problem.peak(levels) <= CLOSE * (peak(levels) - problem.before):
+            return levels
+        alike = [[level] * cut.count for level in (ATTENTION, ALL, *OFFLOADED)]
+        allowed = [of for of in alike if of[0] in problem.regions[0] and problem.host(of) <= self.host]
+        return min(levels, planner.leanest(problem), *allowed, key=lambda of: (peak(of), problem.seconds(of)))
 
     def _plan(self, cut: _Cut, levels: list[str]) -> Plan:
         walk = cut.at(levels)[1]

@@ -503,11 +503,11 @@ def inputs(
     seq: int,
     intermediate: int,
     activation: str,
-    rank: int = 16,
+    rank: int,
     adapter: str = "x",
 ) -> Inputs:
     """wide [batch, seq, 2·intermediate + 2·rank, rounded up], and the B of two adapters."""
-    wide = new(batch, seq, 2 * intermediate + lora._whole(2 * rank), grad=True)
+    wide = new(batch, seq, 2 * intermediate + lora.whole(2 * rank), grad=True)
     b = [_b(new, adapter, intermediate, rank, scale=rank**-0.5) for _ in range(2)]
     return Inputs((wide, b, [2.0, 2.0], activation), wanted=[wide, *b])
 

@@ -38,7 +38,7 @@ product of everything that comes back, side by side, in one rounding::
 
     ∂x = [g₁ | g₂ | … | s₁u₁ | s₂u₂ | …] [W₁; W₂; …; A₁; A₂; …]
 
-which asks for a copy of the gᵢ, and is done where that costs less than what it spares (:func:`_side_by_side`).
+which asks for a copy of the gᵢ, and is done where that costs less than what it spares (:func:`one_product`).
 """
 
 from __future__ import annotations
@@ -320,7 +320,8 @@ def _dense(
 WHOLE = 8
 
 
-def _whole(n: int) -> int:
+def whole(n: int) -> int:
+    """The rows that Σr rows of thin matrices take below the weights."""
     return -(-n // WHOLE) * WHOLE
 
 
@@ -334,7 +335,7 @@ def _stacked(
     widths, k = shape[::2] if quant else [w.shape[0] for w in weight], shape[1] if quant else weight[0].shape[1]
     sizes, of_each = [m.shape[0] for m in below], len(quant) // len(weight)
     full, rank = sum(widths), sum(sizes)
-    with _scratch_rows(weight[0], full + _whole(rank), k, dtype) as out:
+    with _scratch_rows(weight[0], full + whole(rank), k, dtype) as out:
         for i, part in enumerate(out[:full].split(list(widths))):
             _fill(part, weight[i], quant[i * of_each : (i + 1) * of_each], blocks[2 * i], blocks[2 * i + 1])
         if below:
@@ -465,14 +466,20 @@ def _forward(
     return ys
 
 
-def _side_by_side(widths: Sequence[int], k: int, adapted: bool) -> bool:
-    """Whether the gradients of layers with NF4 weights are copied next to each other, for ∂x in one product.
+def one_product(
+    dy: Tensors, shape: Sequence[int], own: Sequence[bool], dtype: torch.dtype, lora_dtype: torch.dtype,
+    together: bool, need_x: bool,
+) -> bool:  # fmt: skip
+    """Whether a backward copies the gradients of its layers with NF4 weights next to each other, for ∂x in one product;
+    the arguments are :func:`_backward`'s.
 
     In numbers read and written for each token: the copy costs 2 ΣN. It spares 2 K for each product but one, which
     reads ∂x and writes it again; the adapters' is one of them. q, k and v: 2 · 6,144 for 6 · 4,096; down: 2 · 4,096 for
     2 · 14,336; gate and up would pay 2 · 28,672 for 4 · 4,096.
     """
-    return sum(widths) < k * (len(widths) - 1 + adapted)
+    adapted = not all(own)
+    one_dtype = all(g.dtype == dtype for g in dy) and (not adapted or lora_dtype == dtype)
+    return together and need_x and one_dtype and sum(shape[::2]) < shape[1] * (len(dy) - 1 + adapted)
 
 
 def _backward(
@@ -532,11 +539,10 @@ def _backward(
     # The adapters that read x: their u side by side, behind all g where these are.
     shared = [j for j in range(len(a)) if not own[j] and (need_x or need_a[j])]
     at = _starts([rank[j] for j in shared])
-    one_dtype = all(g.dtype == dtype for g in gs) and (not shared or lora_dtype == dtype)
     wide = None
-    if together and quant and need_x and one_dtype and _side_by_side(shape[::2], k, bool(shared)):
+    if quant and one_product(gs, shape, own, dtype, lora_dtype, together, need_x):
         full = _starts(shape[::2])
-        wide = gs[0].new_empty((gs[0].shape[0], full[-1] + _whole(at[-1])))
+        wide = gs[0].new_empty((gs[0].shape[0], full[-1] + whole(at[-1])))
         gs = side_by_side(wide, gs)
         wide[:, full[-1] + at[-1] :].zero_()
     if shared:

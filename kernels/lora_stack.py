@@ -62,7 +62,7 @@ def reference(
         ]
     parts = [torch.nn.functional.linear(x.to(dtype), m.to(dtype)) for m in (*dense, *a)]
     rank = sum(m.shape[0] for m in a)
-    return torch.cat([*parts, x.new_zeros((*x.shape[:-1], lora._whole(rank) - rank), dtype=dtype)], -1)
+    return torch.cat([*parts, x.new_zeros((*x.shape[:-1], lora.whole(rank) - rank), dtype=dtype)], -1)
 
 
 # ---------------------------------------------------------------- launchers
@@ -96,7 +96,7 @@ def _forward_fake(
     x: torch.Tensor, weight: Tensors, quant: Tensors, shape: Sequence[int], blocks: Sequence[int], a: Tensors
 ) -> torch.Tensor:
     rank = sum(down.shape[0] for down in a)
-    return x.new_empty((*x.shape[:-1], sum(_widths(weight, quant, shape)) + lora._whole(rank)))
+    return x.new_empty((*x.shape[:-1], sum(_widths(weight, quant, shape)) + lora.whole(rank)))
 
 
 def _backward(
@@ -301,7 +301,7 @@ def inputs(
     seq: int,
     hidden: int,
     intermediate: int,
-    rank: int = 16,
+    rank: int,
     nf4_weight: bool = False,
     adapter: str = "x",
 ) -> Inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import fastft
 from fastft import caches, costs, reporting
 from fastft.costs import H100, rates_of, work_of
-from fastft.kernels import load
+from fastft.kernels import load, lora_linear
 from fastft.kernels._op import OPS, Cost
 from fastft.kernels.linear_cross_entropy import chunk_rows
 from fastft.kernels.lora_linear import JOINT
@@ -188,7 +191,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def test_raw_calls_have_their_ops_formulas() -> None:
     q, k = meta(2, 8, 64, 16), meta(2, 4, 64, 16)
-    mask = (*(None,) * 6, True, 0, 0, 0.25, 0.0)
+    mask = (*(None,) * 8, True, 0, 0, 0.25, 0.0)
     attention = called(torch.ops.fastft.attention.default, q, k, k, *mask, result=(q, q))
     work = costs.raw_work(attention, int, {})
     assert (work.flops, work.problem) == (2 * 2 * 8 * 64 * 32 * 32, "")
@@ -202,6 +205,35 @@ def test_raw_calls_have_their_ops_formulas() -> None:
     assert costs.raw_work(view, int, {}).bytes_moved == 0
 
 
+def forward_work(op: Any, n: int) -> Iterator[tuple[Work, Work]]:
+    """What an op's samples compute: by its raw calls, and by its formula."""
+    for sample in samples(op, n=n):
+        values, tree = tree_flatten((sample.args, sample.kwargs))
+        at = [i for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
+
+        def call(*tensors: torch.Tensor, values: list[Any] = values, at: list[int] = at, tree: Any = tree) -> Any:
+            given = dict(zip(at, tensors, strict=True))
+            args, kwargs = tree_unflatten([given.get(i, x) for i, x in enumerate(values)], tree)
+            return op.call(*args, **kwargs)
+
+        graph = make_fx(call, tracing_mode="fake")(*[values[i].detach() for i in at]).graph
+        raw = [costs.raw_work(node, int, {}) for node in graph.nodes if node.op == "call_function"]
+        yield costs.added(op.name, raw), costs.work_of(op, None, sample.args, sample.kwargs, False, {})
+
+
+@pytest.mark.parametrize("name", sorted(load()))
+def test_raw_calls_compute_what_the_formula_says(name: str) -> None:
+    """Products count as such in a joint graph too: of an op without, twice the size is no more work for each byte."""
+    op = load()[name]
+    products = name.startswith(("attention", "lora_linear", "lora_stack"))
+    for (raw, work), (_, large) in zip(forward_work(op, 1), forward_work(op, 4), strict=True):
+        assert not raw.problem and not work.problem and raw.bytes_moved > 0
+        if products:  # a rank takes whole columns
+            assert work.flops <= raw.flops < 1.5 * work.flops
+        elif not name.startswith("linear_"):  # a loss is never computed again
+            assert large.flops / large.bytes_moved < 1.5 * work.flops / work.bytes_moved
+
+
 def test_what_ops_take_for_themselves() -> None:
     maths = (-100, None, 1.0, 1.0, torch.bfloat16, False, False, False, False, True)
     labels = meta(5000, dtype=torch.int64)
@@ -213,3 +245,27 @@ def test_what_ops_take_for_themselves() -> None:
         linear = called(torch.ops.fastft.lora_linear.default, x, [packed], quant, [48, 32], [64, 256], *rest)
         assert costs.scratch(linear)(int) == wanted
     assert costs.scratch(called(torch.ops.aten.mm.default, meta(3, 5), meta(5, 7)))(int) == 0
+
+
+def test_what_products_of_several_layers_take_for_themselves() -> None:
+    """All weights and A below each other, up to whole rows; and the copied gradients, where there is one product."""
+    two, quant, a = [meta(768, 1, dtype=torch.uint8)] * 2, [meta(24)] * 2, [meta(3, 64), meta(3, 64)]
+    dense = (8 + 16 + lora_linear.whole(6)) * 64 * 2
+    where = (two, quant, [8, 64, 16, 64], [64, 256] * 2)
+    stack = called(torch.ops.fastft.lora_stack.default, meta(4, 5, 64), *where, a)
+    assert costs.scratch(stack)(int) == dense
+    stack = called(torch.ops.fastft.lora_stack_backward.default, meta(4, 5, 32), None, *where, a, True, [True] * 2)
+    assert costs.scratch(stack)(int) == dense
+    stack = called(torch.ops.fastft.lora_stack.default, meta(4, 5, 64), [meta(8, 64)], [], [], [0, 0], [meta(3, 64)])
+    assert costs.scratch(stack)(int) == 0
+    dy, b = [meta(4, 5, 8), meta(4, 5, 16)], [meta(8, 3), meta(16, 3)]
+    for together, own, wanted in (
+        (True, [False] * 2, dense + 20 * (24 + lora_linear.whole(6)) * 2),
+        (True, [False, True], (24 + lora_linear.whole(3)) * (64 + 20) * 2),
+        (False, [False] * 2, 16 * 64 * 2),
+    ):
+        rest = (own, None, [1.0] * 2, torch.bfloat16, torch.bfloat16, together, True, *[[False] * 2] * 5)
+        linears = called(
+            torch.ops.fastft.lora_linear_backward.default, dy, None, *where, [1, 1], a, b, [None] * 2, *rest
+        )
+        assert costs.scratch(linears)(int) == wanted

@@ -174,13 +174,19 @@ def no_folder(monkeypatch: Patch) -> None:
     monkeypatch.setattr(caches, "unusable", lambda folder: "it is full")
 
 
+#: Dropout is drawn as eager draws it.
+EAGER = {"residual": "eager", "attention_dropout": False}
+LEAN = EAGER | {"memory": "lean"}
+INDUCTOR = {"residual": "inductor"}
+
+
 @dataclasses.dataclass
 class Drill:
     """``inject`` makes the step fail; ``norms``: how many of the three norms are replaced nevertheless."""
 
     inject: Callable[[Patch], None]
     norms: int = 3
-    options: dict[str, Any] = dataclasses.field(default_factory=lambda: {"residual": "eager"})
+    options: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(EAGER))
 
 
 def no_second_plan(monkeypatch: Patch) -> None:
@@ -189,8 +195,6 @@ def no_second_plan(monkeypatch: Patch) -> None:
     monkeypatch.setattr("fastft._torch_compat.Moment.__enter__", boom)
 
 
-INDUCTOR = {"residual": "inductor"}
-LEAN = {"residual": "eager", "memory": "lean"}
 DRILLS: dict[str, Drill] = {
     "sharing what is tuned": Drill(replaced("fastft.compiler.database.share")),
     "normalising": Drill(after("fastft.compiler.normalise"), norms=1),  # two are in the checkpointed layer
@@ -206,9 +210,10 @@ DRILLS: dict[str, Drill] = {
     "rule …: its answer to a match": Drill(edited_tables(bad_answers, "rms_norm"), norms=0),
     "rule …: its variant": Drill(replaced("fastft.rewrite._take_variant"), norms=0),
     "rule …: making its rewrite": Drill(second_only("_relax_views")),
+    "finding returned logits": Drill(after("fastft.rewrite._leave_out")),
     "adding up work": Drill(replaced("fastft.rewrite._add_work")),
     "making lazy logits": Drill(replaced("fastft.outputs.lazy_logits")),
-    "verifying": Drill(replaced("fastft.compiler.FirstStep"), options={"residual": "eager", "verify": "first_step"}),
+    "verifying": Drill(replaced("fastft.compiler.FirstStep"), options=EAGER | {"verify": "first_step"}),
     "finding a folder for compiled code": Drill(no_folder, norms=0, options=INDUCTOR),
     "compiling": Drill(inductor_fails(1), options=INDUCTOR),
     "compiling in an empty folder": Drill(inductor_fails(2), norms=0, options=INDUCTOR),

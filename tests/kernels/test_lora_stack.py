@@ -59,7 +59,7 @@ def dense_in_fp64(args, more, dtype):
 def test_matches_reference(widths, ranks, dtype, adapter, quant, device):
     args, more, leaves = layers(widths, ranks=ranks, dtype=dtype, adapter=adapter, quant=quant, device=device)
     exact_args, exact_leaves = dense_in_fp64(args, more, dtype)
-    dwide = torch.randn(2, 5, sum(widths) + lora._whole(sum(ranks)), device=device).to(dtype)
+    dwide = torch.randn(2, 5, sum(widths) + lora.whole(sum(ranks)), device=device).to(dtype)
 
     def run(fn, args, more, leaves, grad):
         y = fn(*args, **more)
