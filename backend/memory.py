@@ -181,15 +181,18 @@ class Memory:
         return cut.at(levels)[0], replace(self._plan(cut, levels), leanest=least)
 
     def _leanest(self, cut: _Cut, problem: Problem) -> list[str]:
-        """The formula's choice; where its cut needs more, the leanest of that and of layers all alike."""
+        """The formula's choice. In a shallow graph, where its cut needs more: the leanest of that and of layers all
+        alike, as they were cut to be measured.
+        """
 
         def peak(levels: list[str]) -> int:
             return self._plan(cut, levels).peak(self.sizes)
 
         levels = planner.leanest(problem, self.host)
-        if peak(levels) - problem.peak(levels) <= CLOSE * (peak(levels) - problem.before):
-            return levels
         alike = [[level] * cut.count for level in (ATTENTION, ALL, *OFFLOADED)]
+        close = peak(levels) - problem.peak(levels) <= CLOSE * (peak(levels) - problem.before)
+        if close or (ALL,) * cut.count not in cut.found:
+            return levels
         allowed = [of for of in alike if of[0] in problem.regions[0] and problem.host(of) <= self.host]
         return min(levels, planner.leanest(problem), *allowed, key=lambda of: (peak(of), problem.seconds(of)))
 

@@ -370,12 +370,13 @@ def test_a_deep_graph_is_cut_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def both(self: Memory, cut: Any) -> Any:
         problems.append(problem_of(self, cut))
-        made = len(cuts)
+        made, found = len(cuts), dict(cut.found)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(memory, "layouts", lambda kinds: [[level] * len(kinds) for level in MEASURED])
             problems.append(problem_of(self, cut))
-        del cuts[made:]
         kept = cut.at([KEEP] * cut.count)[1]
+        del cuts[made:]
+        cut.found = found
         assert set(kept.turns.values()) == set(range(cut.count + 1))
         return problems[0]
 
