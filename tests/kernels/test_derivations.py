@@ -27,7 +27,7 @@ import sympy
 import torch
 
 import fastft.kernels
-from fastft.kernels import _attention_triton, _rows, glu, linear_cross_entropy, rotary
+from fastft.kernels import _attention_triton, _linear_cross_entropy_triton, _rows, glu, rotary
 from fastft.kernels._op import OPS, Op
 from fastft.kernels._triton import HAS_TRITON
 from tests.kernels._derivations import Array, Derivation, real_symbols
@@ -195,7 +195,7 @@ def test_softcaps_in_the_kernels_are_their_own_derivatives(monkeypatch: pytest.M
     with triton_bodies():
         score, tanh = (np.asarray(v).item() for v in _attention_triton._softcap(block(s), block(scale), block(cap)))
         logits = Pointer(np.array([s], dtype=object), 0)
-        loaded = linear_cross_entropy._load_z(
+        loaded = _linear_cross_entropy_triton._load_z(
             logits, block(0), True, block(scale), block(cap), True, block(1 / temperature), ""
         )
         z, slope = (np.asarray(v).item() for v in loaded)

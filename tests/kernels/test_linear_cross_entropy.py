@@ -765,14 +765,14 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: the label's logit read after it was overwritten",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "            tl.debug_barrier()\n",
         "",
         "tests/kernels/test_hopper.py -k labels_logit",
     ),
     Mutant(
         "cross-entropy: gradient without the label",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "gradient = (tl.where(offsets == label, 1.0, 0.0) - p) * slope",
         "gradient = (0.0 - p) * slope",
         'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
@@ -780,7 +780,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: sum not rescaled",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "sums_e = sums_e * rescale + tl.sum(e, axis=1)",
         "sums_e = sums_e + tl.sum(e, axis=1)",
         'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
@@ -788,7 +788,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: threads' sums added as they are",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "sum_e = tl.sum(sums_e * rescale, axis=0)",
         "sum_e = tl.sum(sums_e, axis=0)",
         'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
@@ -796,7 +796,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: entropy: threads' sums added as they are",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "sum_ez = tl.sum((sums_ez + sums_e * shift) * rescale, axis=0)",
         "sum_ez = tl.sum(sums_ez * rescale, axis=0)",
         'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
@@ -804,7 +804,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: squares: threads' sums added as they are",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "sum_ee = tl.sum(sums_ee * rescale * rescale, axis=0)",
         "sum_ee = tl.sum(sums_ee * rescale, axis=0)",
         'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
@@ -854,7 +854,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: entropy without its expectation",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "tl.store(entropy_ptr + row, log_sum - sum_ez / sum_e)",
         "tl.store(entropy_ptr + row, log_sum - sum_ez)",
         'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
@@ -862,7 +862,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: an ignored token's gradient",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "gradient = tl.where(label == IGNORE_INDEX, 0.0, gradient * slope)",
         "gradient = gradient * slope",
         "tests/kernels/test_linear_cross_entropy.py",
@@ -870,7 +870,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: the largest logit swallows the log of the sum, value",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "(z_label - base) - log_sum)",
         "z_label - (base + log_sum))",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
@@ -878,7 +878,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: the largest logit swallows the log of the sum, gradient in forward",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "p = tl.exp((z - base) - log_sum)",
         "p = tl.exp(z - (base + log_sum))",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
@@ -886,7 +886,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: the largest logit swallows the log of the sum, gradient in backward",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "log_p = (z - tl.load(top_ptr + row)) - tl.load(log_sum_ptr + row)",
         "log_p = z - (tl.load(top_ptr + row) + tl.load(log_sum_ptr + row))",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
