@@ -38,9 +38,9 @@ def _load_z(
 
 @jit
 def _forward_kernel(
-    logits_ptr,  # [rows, V], each row STRIDE long, overwritten by d log_prob / d r when GRADIENT
+    logits_ptr,  # [rows, V], each row STRIDE long, overwritten by d score / d r when GRADIENT
     labels_ptr,  # int64 [rows]
-    log_prob_ptr,
+    score_ptr,
     top_ptr,
     log_sum_ptr,
     entropy_ptr,
@@ -54,6 +54,8 @@ def _forward_kernel(
     SOFTCAP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     INV_TEMPERATURE: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
     ENTROPY: tl.constexpr,
     IS_TOP1: tl.constexpr,
     MEAN_LOGITS: tl.constexpr,
@@ -66,7 +68,7 @@ def _forward_kernel(
     label = tl.load(labels_ptr + row)
     logits_ptr += row * STRIDE
     if label == IGNORE_INDEX:
-        tl.store(log_prob_ptr + row, 0.0)
+        tl.store(score_ptr + row, 0.0)
         tl.store(top_ptr + row, 0.0)
         tl.store(log_sum_ptr + row, 0.0)
         if ENTROPY:
@@ -99,7 +101,7 @@ def _forward_kernel(
             z, _ = _load_z(
                 logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "evict_last"
             )
-            if MEAN_LOGITS:
+            if MEAN_LOGITS or SMOOTHING != 0.0:
                 sums_z += tl.sum(tl.where(mask, z, 0.0), axis=1)
             z = tl.where(mask, z, -float("inf"))
             if IS_TOP1:
@@ -127,7 +129,14 @@ def _forward_kernel(
         inside = (label >= 0) & (label < V)
         z_label, _ = _load_z(logits_ptr, label, inside, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "")
         z_label = tl.where(inside, z_label, float("nan"))
-        tl.store(log_prob_ptr + row, (z_label - base) - log_sum)
+        score = (z_label - base) - log_sum
+        mean = tl.sum(sums_z, axis=0) / V
+        lse = base + log_sum
+        if SMOOTHING != 0.0:
+            score = (1.0 - SMOOTHING) * score - SMOOTHING * (lse - mean)
+        if Z_LOSS != 0.0:
+            score -= Z_LOSS * lse * lse
+        tl.store(score_ptr + row, score)
         tl.store(top_ptr + row, base)
         tl.store(log_sum_ptr + row, log_sum)
         if ENTROPY:
@@ -137,7 +146,7 @@ def _forward_kernel(
         if IS_TOP1:
             tl.store(is_top1_ptr + row, ((z_label >= largest) & (z_label > before)).to(tl.int8))
         if MEAN_LOGITS:
-            tl.store(mean_logits_ptr + row, tl.sum(sums_z, axis=0) / V)
+            tl.store(mean_logits_ptr + row, mean)
         if LOG_SUM_SQ_PROBS:
             sum_ee = tl.sum(sums_ee * rescale * rescale, axis=0)
             tl.store(log_sum_sq_probs_ptr + row, tl.log(sum_ee) - 2.0 * log_sum)
@@ -150,9 +159,44 @@ def _forward_kernel(
                     logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "evict_first"
                 )
                 p = tl.exp((z - base) - log_sum)
-                gradient = (tl.where(offsets == label, 1.0, 0.0) - p) * slope
-                gradient = gradient.to(logits_ptr.dtype.element_ty)
+                if Z_LOSS != 0.0:
+                    p = (1.0 + 2.0 * Z_LOSS * lse) * p
+                gradient = tl.where(offsets == label, 1.0 - SMOOTHING, 0.0) - p
+                if SMOOTHING != 0.0:
+                    gradient += SMOOTHING / V
+                gradient = (gradient * slope).to(logits_ptr.dtype.element_ty)
                 tl.store(logits_ptr + offsets, gradient, mask=offsets < STRIDE, eviction_policy="evict_first")
+
+
+@jit
+def _gradient(
+    z,
+    top,
+    log_sum,
+    entropy,
+    at_label,
+    g_label,
+    g_p,
+    g_mean,
+    g_entropy,
+    LABEL: tl.constexpr,
+    P: tl.constexpr,
+    MEAN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """d loss / d z, from what each token multiplies the parts by."""
+    log_p = (z - top) - log_sum
+    p = tl.exp(log_p)
+    gradient = tl.zeros(p.shape, tl.float32)
+    if LABEL:
+        gradient += tl.where(at_label, g_label, 0.0)
+    if P:
+        gradient -= g_p * p
+    if MEAN:
+        gradient += g_mean
+    if ENTROPY:
+        gradient -= g_entropy * tl.where(p > 0, p * (log_p + entropy), 0.0)
+    return gradient
 
 
 @jit
@@ -162,8 +206,10 @@ def _backward_kernel(
     top_ptr,
     log_sum_ptr,
     entropy_ptr,
-    grad_log_prob_ptr,
-    grad_entropy_ptr,
+    g_label_ptr,
+    g_p_ptr,
+    g_mean_ptr,
+    g_entropy_ptr,
     V: tl.constexpr,
     STRIDE: tl.constexpr,
     IGNORE_INDEX: tl.constexpr,
@@ -171,8 +217,10 @@ def _backward_kernel(
     SOFTCAP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     INV_TEMPERATURE: tl.constexpr,
-    GRAD_LOG_PROB: tl.constexpr,
-    GRAD_ENTROPY: tl.constexpr,
+    LABEL: tl.constexpr,
+    P: tl.constexpr,
+    MEAN: tl.constexpr,
+    ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -180,14 +228,14 @@ def _backward_kernel(
     logits_ptr += row * STRIDE
     label = tl.load(labels_ptr + row)
     z, slope = _load_z(logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "")
-    log_p = (z - tl.load(top_ptr + row)) - tl.load(log_sum_ptr + row)
-    p = tl.exp(log_p)
-    gradient = tl.zeros((BLOCK,), tl.float32)
-    if GRAD_LOG_PROB:
-        gradient += tl.load(grad_log_prob_ptr + row) * (tl.where(offsets == label, 1.0, 0.0) - p)
-    if GRAD_ENTROPY:
-        term = tl.where(p > 0, p * (log_p + tl.load(entropy_ptr + row)), 0.0)
-        gradient -= tl.load(grad_entropy_ptr + row) * term
+    top, log_sum = tl.load(top_ptr + row), tl.load(log_sum_ptr + row)
+    # What nobody asked for is not read into any result: its pointer is another's.
+    entropy = tl.load(entropy_ptr + row)
+    g_label, g_p = tl.load(g_label_ptr + row), tl.load(g_p_ptr + row)
+    g_mean, g_entropy = tl.load(g_mean_ptr + row), tl.load(g_entropy_ptr + row)
+    gradient = _gradient(
+        z, top, log_sum, entropy, offsets == label, g_label, g_p, g_mean, g_entropy, LABEL, P, MEAN, ENTROPY
+    )
     # An ignored token contributes nothing, whatever its logits or its incoming gradient are.
     gradient = tl.where(label == IGNORE_INDEX, 0.0, gradient * slope)
     tl.store(logits_ptr + offsets, gradient.to(logits_ptr.dtype.element_ty), mask=offsets < STRIDE)

@@ -141,8 +141,9 @@ def _linear_cross_entropy(s: Shape, dtype: torch.dtype) -> None:
     tokens = s["batch"] * s["seq"]
     hidden, weight = _empty(tokens, s["hidden"], dtype=dtype), _empty(s["vocab"], s["hidden"], dtype=dtype)
     labels = _empty(tokens, dtype=torch.int64)
-    maths = (-100, s["softcap"], 1.0, 1.0, dtype)
-    linear_cross_entropy._forward_all(hidden, weight, None, labels, *maths, True, False, False, False, True)
+    maths = linear_cross_entropy._Maths(-100, s["softcap"], 1.0, 1.0, 0.0, 0.0, dtype)
+    wanted = linear_cross_entropy._Wanted(True, False, False, False, True)
+    linear_cross_entropy._forward_all(hidden, weight, None, labels, maths, wanted)
 
 
 def _lora_glu(s: Shape, dtype: torch.dtype) -> None:

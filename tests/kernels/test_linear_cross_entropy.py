@@ -41,6 +41,7 @@ from tests.mutation._mutant import Mutant
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALL = dict(entropy=True, is_top1=True, mean_logits=True, log_sum_sq_probs=True)
+ADDED = [dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.3, z_loss=1e-3)]
 SMOOTH = dict(mean_logits=True, mean_logits_gradient=True, lse_gradient=True)
 
 
@@ -124,17 +125,24 @@ def test_gradients_of_lse_and_mean_logits(dtype, frozen, maths, device):
             check(linear_log_prob, linear_log_prob_reference, (h, w, b), labels, cotangents, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(
-    "options", [dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.3, z_loss=1e-3)]
-)
-def test_label_smoothing_and_z_loss(options, reduction, frozen, device):
-    h, w, b, y = inputs(torch.float32, device, frozen=frozen)
+@pytest.mark.parametrize("options", ADDED)
+def test_label_smoothing_and_z_loss(options, reduction, frozen, dtype, device):
+    h, w, b, y = inputs(dtype, device, frozen=frozen)
     cotangent = torch.randn(len(y) if reduction == "none" else (), device=device)
     for softcap in (None, 3.0):
         more = dict(reduction=reduction, softcap=softcap, **options)
         check(linear_cross_entropy, linear_cross_entropy_reference, (h, w, b), y, [cotangent], **more)
+
+
+@pytest.mark.parametrize("options", ADDED)
+def test_a_frozen_head_is_one_pass_with_smoothing_and_z_loss(options, device, monkeypatch):
+    h, w, b, y = inputs(torch.float32, device, frozen=True)
+    loss = linear_cross_entropy(h, w, b, y, softcap=3.0, **options)
+    monkeypatch.setattr(module, "_Head", None)  # a backward that computed logits again would fail here
+    assert torch.autograd.grad(loss, h)[0].any()
 
 
 def test_lse_and_mean_logits_are_constants_unless_asked_for(device):
@@ -413,12 +421,10 @@ def test_kernels_compile_for_an_h100(vocab, softcap):
 
     h, w = torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(vocab, 16, dtype=torch.bfloat16)
     y, g = torch.tensor([3, -100]), torch.zeros(2)
-    maths = (-100, softcap, 1.0, 1.0, torch.bfloat16)
+    maths = (-100, softcap, 1.0, 1.0, 0.1, 1e-4, torch.bfloat16)
     with compiling(module) as kernels:
         _, *saved = torch.ops.fastft.linear_log_prob(h, w, None, y, *maths, True, True, True, True, True)[:4]
-        # The mean's gradient under a softcap is PyTorch's.
-        grads = (g, g, None if softcap else g, g)
-        torch.ops.fastft.linear_log_prob_backward(*grads, h, w, None, y, *saved, *maths, True, True, False)
+        torch.ops.fastft.linear_log_prob_backward(g, g, g, g, h, w, None, y, *saved, *maths, True, True, False)
     assert {k.metadata.name for k in kernels} == {"_forward_kernel", "_backward_kernel"}
     for kernel in kernels:
         assert "cubin" in kernel.asm and ".local" not in kernel.asm["ptx"]
@@ -448,7 +454,7 @@ def test_compiles_as_opaque_ops(frozen, device):
 def test_raw_ops(bias, device):
     small = inputs(torch.float32, device, tokens=3, vocab=33, bias=bias)
     h, w, b, y = (t.detach() if t is not None else None for t in small)
-    maths = (-100, 3.0, 0.7, 1.3, torch.float16)
+    maths = (-100, 3.0, 0.7, 1.3, 0.1, 1e-2, torch.float16)
     for wanted in [(True, True, True, True, True), (False,) * 5]:
         torch.library.opcheck(torch.ops.fastft.linear_log_prob.default, (h, w, b, y, *maths, *wanted))
     _, *saved = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, True, False, False, False, False)[:4]
@@ -714,32 +720,89 @@ MUTANTS = (
     Mutant(
         "cross-entropy: lse's gradient at the label",
         "kernels/linear_cross_entropy.py",
-        "                logits.scatter_(1, at, entry)\n",
-        "",
+        "    label = p = g_score\n",
+        "    label = p = g_score if g_lse is None or g_score is None else g_score - g_lse\n",
+        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+    ),
+    Mutant(
+        "cross-entropy: the mean's gradient of each logit is the whole",
+        "kernels/linear_cross_entropy.py",
+        "None if g_mean is None else g_mean / vocab",
+        "g_mean",
+        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+    ),
+    Mutant(
+        "cross-entropy: the mean's gradient forgotten in the kernel",
+        "kernels/_linear_cross_entropy_triton.py",
+        "        gradient += g_mean\n",
+        "        gradient += 0.0\n",
         "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
         interpret=True,
     ),
     Mutant(
-        "cross-entropy: the mean's gradient of an ignored token",
+        "cross-entropy: smoothing takes the label's whole part, trainable head",
         "kernels/linear_cross_entropy.py",
-        "logits += each.masked_fill(ignored, 0)[:, None]",
-        "logits += each[:, None]",
-        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+        "g_score * (1 - maths.label_smoothing), g_score * maths.label_smoothing",
+        "g_score, g_score * maths.label_smoothing",
+        "tests/kernels/test_linear_cross_entropy.py -k smoothing",
+    ),
+    Mutant(
+        "cross-entropy: z-loss of p without lse, trainable head",
+        "kernels/linear_cross_entropy.py",
+        "p = g_score * (1 + 2 * maths.z_loss * (top + log_sum))",
+        "p = g_score * (1 + 2 * maths.z_loss)",
+        "tests/kernels/test_linear_cross_entropy.py -k z_loss",
+    ),
+    Mutant(
+        "cross-entropy: smoothing takes the label's whole part, frozen head",
+        "kernels/_linear_cross_entropy_triton.py",
+        "gradient = tl.where(offsets == label, 1.0 - SMOOTHING, 0.0) - p",
+        "gradient = tl.where(offsets == label, 1.0, 0.0) - p",
+        "tests/kernels/test_linear_cross_entropy.py -k smoothing",
         interpret=True,
     ),
     Mutant(
-        "cross-entropy: the mean's gradient at the label, of one logit",
-        "kernels/linear_cross_entropy.py",
-        "dr += grad_mean_logits[:, None] / vocab",
-        "dr += grad_mean_logits[:, None] / z.shape[1]",
-        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+        "cross-entropy: smoothing without the others' part, frozen head",
+        "kernels/_linear_cross_entropy_triton.py",
+        "                    gradient += SMOOTHING / V\n",
+        "                    gradient += 0.0\n",
+        "tests/kernels/test_linear_cross_entropy.py -k smoothing",
         interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: z-loss without its gradient, frozen head",
+        "kernels/_linear_cross_entropy_triton.py",
+        "p = (1.0 + 2.0 * Z_LOSS * lse) * p",
+        "p = (1.0 + 0.0 * lse) * p",
+        "tests/kernels/test_linear_cross_entropy.py -k z_loss",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: z-loss without its gradient, frozen head, in PyTorch",
+        "kernels/linear_cross_entropy.py",
+        "            dr.mul_(1 + 2 * maths.z_loss * lse[:, None])\n",
+        "            pass\n",
+        "tests/kernels/test_linear_cross_entropy.py -k z_loss",
+    ),
+    Mutant(
+        "cross-entropy: smoothing without the others' part, frozen head, in PyTorch",
+        "kernels/linear_cross_entropy.py",
+        "            dr.add_(smoothing / vocab)\n",
+        "            pass\n",
+        "tests/kernels/test_linear_cross_entropy.py -k smoothing",
+    ),
+    Mutant(
+        "cross-entropy: with smoothing a frozen head is computed twice",
+        "kernels/linear_cross_entropy.py",
+        "frozen = need_hidden and not (",
+        "frozen = need_hidden and not maths.label_smoothing and not (",
+        "tests/kernels/test_linear_cross_entropy.py -k one_pass",
     ),
     Mutant(
         "cross-entropy: lse's gradient with the sign of the log-probability's",
         "kernels/linear_cross_entropy.py",
-        "dr.addcmul_(p, grad_lse[:, None])",
-        "dr.addcmul_(p, grad_lse[:, None], value=-1)",
+        "p = -g_lse if p is None else p - g_lse",
+        "p = -g_lse if p is None else p + g_lse",
         "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
     ),
     Mutant(
@@ -752,15 +815,15 @@ MUTANTS = (
     Mutant(
         "cross-entropy: label smoothing adds to the whole loss",
         "kernels/linear_cross_entropy.py",
-        "loss = (1 - label_smoothing) * loss + label_smoothing",
-        "loss = loss + label_smoothing",
+        "found = (1 - smoothing) * found - smoothing * (lse - z.mean(-1))",
+        "found = found - smoothing * (lse - z.mean(-1))",
         "tests/kernels/test_linear_cross_entropy.py -k smoothing",
     ),
     Mutant(
         "cross-entropy: z-loss of lse, not of its square",
         "kernels/linear_cross_entropy.py",
-        "loss = loss + z_loss * found.lse.square()",
-        "loss = loss + z_loss * found.lse",
+        "found = found - maths.z_loss * lse * lse",
+        "found = found - maths.z_loss * lse",
         "tests/kernels/test_linear_cross_entropy.py -k z_loss",
     ),
     Mutant(
@@ -773,8 +836,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: gradient without the label",
         "kernels/_linear_cross_entropy_triton.py",
-        "gradient = (tl.where(offsets == label, 1.0, 0.0) - p) * slope",
-        "gradient = (0.0 - p) * slope",
+        "gradient = tl.where(offsets == label, 1.0 - SMOOTHING, 0.0) - p",
+        "gradient = 0.0 - p",
         'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
         interpret=True,
     ),
@@ -871,8 +934,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: the largest logit swallows the log of the sum, value",
         "kernels/_linear_cross_entropy_triton.py",
-        "(z_label - base) - log_sum)",
-        "z_label - (base + log_sum))",
+        "score = (z_label - base) - log_sum",
+        "score = z_label - (base + log_sum)",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
         interpret=True,
     ),
@@ -887,8 +950,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: the largest logit swallows the log of the sum, gradient in backward",
         "kernels/_linear_cross_entropy_triton.py",
-        "log_p = (z - tl.load(top_ptr + row)) - tl.load(log_sum_ptr + row)",
-        "log_p = z - (tl.load(top_ptr + row) + tl.load(log_sum_ptr + row))",
+        "log_p = (z - top) - log_sum",
+        "log_p = z - (top + log_sum)",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
         interpret=True,
     ),
