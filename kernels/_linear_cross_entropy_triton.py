@@ -8,18 +8,8 @@ from fastft.kernels._triton import jit, tl
 
 
 @jit
-def _load_z(
-    logits_ptr,
-    offsets,
-    mask,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    INV_TEMPERATURE: tl.constexpr,
-    EVICT: tl.constexpr,
-):
-    """z and d z / d r of the logits at ``offsets``."""
-    z = tl.load(logits_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+def _z_of(z, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, INV_TEMPERATURE: tl.constexpr):
+    """z and d z / d r of raw logits, in fp32."""
     if SCALE != 1.0:
         z = z * SCALE
     slope = SCALE * INV_TEMPERATURE
@@ -34,6 +24,22 @@ def _load_z(
     if INV_TEMPERATURE != 1.0:
         z = z * INV_TEMPERATURE
     return z, slope
+
+
+@jit
+def _load_z(
+    logits_ptr,
+    offsets,
+    mask,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    INV_TEMPERATURE: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """z and d z / d r of the logits at ``offsets``."""
+    raw = tl.load(logits_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    return _z_of(raw, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
 
 
 @jit

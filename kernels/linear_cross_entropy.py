@@ -55,6 +55,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 
+from fastft.kernels import _linear_cross_entropy_fused as fused
 from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._linear_cross_entropy_triton import _backward_kernel, _forward_kernel
@@ -89,6 +90,11 @@ class _Maths(NamedTuple):
     label_smoothing: float
     z_loss: float
     dtype: torch.dtype
+    way: str
+
+
+#: Ways to compute it: in chunks of logits; in tiles, without any; in tiles, without the small gradients.
+WAYS = ("chunks", "fused", "filtered")
 
 
 class _Wanted(NamedTuple):
@@ -99,6 +105,10 @@ class _Wanted(NamedTuple):
     mean_logits: bool
     log_sum_sq_probs: bool
     unit_gradient: bool = False
+
+    def flags(self) -> dict[str, bool]:
+        """Constants of the kernels."""
+        return {name.upper(): wanted for name, wanted in zip(self._fields[:4], self, strict=False)}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -233,8 +243,7 @@ class _Head:
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, maths: _Maths) -> None:
         self.hidden, self.dtype, self.maths = hidden, maths.dtype, maths
-        self.weight = weight.to(self.dtype)
-        self.bias = None if bias is None else bias.to(self.dtype)
+        _, self.weight, self.bias = _operands(hidden[:0], weight, bias, maths.dtype)
         # The kernels are fp32 inside: fp64 runs in PyTorch on every device.
         self.triton = use_triton(hidden) and self.dtype != torch.float64
         tokens, vocab = hidden.shape[0], weight.shape[0]
@@ -276,6 +285,18 @@ def _of_logits(maths: _Maths) -> dict[str, Any]:
     }
 
 
+def _operands(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """In the dtype that the head multiplies in."""
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _in_tiles(hidden: torch.Tensor, maths: _Maths) -> bool:
+    """Whether the kernels without a buffer run. Where Triton does not, the ways differ in nothing."""
+    return maths.way != "chunks" and use_triton(hidden) and maths.dtype != torch.float64
+
+
 def _check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
     """On the CPU, where looking costs no synchronisation, a label outside the vocabulary is an error, as in
     ``F.cross_entropy``.
@@ -305,10 +326,16 @@ def _scored(labels: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
     return keep if 16 * keep.shape[0] <= 15 * labels.shape[0] else None
 
 
+def _read(options: tuple[Any, ...]) -> tuple[_Maths, _Wanted]:
+    """The forward's options. Without a buffer there is nothing that it could make the unit gradient of."""
+    maths, wanted = _Maths(*options[:8]), _Wanted(*options[8:])
+    return maths, wanted if maths.way == "chunks" else wanted._replace(unit_gradient=False)
+
+
 def _forward(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, ...]:
-    maths, wanted = _Maths(*options[:7]), _Wanted(*options[7:])
+    maths, wanted = _read(options)
     if not hidden.is_cuda:
         _check_labels(labels, weight.shape[0], maths.ignore_index)
     keep = _scored(labels, maths.ignore_index)
@@ -327,9 +354,21 @@ def _forward_all(
     maths: _Maths,
     wanted: _Wanted,
 ) -> tuple[torch.Tensor, ...]:
-    head = _Head(hidden, weight, bias, maths)
     labels = labels.contiguous()
     outputs = _empty_outputs(hidden, maths.dtype, wanted)
+    if _in_tiles(hidden, maths):
+        fused.forward(
+            *_operands(hidden, weight, bias, maths.dtype),
+            labels,
+            outputs[:7],
+            _of_logits(maths),
+            ignore_index=maths.ignore_index,
+            smoothing=float(maths.label_smoothing),
+            z_loss=float(maths.z_loss),
+            wanted=wanted.flags(),
+        )
+        return outputs
+    head = _Head(hidden, weight, bias, maths)
     for chunk in head.chunks():
         logits = head.logits(chunk)
         # An output nobody asked for is empty; its kernel argument is never touched.
@@ -341,10 +380,7 @@ def _forward_all(
                 *parts,
                 SMOOTHING=float(maths.label_smoothing),
                 Z_LOSS=float(maths.z_loss),
-                ENTROPY=wanted.entropy,
-                IS_TOP1=wanted.is_top1,
-                MEAN_LOGITS=wanted.mean_logits,
-                LOG_SUM_SQ_PROBS=wanted.log_sum_sq_probs,
+                **wanted.flags(),
                 GRADIENT=wanted.unit_gradient,
                 **head.constants,
             )
@@ -421,7 +457,8 @@ def _empty_outputs(hidden: torch.Tensor, dtype: torch.dtype, wanted: _Wanted) ->
 def _forward_fake(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, ...]:
-    return _empty_outputs(hidden, _Maths(*options[:7]).dtype, _Wanted(*options[7:]))
+    maths, wanted = _read(options)
+    return _empty_outputs(hidden, maths.dtype, wanted)
 
 
 def _empty_grads(
@@ -462,6 +499,12 @@ class _Coefficients(NamedTuple):
     def of(self, chunk: slice) -> _Coefficients:
         return _Coefficients(*(None if g is None else g[chunk] for g in self))
 
+    def least(self, maths: _Maths) -> torch.Tensor:
+        """Which gradient of a logit is small beside its token's largest: 2^-12 of it in bf16, 1/32 of the rounding."""
+        sizes = [g.abs() for g in (self.label, self.p, self.entropy) if g is not None]
+        largest = torch.stack(sizes).amax(0)
+        return largest * (abs(maths.logit_scale / maths.temperature) * torch.finfo(maths.dtype).eps / 32)
+
 
 def _coefficients(
     grads: tuple[torch.Tensor | None, ...], top: torch.Tensor, log_sum: torch.Tensor, vocab: int, maths: _Maths
@@ -494,7 +537,7 @@ def _backward(
     entropy: torch.Tensor,
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    maths, need = _Maths(*options[:7]), options[7:]
+    maths, need = _Maths(*options[:8]), options[8:]
     grads = (grad_score, grad_entropy, grad_mean_logits, grad_lse)
     if grad_score is None and not _capturing(hidden) and not any(bool(g.any()) for g in grads if g is not None):
         # Waiting for the GPU once costs far less than the GEMMs.
@@ -521,10 +564,25 @@ def _backward_all(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    head = _Head(hidden, weight, bias, maths)
     labels, wide = labels.contiguous(), _wide(maths.dtype)
     top, log_sum, entropy = saved
     coefficients = _coefficients(grads, top, log_sum, weight.shape[0], maths)
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    if _in_tiles(hidden, maths):
+        dh, dw, db = fused.backward(
+            *_operands(hidden, weight, bias, maths.dtype),
+            labels,
+            saved,
+            coefficients,
+            coefficients.least(maths) if maths.way == "filtered" else None,
+            _of_logits(maths),
+            ignore_index=maths.ignore_index,
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
+        return dh.to(hidden.dtype), dw.to(weight.dtype), db.to(bias_dtype)
+    head = _Head(hidden, weight, bias, maths)
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0, hidden.shape[1]), dtype=maths.dtype)
     grad_weight = hidden.new_zeros(weight.shape if need_weight else (0, weight.shape[1]), dtype=wide)
     grad_bias = hidden.new_zeros((weight.shape[0] if need_bias else 0,), dtype=wide)
@@ -553,7 +611,6 @@ def _backward_all(
             _add_matmul(grad_weight, logits.t(), states)
         if need_bias:
             grad_bias += logits.sum(0, dtype=wide)
-    bias_dtype = weight.dtype if bias is None else bias.dtype
     return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
 
 
@@ -601,7 +658,7 @@ def _backward_fake(
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
 _MATHS = (
     "int ignore_index, float? softcap, float logit_scale, float temperature, float label_smoothing, float z_loss, "
-    "ScalarType dtype"
+    "ScalarType dtype, str way"
 )
 
 _forward_op = raw_op(
@@ -641,7 +698,7 @@ class _LinearLogProb(torch.autograd.Function):
         entropy_gradient, mean_gradient = gradients[0] and wanted.entropy, gradients[1] and wanted.mean_logits
         differentiable = (entropy_gradient, mean_gradient, gradients[2])
         # With a gradient of lse or the mean, the unit gradient would be of no use: backward needs the logits anyway.
-        frozen = need_hidden and not (need_weight or need_bias or any(differentiable[1:]))
+        frozen = need_hidden and not (need_weight or need_bias or any(differentiable[1:])) and maths.way == "chunks"
         *outputs, unit = _forward_op(hidden, weight, bias, labels, *maths, *wanted._replace(unit_gradient=frozen))
         score, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
         lse = top + log_sum
@@ -698,6 +755,32 @@ def _scores(
     return LogProb._make((score, *optional, top + log_sum))
 
 
+def _log_prob(
+    way: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    is_top1: bool = False,
+    mean_logits: bool = False,
+    log_sum_sq_probs: bool = False,
+    entropy_gradient: bool = True,
+    mean_logits_gradient: bool = False,
+    lse_gradient: bool = False,
+    dtype: torch.dtype | None = None,
+) -> LogProb:
+    _check_logits(softcap, temperature)
+    maths = _Maths(ignore_index, softcap, logit_scale, temperature, 0.0, 0.0, _head_dtype(hidden, dtype), way)
+    wanted = _Wanted(entropy, is_top1, mean_logits, log_sum_sq_probs)
+    return _scores(hidden, weight, bias, labels, maths, wanted, (entropy_gradient, mean_logits_gradient, lse_gradient))
+
+
 def linear_log_prob(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -729,10 +812,38 @@ def linear_log_prob(
     Raises ``ValueError`` for a temperature or softcap that is not positive; ``IndexError`` on the CPU for a label
     outside [0, vocab) that is not ``ignore_index`` (on a GPU such a label gives NaN).
     """
-    _check_logits(softcap, temperature)
-    maths = _Maths(ignore_index, softcap, logit_scale, temperature, 0.0, 0.0, _head_dtype(hidden, dtype))
-    wanted = _Wanted(entropy, is_top1, mean_logits, log_sum_sq_probs)
-    return _scores(hidden, weight, bias, labels, maths, wanted, (entropy_gradient, mean_logits_gradient, lse_gradient))
+    return _log_prob(
+        "chunks",
+        hidden,
+        weight,
+        bias,
+        labels,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        entropy=entropy,
+        is_top1=is_top1,
+        mean_logits=mean_logits,
+        log_sum_sq_probs=log_sum_sq_probs,
+        entropy_gradient=entropy_gradient,
+        mean_logits_gradient=mean_logits_gradient,
+        lse_gradient=lse_gradient,
+        dtype=dtype,
+    )
+
+
+def fused_log_prob(*args: Any, **options: Any) -> LogProb:
+    """:func:`linear_log_prob` without a buffer of logits: its variant ``fused``."""
+    return _log_prob("fused", *args, **options)
+
+
+def filtered_log_prob(*args: Any, **options: Any) -> LogProb:
+    """:func:`linear_log_prob` without a buffer of logits and without what small gradients add, its variant
+    ``filtered``. The results are exact; the gradients are not: a gradient of a logit may be missing that is at most
+    2^-12 (bf16; 2^-15 in fp16, 2^-28 in fp32) of its token's largest coefficient.
+    """
+    return _log_prob("filtered", *args, **options)
 
 
 def _reduce(loss: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:
@@ -787,6 +898,31 @@ def linear_cross_entropy_reference(
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
+def _cross_entropy(
+    way: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    _check_loss(reduction, label_smoothing, z_loss)
+    _check_logits(softcap)
+    flat, dtype = labels.reshape(-1), _head_dtype(hidden, dtype)
+    maths = _Maths(ignore_index, softcap, logit_scale, 1.0, label_smoothing, z_loss, dtype, way)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    score = _scores(rows, weight, bias, flat, maths, _Wanted(False, False, False, False)).log_prob
+    loss = _reduce(-score, flat, ignore_index, reduction)
+    return loss.view(labels.shape) if reduction == "none" else loss
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -809,14 +945,32 @@ def linear_cross_entropy(
     which is added to each token's loss. Raises ``ValueError`` for another reduction, a ``label_smoothing`` outside of
     [0, 1], a negative ``z_loss``.
     """
-    _check_loss(reduction, label_smoothing, z_loss)
-    _check_logits(softcap)
-    flat, dtype = labels.reshape(-1), _head_dtype(hidden, dtype)
-    maths = _Maths(ignore_index, softcap, logit_scale, 1.0, label_smoothing, z_loss, dtype)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    score = _scores(rows, weight, bias, flat, maths, _Wanted(False, False, False, False)).log_prob
-    loss = _reduce(-score, flat, ignore_index, reduction)
-    return loss.view(labels.shape) if reduction == "none" else loss
+    return _cross_entropy(
+        "chunks",
+        hidden,
+        weight,
+        bias,
+        labels,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        dtype=dtype,
+    )
+
+
+def fused_cross_entropy(*args: Any, **options: Any) -> torch.Tensor:
+    """:func:`linear_cross_entropy` without a buffer of logits: its variant ``fused``."""
+    return _cross_entropy("fused", *args, **options)
+
+
+def filtered_cross_entropy(*args: Any, **options: Any) -> torch.Tensor:
+    """:func:`linear_cross_entropy` without a buffer of logits and without what small gradients add, its variant
+    ``filtered``: see :func:`filtered_log_prob`.
+    """
+    return _cross_entropy("filtered", *args, **options)
 
 
 def supported(
@@ -843,6 +997,16 @@ def supported(
         return Reason("device", f"device {hidden.device.type!r} has no kernel; cuda and cpu have")
     if options.get("reduction", "mean") not in ("mean", "sum", "none"):
         return Reason("reduction", f"reduction {options['reduction']!r} is not 'mean', 'sum' or 'none'")
+    return None
+
+
+def filtered_supported(*args: Any, **options: Any) -> Reason | None:
+    """As :func:`supported`, for the variant ``filtered``."""
+    if reason := supported(*args, **options):
+        return reason
+    # What the mean gives a logit is below the threshold for all of them, and would be dropped.
+    if options.get("label_smoothing") or options.get("mean_logits_gradient"):
+        return Reason("filter", "label smoothing spreads its gradient over the vocabulary, and a filter drops that")
     return None
 
 
@@ -882,6 +1046,8 @@ register(
         cost=cost,
         sizes=sizes,
         inputs=inputs,
+        variants={"fused": (fused_log_prob, supported), "filtered": (filtered_log_prob, filtered_supported)},
+        by_name_only=("filtered",),
     )
 )
 register(
@@ -895,5 +1061,7 @@ register(
         cost=cost,
         sizes=sizes,
         inputs=inputs,
+        variants={"fused": (fused_cross_entropy, supported), "filtered": (filtered_cross_entropy, filtered_supported)},
+        by_name_only=("filtered",),
     )
 )

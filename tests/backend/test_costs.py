@@ -203,7 +203,7 @@ def test_raw_calls_have_their_ops_formulas() -> None:
 
 
 def test_what_ops_take_for_themselves() -> None:
-    maths = (-100, None, 1.0, 1.0, 0.0, 0.0, torch.bfloat16, False, False, False, False, True)
+    maths = (-100, None, 1.0, 1.0, 0.0, 0.0, torch.bfloat16, "chunks", False, False, False, False, True)
     labels = meta(5000, dtype=torch.int64)
     loss = called(torch.ops.fastft.linear_log_prob.default, meta(5000, 64), meta(128256, 64), None, labels, *maths)
     assert costs.scratch(loss)(int) == chunk_rows(5000, 128256, 2) * 128256 * 2

@@ -141,7 +141,7 @@ def _linear_cross_entropy(s: Shape, dtype: torch.dtype) -> None:
     tokens = s["batch"] * s["seq"]
     hidden, weight = _empty(tokens, s["hidden"], dtype=dtype), _empty(s["vocab"], s["hidden"], dtype=dtype)
     labels = _empty(tokens, dtype=torch.int64)
-    maths = linear_cross_entropy._Maths(-100, s["softcap"], 1.0, 1.0, 0.0, 0.0, dtype)
+    maths = linear_cross_entropy._Maths(-100, s["softcap"], 1.0, 1.0, 0.0, 0.0, dtype, "chunks")
     wanted = linear_cross_entropy._Wanted(True, False, False, False, True)
     linear_cross_entropy._forward_all(hidden, weight, None, labels, maths, wanted)
 

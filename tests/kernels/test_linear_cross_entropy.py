@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,12 +20,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.shapes import shapes
 from fastft.compare import assert_within
 from fastft.judging import Wide
+from fastft.kernels import _linear_cross_entropy_fused as fused
 from fastft.kernels import linear_cross_entropy as module
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
 from fastft.kernels.linear_cross_entropy import (
+    WAYS as NAMES,
+)
+from fastft.kernels.linear_cross_entropy import (
     LogProb,
     chunk_rows,
+    filtered_cross_entropy,
+    filtered_log_prob,
+    fused_cross_entropy,
+    fused_log_prob,
     linear_cross_entropy,
     linear_cross_entropy_reference,
     linear_log_prob,
@@ -45,10 +53,38 @@ ADDED = [dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.3,
 SMOOTH = dict(mean_logits=True, mean_logits_gradient=True, lse_gradient=True)
 
 
+class Way(NamedTuple):
+    """The op and its variants."""
+
+    name: str
+    log_prob: Callable[..., Any]
+    cross_entropy: Callable[..., Any]
+
+
+WAYS = {
+    "chunks": Way("chunks", linear_log_prob, linear_cross_entropy),
+    "fused": Way("fused", fused_log_prob, fused_cross_entropy),
+    "filtered": Way("filtered", filtered_log_prob, filtered_cross_entropy),
+}
+
+
+@pytest.fixture(params=["chunks", "fused"])
+def way(request):
+    return WAYS[request.param]
+
+
+def small_tiles(kernel, device, dtype, own, other):
+    """Several tiles, and parts, at the sizes of these tests."""
+    parts = {"forward": 4, "hidden": 2, "weight": 1}[kernel]
+    tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "PARTS": parts, "num_warps": 4}
+    return tiles if kernel == "forward" else {**tiles, "BLOCK_H": 16}
+
+
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks, the last one shorter: 4 rows of 131 fp32 logits."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 131 * 4)
+    monkeypatch.setattr(fused, "_tiles", small_tiles)
 
 
 def inputs(dtype, device, tokens=13, hidden=24, vocab=131, bias=True, frozen=False):
@@ -95,19 +131,19 @@ def check(fn, reference, tensors, labels, cotangents, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("maths", [{}, dict(softcap=3.0, logit_scale=0.7, temperature=1.3)], ids=["plain", "softcap"])
-def test_log_prob(dtype, frozen, maths, device):
+def test_log_prob(dtype, frozen, maths, device, way):
     h, w, b, y = inputs(dtype, device, frozen=frozen)
     cotangents = [torch.randn(len(y), device=device) for _ in range(2)]
-    check(linear_log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **maths, **ALL)
+    check(way.log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **maths, **ALL)
     y[::4] = 0  # no token is left out
     y[2] = -100
-    check(linear_log_prob, linear_log_prob_reference, (h, w, None), y, cotangents, **maths)
+    check(way.log_prob, linear_log_prob_reference, (h, w, None), y, cotangents, **maths)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("maths", [{}, dict(softcap=3.0, logit_scale=0.7, temperature=1.3)], ids=["plain", "softcap"])
-def test_gradients_of_lse_and_mean_logits(dtype, frozen, maths, device):
+def test_gradients_of_lse_and_mean_logits(dtype, frozen, maths, device, way):
     """Each alone, and all together, with labels that are left out, with none that is ignored, and with one that is."""
     h, w, b, y = inputs(dtype, device, tokens=17, frozen=frozen)
     for labels, ignore_index in (
@@ -122,19 +158,19 @@ def test_gradients_of_lse_and_mean_logits(dtype, frozen, maths, device):
             ([one, one * 2, -one, one / 3], dict(entropy=True, **SMOOTH)),
         ):
             options = dict(ignore_index=ignore_index, **maths, **more)
-            check(linear_log_prob, linear_log_prob_reference, (h, w, b), labels, cotangents, **options)
+            check(way.log_prob, linear_log_prob_reference, (h, w, b), labels, cotangents, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", ADDED)
-def test_label_smoothing_and_z_loss(options, reduction, frozen, dtype, device):
+def test_label_smoothing_and_z_loss(options, reduction, frozen, dtype, device, way):
     h, w, b, y = inputs(dtype, device, frozen=frozen)
     cotangent = torch.randn(len(y) if reduction == "none" else (), device=device)
     for softcap in (None, 3.0):
         more = dict(reduction=reduction, softcap=softcap, **options)
-        check(linear_cross_entropy, linear_cross_entropy_reference, (h, w, b), y, [cotangent], **more)
+        check(way.cross_entropy, linear_cross_entropy_reference, (h, w, b), y, [cotangent], **more)
 
 
 @pytest.mark.parametrize("options", ADDED)
@@ -154,7 +190,7 @@ def test_lse_and_mean_logits_are_constants_unless_asked_for(device):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_log_prob_of_tokens_the_model_is_sure_of(frozen, device):
+def test_log_prob_of_tokens_the_model_is_sure_of(frozen, device, way):
     """A loss of 0.002 from logits near 1000, whose neighbours in fp32 are 6e-5 apart: z - lse has few digits left."""
     h, w, b, y = inputs(torch.float32, device, frozen=frozen)
     y = y.clamp(min=0)
@@ -164,7 +200,7 @@ def test_log_prob_of_tokens_the_model_is_sure_of(frozen, device):
         y[:], w[7, 0] = 7, 3
     one, none = torch.ones(len(y), device=device), torch.zeros(len(y), device=device)
     for cotangents in ([one, none], [none, one]):
-        check(linear_log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **ALL)
+        check(way.log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **ALL)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 130])
@@ -194,7 +230,7 @@ def test_the_gradient_of_an_fp32_weight_is_summed_in_fp32(device, monkeypatch):
 
 @pytest.mark.parametrize("shape", shapes("linear_cross_entropy", tag="test"), ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_cross_entropy(shape, reduction, device):
+def test_cross_entropy(shape, reduction, device, way):
     h = torch.randn(shape["batch"], shape["seq"], shape["hidden"], device=device, requires_grad=True)
     w = torch.randn(shape["vocab"], shape["hidden"], device=device, requires_grad=shape["batch"] > 1)
     y = torch.randint(0, shape["vocab"], h.shape[:2], device=device)
@@ -202,16 +238,16 @@ def test_cross_entropy(shape, reduction, device):
     scalar = torch.tensor(0.3, device=device)
     cotangent = strided(torch.randn(y.shape, device=device)) if reduction == "none" else scalar
     options = dict(softcap=shape["softcap"], reduction=reduction)
-    check(linear_cross_entropy, linear_cross_entropy_reference, (h, w, None), y, [cotangent], **options)
+    check(way.cross_entropy, linear_cross_entropy_reference, (h, w, None), y, [cotangent], **options)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_like_stock_cross_entropy_when_every_label_is_ignored(frozen, device):
+def test_like_stock_cross_entropy_when_every_label_is_ignored(frozen, device, way):
     h, w, b, y = inputs(torch.float32, device, frozen=frozen)
     y = torch.full_like(y, -100)
     wanted = [t for t in (h, w, b) if t.requires_grad]
     for reduction in ("mean", "sum"):
-        loss = linear_cross_entropy(h, w, b, y, reduction=reduction)
+        loss = way.cross_entropy(h, w, b, y, reduction=reduction)
         stock = F.cross_entropy(F.linear(h, w, b), y, reduction=reduction)
         assert torch.equal(loss.isnan(), stock.isnan()) and (reduction == "mean" or loss == 0)
         for grad in torch.autograd.grad(loss, wanted):
@@ -220,7 +256,7 @@ def test_like_stock_cross_entropy_when_every_label_is_ignored(frozen, device):
 
 @pytest.mark.parametrize("left_out", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_ignored_tokens_poison_nothing(frozen, left_out, device, monkeypatch):
+def test_ignored_tokens_poison_nothing(frozen, left_out, device, monkeypatch, way):
     if not left_out:
         monkeypatch.setattr(module, "_scored", lambda labels, ignore_index: None)
     h, w, b, y = inputs(torch.float32, device, frozen=frozen)
@@ -229,18 +265,18 @@ def test_ignored_tokens_poison_nothing(frozen, left_out, device, monkeypatch):
     bad.requires_grad_()
     wanted = [t for t in (w, b) if t.requires_grad]
     clean, poisoned = (
-        [(loss := linear_cross_entropy(x, w, b, y)), *torch.autograd.grad(loss, [x, *wanted])] for x in (h, bad)
+        [(loss := way.cross_entropy(x, w, b, y)), *torch.autograd.grad(loss, [x, *wanted])] for x in (h, bad)
     )
     for a, e in zip(poisoned, clean, strict=True):
         assert torch.equal(a, e)
 
 
-def test_no_tokens(device):
+def test_no_tokens(device, way):
     h, w, b, y = inputs(torch.float32, device, tokens=0)
-    assert linear_cross_entropy(h, w, b, y).isnan()
-    grads = torch.autograd.grad(linear_cross_entropy(h, w, b, y, reduction="sum"), [h, w, b])
+    assert way.cross_entropy(h, w, b, y).isnan()
+    grads = torch.autograd.grad(way.cross_entropy(h, w, b, y, reduction="sum"), [h, w, b])
     assert [g.shape for g in grads] == [h.shape, w.shape, b.shape] and not any(g.any() for g in grads)
-    found = linear_log_prob(h.detach(), w.detach(), None, y, **ALL)
+    found = way.log_prob(h.detach(), w.detach(), None, y, **ALL)
     assert all(x.shape == (0,) for x in found)
 
 
@@ -274,12 +310,12 @@ def test_largest_allocation_is_one_chunk(frozen, device, monkeypatch):
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_gradcheck(frozen, softcap, device):
+def test_gradcheck(frozen, softcap, device, way):
     h, w, b, y = inputs(torch.float64, device, tokens=5, hidden=3, vocab=7, frozen=frozen)
     wanted = (h,) if frozen else (h, w, b)
     for more, outputs in ((dict(entropy=True), (0, 1)), (dict(entropy=True, **SMOOTH), (0, 1, 3, 5))):
         options = dict(softcap=softcap, logit_scale=1.2, temperature=0.8, **more)
-        for fn in (linear_log_prob, linear_log_prob_reference):
+        for fn in (way.log_prob, linear_log_prob_reference):
 
             def call(*t, fn=fn, options=options, outputs=outputs):
                 found = fn(*t, *(w, b)[len(t) - 1 :], y, **options)
@@ -300,7 +336,7 @@ def test_entropy_without_gradient(device, monkeypatch):
     assert torch.equal(got, expected)
 
 
-def test_only_what_is_asked_for(device):
+def test_only_what_is_asked_for(device, way):
     h, w, b, y = inputs(torch.float32, device)
     same, exact = (
         torch.autograd.grad(linear_cross_entropy_reference(*leaves, y), leaves)
@@ -308,16 +344,16 @@ def test_only_what_is_asked_for(device):
     )
     for i, t in enumerate((h, w, b)):
         others = [x if x is t else x.detach() for x in (h, w, b)]
-        (one,) = torch.autograd.grad(linear_cross_entropy(*others, y), [t])
+        (one,) = torch.autograd.grad(way.cross_entropy(*others, y), [t])
         assert_within("hwb"[i], one, same[i], exact[i], length=131)
     with torch.no_grad():
-        found = linear_log_prob(h, w, b, y)
+        found = way.log_prob(h, w, b, y)
     assert not found.log_prob.requires_grad and found.entropy.shape == (0,)
 
 
-def test_repeats_bit_for_bit(device):
+def test_repeats_bit_for_bit(device, way):
     h, w, b, y = inputs(torch.float16, device)
-    first, second = (torch.autograd.grad(linear_cross_entropy(h, w, b, y), [h, w, b]) for _ in range(2))
+    first, second = (torch.autograd.grad(way.cross_entropy(h, w, b, y), [h, w, b]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -336,7 +372,7 @@ def test_values_are_the_same_beside_their_gradient(device):
         assert torch.equal(linear_log_prob(hidden, weight, None, labels).log_prob, alone)
 
 
-def test_layouts(device):
+def test_layouts(device, way):
     h, w, b, y = inputs(torch.float32, device)
     weights = torch.arange(13.0, device=device)
     same, exact = (
@@ -345,20 +381,20 @@ def test_layouts(device):
     )
     turned = h.detach().t().contiguous().t().requires_grad_()
     both = torch.stack((y, y), 1)[:, 0]
-    (got,) = torch.autograd.grad(linear_log_prob(turned, strided(w), b, both).log_prob, turned, strided(weights))
+    (got,) = torch.autograd.grad(way.log_prob(turned, strided(w), b, both).log_prob, turned, strided(weights))
     assert_within("dh", got, same, exact, length=131)
 
 
-def test_labels_at_ties_and_impossible_tokens(device):
+def test_labels_at_ties_and_impossible_tokens(device, way):
     h = torch.eye(3, device=device)
     w = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 0.0]], device=device)
     b = torch.tensor([0.0, 0.0, -torch.inf], device=device)
-    found = linear_log_prob(h, w, b, torch.tensor([0, 1, 0], device=device), entropy=True, is_top1=True)
+    found = way.log_prob(h, w, b, torch.tensor([0, 1, 0], device=device), entropy=True, is_top1=True)
     assert found.is_top1.tolist() == [True, False, True]  # argmax gives the first maximum
     half = torch.full((3,), 0.5, device=device).log()
     assert torch.allclose(found.log_prob, half) and torch.allclose(found.entropy, -half)
     h.requires_grad_()
-    found = linear_log_prob(h, w, b, torch.tensor([0, 1, 0], device=device), entropy=True)
+    found = way.log_prob(h, w, b, torch.tensor([0, 1, 0], device=device), entropy=True)
     (grad,) = torch.autograd.grad((found.log_prob + found.entropy).sum(), h)
     assert grad.isfinite().all()
 
@@ -377,14 +413,14 @@ def test_vocabulary_of_several_blocks(impossible, device, monkeypatch):
     check(linear_log_prob, linear_log_prob_reference, (h, w.detach(), b.detach()), y, cotangents, **wanted)
 
 
-def test_label_outside_the_vocabulary(device):
+def test_label_outside_the_vocabulary(device, way):
     h, w, b, y = inputs(torch.float32, device)
     y[1] = 131
     if device == "cpu":
         with pytest.raises(IndexError, match="label 131 is out of bounds"):
-            linear_cross_entropy(h, w, b, y)
+            way.cross_entropy(h, w, b, y)
     else:
-        assert linear_cross_entropy(h, w, b, y).isnan()
+        assert way.cross_entropy(h, w, b, y).isnan()
 
 
 @pytest.mark.parametrize("options", [dict(softcap=0.0), dict(temperature=0.0), dict(temperature=float("nan"))])
@@ -396,10 +432,10 @@ def test_wrong_numbers(options, device):
         linear_cross_entropy(h, w, b, y, reduction="batchmean")
 
 
-def test_autocast_is_what_the_linear_layer_would_do(device):
+def test_autocast_is_what_the_linear_layer_would_do(device, way):
     h, w, b, y = inputs(torch.float32, device)
     with torch.autocast(device, torch.bfloat16):
-        ours = linear_cross_entropy(h, w, b, y)
+        ours = way.cross_entropy(h, w, b, y)
         logits = F.linear(h, w, b)
         stock = F.cross_entropy(logits.float(), y)
     narrow = [t.detach().bfloat16() for t in (h, w, b)]
@@ -421,7 +457,7 @@ def test_kernels_compile_for_an_h100(vocab, softcap):
 
     h, w = torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(vocab, 16, dtype=torch.bfloat16)
     y, g = torch.tensor([3, -100]), torch.zeros(2)
-    maths = (-100, softcap, 1.0, 1.0, 0.1, 1e-4, torch.bfloat16)
+    maths = (-100, softcap, 1.0, 1.0, 0.1, 1e-4, torch.bfloat16, "chunks")
     with compiling(module) as kernels:
         _, *saved = torch.ops.fastft.linear_log_prob(h, w, None, y, *maths, True, True, True, True, True)[:4]
         torch.ops.fastft.linear_log_prob_backward(g, g, g, g, h, w, None, y, *saved, *maths, True, True, False)
@@ -450,11 +486,12 @@ def test_compiles_as_opaque_ops(frozen, device):
     assert ("fastft.linear_log_prob_backward" in text[1]) is not frozen
 
 
+@pytest.mark.parametrize("way", NAMES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_raw_ops(bias, device):
+def test_raw_ops(bias, way, device):
     small = inputs(torch.float32, device, tokens=3, vocab=33, bias=bias)
     h, w, b, y = (t.detach() if t is not None else None for t in small)
-    maths = (-100, 3.0, 0.7, 1.3, 0.1, 1e-2, torch.float16)
+    maths = (-100, 3.0, 0.7, 1.3, 0.1, 1e-2, torch.float16, way)
     for wanted in [(True, True, True, True, True), (False,) * 5]:
         torch.library.opcheck(torch.ops.fastft.linear_log_prob.default, (h, w, b, y, *maths, *wanted))
     _, *saved = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, True, False, False, False, False)[:4]
@@ -506,7 +543,7 @@ def test_supported(change, code):
 
 
 @pytest.mark.parametrize("maths", [{}, dict(softcap=3.0, logit_scale=0.7, temperature=1.3)], ids=["plain", "softcap"])
-def test_like_trl(maths, device):
+def test_like_trl(maths, device, way):
     trl = pytest.importorskip("trl.kernels.chunked_logprob")
     h, w, b, y = inputs(torch.float32, device)
     y = y.clamp(min=0)
@@ -519,7 +556,7 @@ def test_like_trl(maths, device):
         )
 
     def ours(h, w, b):
-        found = linear_log_prob(h, w, b, y, **maths, **ALL)
+        found = way.log_prob(h, w, b, y, **maths, **ALL)
         return [getattr(found, name) for name in names]
 
     def values(fn, *leaves):
@@ -883,7 +920,7 @@ MUTANTS = (
     Mutant(
         "cross-entropy: scale forgotten in backward",
         "kernels/linear_cross_entropy.py",
-        "    dr *= logit_scale / temperature\n",
+        "    dr *= maths.logit_scale / maths.temperature\n",
         "",
         'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
     ),
