@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastft import _torch_compat as compat
 from fastft.fallback import said
+from fastft.kernels import _linear_cross_entropy_fused as fused
 from fastft.kernels._op import OPS, Cost, Op
 from fastft.kernels.linear_cross_entropy import chunk_rows
 from fastft.reporting import Work
@@ -248,7 +249,9 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
     name = getattr(getattr(node.target, "_schema", None), "name", "")
     if name.startswith("fastft::linear_log_prob"):
         given = fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"])
-        tokens, vocab, item = given["hidden"].shape[0], given["weight"].shape[0], given["dtype"].itemsize
+        (tokens, width), vocab, item = given["hidden"].shape, given["weight"].shape[0], given["dtype"].itemsize
+        if given["way"] != "chunks":
+            return lambda size: fused.scratch(size(tokens), size(width), name.endswith("_backward"))
         return lambda size: chunk_rows(size(tokens), size(vocab), item) * size(vocab) * item
     if name in ("fastft::lora_linear", "fastft::lora_linear_backward"):
         given = fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"])

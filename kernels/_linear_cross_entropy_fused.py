@@ -50,10 +50,11 @@ def _tiles(kernel: str, device: torch.device, dtype: torch.dtype, own: int, othe
         m, n, k, h, warps, stages = 64, 64, 32, 32, 4, 2
     elif device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
         m, n, k, h, warps, stages = 128, 128, 32, 32, 8, 3  # 100 KB of shared memory
-    elif kernel == "forward":
-        m, n, k, h, warps, stages = 128, 256, 64, 64, 8, 3
+    elif kernel != "weight":
+        # A total of dh is read and written for each tile of the vocabulary: wide ones are worth narrow products.
+        m, n, k, h, warps, stages = 128, 256, 64, 32, 8, 3
     else:
-        m, n, k, h, warps, stages = 128, 128, 64, 128, 8, 3
+        m, n, k, h, warps, stages = 128, 128, 64, 64, 8, 3
     m, n = (min(size, max(16, 1 << max(rows - 1, 1).bit_length())) for size, rows in ((m, own), (n, other)))
     warps = 4 if m * n <= 64 * 64 else warps
     tiles, wide = -(-own // m), processors(device)
@@ -131,7 +132,7 @@ def _product(
     H: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a times rows of b, [BLOCK_M, BLOCK_N] in fp32."""
+    """Rows of a times rows of b, few of each, [BLOCK_M, BLOCK_N] in fp32."""
     k = tl.arange(0, BLOCK_K)
     a_at = a_ptr + (a_rows[:, None] * a_stride + k[None, :])
     b_at = b_ptr + (b_rows[None, :] * b_stride + k[:, None])
@@ -164,8 +165,9 @@ def _fused_forward_kernel(
     tile, part = _tile_of(tl.cdiv(tokens, BLOCK_M), GROUP, PARTS)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows and columns past the end are the last one again, and left out of every result.
-    at = tl.minimum(rows, tokens - 1).to(tl.int64)
+    at = tl.minimum(rows, tokens - 1)
     label = tl.load(labels_ptr + at)
+    hidden_ptr += tl.cast(tile * BLOCK_M, tl.int64) * hidden_stride
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     before = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     sum_e = tl.zeros((BLOCK_M,), tl.float32)
@@ -176,9 +178,19 @@ def _fused_forward_kernel(
     EACH: tl.constexpr = ((V + BLOCK_N - 1) // BLOCK_N + PARTS - 1) // PARTS * BLOCK_N
     for start in range(part * EACH, tl.minimum((part + 1) * EACH, V), BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        column = tl.minimum(columns, V - 1).to(tl.int64)
+        column = tl.minimum(columns, V - 1)
         z = _product(
-            hidden_ptr, weight_ptr, at, column, hidden_stride, weight_stride, H, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            hidden_ptr,
+            weight_ptr + tl.cast(start, tl.int64) * weight_stride,
+            at - tile * BLOCK_M,
+            column - start,
+            hidden_stride,
+            weight_stride,
+            H,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
         )
         if HAS_BIAS:
             z += tl.load(bias_ptr + column).to(tl.float32)[None, :]
@@ -279,13 +291,13 @@ def _fused_backward_kernel(
     own_ptr,  # [owned, H]: hidden states for dh, the weight for dW
     other_ptr,  # [others, H]: the other one
     bias_ptr,  # [V]
-    labels_ptr,  # int64 [tokens], as what follows
+    labels_ptr,  # int32 [tokens], as what follows; -1: ignored
     top_ptr, log_sum_ptr, entropy_ptr, g_label_ptr, g_p_ptr, g_mean_ptr, g_entropy_ptr,
     least_ptr,  # below this a token's dr is nothing, if it is so in a whole tile
     total_ptr,  # fp32 [PARTS, owned, H], zeros
     sums_ptr,  # fp32 [owned]: of dr over the others
     owned, others, own_stride, other_stride,
-    V: tl.constexpr, H: tl.constexpr, IGNORE_INDEX: tl.constexpr, HAS_BIAS: tl.constexpr,
+    V: tl.constexpr, H: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, INV_TEMPERATURE: tl.constexpr,
     LABEL: tl.constexpr, P: tl.constexpr, MEAN: tl.constexpr, ENTROPY: tl.constexpr,
     OWN_TOKENS: tl.constexpr, PRODUCT: tl.constexpr, SUMS: tl.constexpr, FILTERED: tl.constexpr,
@@ -294,16 +306,28 @@ def _fused_backward_kernel(
 ):  # fmt: skip
     tile, part = _tile_of(tl.cdiv(owned, BLOCK_M), GROUP, PARTS)
     own = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    own_at = tl.minimum(own, owned - 1).to(tl.int64)
-    total_at = total_ptr + (part.to(tl.int64) * owned + own_at)[:, None] * H
+    own_at = tl.minimum(own, owned - 1)
+    own_ptr += tl.cast(tile * BLOCK_M, tl.int64) * own_stride
+    total_ptr += (part.to(tl.int64) * owned + tile * BLOCK_M) * H
     h = tl.arange(0, BLOCK_H)[None, :]
     sums = tl.zeros((BLOCK_M,), tl.float32)
     each = tl.cdiv(tl.cdiv(others, BLOCK_N), PARTS) * BLOCK_N
     for start in range(part * each, tl.minimum((part + 1) * each, others), BLOCK_N):
         other = start + tl.arange(0, BLOCK_N)
-        other_at = tl.minimum(other, others - 1).to(tl.int64)
+        other_at = tl.minimum(other, others - 1)
+        from_ptr = other_ptr + tl.cast(start, tl.int64) * other_stride
         r = _product(
-            own_ptr, other_ptr, own_at, other_at, own_stride, other_stride, H, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+            own_ptr,
+            from_ptr,
+            own_at - tile * BLOCK_M,
+            other_at - start,
+            own_stride,
+            other_stride,
+            H,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
         )
         if OWN_TOKENS:
             token, column, there = own_at[:, None], other[None, :], (own < owned)[:, None]
@@ -313,7 +337,7 @@ def _fused_backward_kernel(
             token, column, there = other_at[None, :], own[:, None], (other < others)[None, :]
             at_column = own_at[:, None]
             # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
-            walked = (other < others) & (tl.load(labels_ptr + other_at) != IGNORE_INDEX)
+            walked = (other < others) & (tl.load(labels_ptr + other_at) != -1)
         if HAS_BIAS:
             r += tl.load(bias_ptr + at_column).to(tl.float32)
         r = r.to(own_ptr.dtype.element_ty).to(tl.float32)
@@ -336,7 +360,7 @@ def _fused_backward_kernel(
             ENTROPY,
         )
         # An ignored token contributes nothing, whatever its logits or its incoming gradient are.
-        dr = tl.where(there & (column < V) & (label != IGNORE_INDEX), dr * slope, 0.0)
+        dr = tl.where(there & (column < V) & (label != -1), dr * slope, 0.0)
         if SUMS:
             sums += tl.sum(dr, axis=1)
         if PRODUCT:
@@ -346,13 +370,14 @@ def _fused_backward_kernel(
                 small = tl.where(tl.abs(dr) <= tl.load(least_ptr + token), 0, 1)
                 counted = tl.max(tl.max(small, axis=1), axis=0)
             if counted > 0:
-                dr = dr.to(other_ptr.dtype.element_ty)
-                from_at = other_ptr + other_at[:, None] * other_stride
+                narrow = dr.to(other_ptr.dtype.element_ty)
+                from_at = from_ptr + ((other_at - start)[:, None] * other_stride + h)
+                to_at = total_ptr + ((own - tile * BLOCK_M)[:, None] * H + h)
                 for first in range(0, H, BLOCK_H):
                     inside = first + h < H
-                    b = tl.load(from_at + (first + h), mask=walked[:, None] & inside, other=0.0)
-                    more = tl.dot(dr, b, input_precision=PRECISION)
-                    to, mask = total_at + (first + h), (own < owned)[:, None] & inside
+                    b = tl.load(from_at + first, mask=walked[:, None] & inside, other=0.0)
+                    more = tl.dot(narrow, b, input_precision=PRECISION)
+                    to, mask = to_at + first, (own < owned)[:, None] & inside
                     tl.store(to, tl.load(to, mask=mask, other=0.0) + more, mask=mask)
                 # What one thread has stored another may load for the next tile.
                 tl.debug_barrier()
@@ -363,9 +388,14 @@ def _fused_backward_kernel(
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 
+def scratch(tokens: int, hidden: int, backward: bool) -> int:
+    """Bytes that a call takes at most beside its results (and, in backward, the fp32 total of dW)."""
+    return 4 * tokens * hidden * MOST_TOTALS if backward else 28 * tokens * MOST_PARTS
+
+
 def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    """With rows that are contiguous."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    """With rows that are contiguous, and few of which are within 32 bits."""
+    return x if x.stride(1) == 1 and x.stride(0) < 2**22 else x.contiguous()
 
 
 def forward(
@@ -448,6 +478,9 @@ def backward(
     """
     (tokens, width), vocab = hidden.shape, weight.shape[0]
     hidden, weight = _rows_of(hidden), _rows_of(weight)
+    # Half the registers, where a program has a label for each of its columns. One that nothing has: -2.
+    outside = (labels < 0) | (labels >= vocab)
+    labels = labels.masked_fill(outside, -2).masked_fill(labels == ignore_index, -1).to(torch.int32)
     top, log_sum, entropy = saved
     tables = (top, log_sum, entropy if entropy.shape[0] else top, *(top if g is None else g for g in each))
     flags = dict(zip(("LABEL", "P", "MEAN", "ENTROPY"), (g is not None for g in each), strict=True))
@@ -475,7 +508,6 @@ def backward(
                 other.stride(0),
                 V=vocab,
                 H=width,
-                IGNORE_INDEX=ignore_index,
                 HAS_BIAS=bias is not None,
                 OWN_TOKENS=of_tokens,
                 PRODUCT=product,

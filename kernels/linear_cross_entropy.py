@@ -499,9 +499,13 @@ class _Coefficients(NamedTuple):
     def of(self, chunk: slice) -> _Coefficients:
         return _Coefficients(*(None if g is None else g[chunk] for g in self))
 
-    def least(self, maths: _Maths) -> torch.Tensor:
-        """Which gradient of a logit is small beside its token's largest: 2^-12 of it in bf16, 1/32 of the rounding."""
+    def least(self, maths: _Maths) -> torch.Tensor | None:
+        """Up to where a gradient of a logit is small beside its token's coefficients: 2^-12 of the largest in bf16, a
+        32nd of the dtype's spacing. None: filter nothing.
+        """
         sizes = [g.abs() for g in (self.label, self.p, self.entropy) if g is not None]
+        if maths.way != "filtered" or not sizes:
+            return None
         largest = torch.stack(sizes).amax(0)
         return largest * (abs(maths.logit_scale / maths.temperature) * torch.finfo(maths.dtype).eps / 32)
 
@@ -574,7 +578,7 @@ def _backward_all(
             labels,
             saved,
             coefficients,
-            coefficients.least(maths) if maths.way == "filtered" else None,
+            coefficients.least(maths),
             _of_logits(maths),
             ignore_index=maths.ignore_index,
             need_hidden=need_hidden,

@@ -207,6 +207,9 @@ def test_what_ops_take_for_themselves() -> None:
     labels = meta(5000, dtype=torch.int64)
     loss = called(torch.ops.fastft.linear_log_prob.default, meta(5000, 64), meta(128256, 64), None, labels, *maths)
     assert costs.scratch(loss)(int) == chunk_rows(5000, 128256, 2) * 128256 * 2
+    fused = (*maths[:7], "fused", *maths[8:])
+    loss = called(torch.ops.fastft.linear_log_prob.default, meta(5000, 64), meta(128256, 64), None, labels, *fused)
+    assert costs.scratch(loss)(int) == 28 * 5000 * 32, "seven numbers for each token and part of the vocabulary"
     x, packed = meta(4, 64, 32), meta(768, 1, dtype=torch.uint8)
     rest = ([None], None, [0], [], [], [], None, torch.bfloat16)
     for quant, wanted in (([packed], 48 * 32 * 2), ([], 0)):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastft
 from bench.shapes import shapes
 from fastft.compare import assert_within
 from fastft.judging import Wide
@@ -32,6 +33,7 @@ from fastft.kernels.linear_cross_entropy import (
     chunk_rows,
     filtered_cross_entropy,
     filtered_log_prob,
+    filtered_supported,
     fused_cross_entropy,
     fused_log_prob,
     linear_cross_entropy,
@@ -71,6 +73,9 @@ WAYS = {
 @pytest.fixture(params=["chunks", "fused"])
 def way(request):
     return WAYS[request.param]
+
+
+REAL_TILES = fused._tiles
 
 
 def small_tiles(kernel, device, dtype, own, other):
@@ -469,6 +474,121 @@ def test_kernels_compile_for_an_h100(vocab, softcap):
             assert re.search(rf"{access}\.global\S*\.v4\.b32", kernel.asm["ptx"])
 
 
+@pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="compiles with Triton's compiler")
+@pytest.mark.parametrize("name", ["fused", "filtered"])
+@pytest.mark.parametrize("vocab, softcap", [(128256, None), (50257, 30.0)])
+def test_kernels_without_a_buffer_compile_for_an_h100(vocab, softcap, name, monkeypatch):
+    from tests.kernels._hopper import compiling, stack_bytes
+
+    monkeypatch.setattr(fused, "_tiles", REAL_TILES)
+    h, w = torch.zeros(512, 1024, dtype=torch.bfloat16), torch.empty(vocab, 1024, dtype=torch.bfloat16)
+    y, g = torch.zeros(512, dtype=torch.int64), torch.zeros(512)
+    maths = (-100, softcap, 1.0, 1.0, 0.0, 0.0, torch.bfloat16, name)
+    with compiling(module) as kernels:
+        _, *saved = torch.ops.fastft.linear_log_prob(h, w, None, y, *maths, *[False] * 5)[:4]
+        torch.ops.fastft.linear_log_prob_backward(g, None, None, None, h, w, None, y, *saved, *maths, True, True, False)
+    names = [k.metadata.name for k in kernels]
+    assert names == ["_fused_forward_kernel", "_join_kernel", "_fused_backward_kernel", "_fused_backward_kernel"]
+    for kernel in (kernels[0], *kernels[2:]):
+        assert "wgmma.mma_async" in kernel.asm["ptx"] and "cp.async.cg" in kernel.asm["ptx"]
+    spilt = [stack_bytes(kernel) for kernel in kernels]
+    # A softcap and a filter hold more than a tile of logits: once for each, beside products of that whole tile.
+    most = 16 if softcap is None and name == "fused" else 512
+    assert spilt[0] <= 16 and spilt[1] == 0 and max(spilt) <= most
+
+
+@pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="launches are noted in place of Triton's")
+@pytest.mark.parametrize("trained", [False, True])
+def test_without_a_buffer_nothing_grows_with_tokens_times_vocabulary(trained, monkeypatch):
+    from tests.kernels._launches import noting
+
+    monkeypatch.setattr(fused, "_tiles", REAL_TILES)
+    tokens, hidden, vocab = 1000, 8, 3000
+    h, w, b, y = inputs(torch.bfloat16, "cpu", tokens=tokens, hidden=hidden, vocab=vocab, frozen=not trained)
+    with noting(), Largest() as seen:
+        found = fused_log_prob(h, w, b, y.clamp(min=0), softcap=5.0, **ALL)
+        (found.log_prob.sum() + found.entropy.sum()).backward()
+    # Seven numbers for each token and part of the vocabulary, a total of dh for each part, dW.
+    parts = REAL_TILES("forward", torch.device("cpu"), torch.bfloat16, tokens, vocab)["PARTS"]
+    totals = REAL_TILES("hidden", torch.device("cpu"), torch.bfloat16, tokens, vocab)["PARTS"]
+    assert seen.numel <= max(7 * 32 * tokens, totals * tokens * hidden, vocab * hidden) < 10 * 32 * tokens
+    assert parts <= 32 and totals <= 4
+
+
+kernels_run = pytest.mark.skipif(not (INTERPRET or torch.cuda.is_available()), reason="PyTorch bodies filter nothing")
+
+
+def _improbable(device):
+    """Tiles of a vocabulary that the model knows well: the first 32 classes, 32 that are 2^-9 probable, and the others,
+    below 2^-17. In fp32, of which the head makes bf16, so that gradients are not rounded.
+    """
+    h, w, b, y = inputs(torch.float32, device, tokens=13, vocab=160)
+    with torch.no_grad():
+        w /= 8
+        b.zero_()
+        b[32:64], b[64:] = -3, -12
+        y[y != -100] %= 32
+    return h, w, b, y
+
+
+def _of_loss(fn, h, w, b, y, **options):
+    return torch.autograd.grad(fn(h, w, b, y, reduction="sum", dtype=torch.bfloat16, **options), [h, w, b])
+
+
+@kernels_run
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_filter_leaves_out_what_is_small_and_nothing_else(scale, device):
+    h, w, b, y = _improbable(device)
+    options = dict(logit_scale=scale, z_loss=1e-3)
+    (dh, dw, db), (fh, fw, fb) = (
+        _of_loss(fn, h, w, b, y, **options) for fn in (fused_cross_entropy, filtered_cross_entropy)
+    )
+    likely = 64 if scale == 1.0 else 32  # with logits thrice as far apart the second 32 are improbable too
+    assert torch.equal(dw[:likely], fw[:likely]) and torch.equal(db, fb)
+    assert dw[likely:].any() and not fw[likely:].any()
+    assert not torch.equal(dh, fh)
+    # Every gradient of a logit that is left out is below 2^-12 of its token's coefficient, which z-loss enlarges.
+    lse = fused_log_prob(h, w, b, y, logit_scale=scale, dtype=torch.bfloat16).lse
+    least = (1 + 2 * 1e-3 * lse).abs().clamp(min=1) * scale * 2**-12
+    counts = y != -100
+    assert ((dh - fh).abs() <= least[:, None] * w[likely:].abs().sum(0) + 1e-6)[counts].all()
+    assert ((dw - fw).abs() <= (least[:, None] * h.abs())[counts].sum(0)).all()
+
+
+@kernels_run
+def test_a_filter_keeps_a_nan(device):
+    h, w, b, y = _improbable(device)
+    with torch.no_grad():
+        h[1] = float("nan")
+    one, other = (_of_loss(fn, h, w, b, y) for fn in (fused_cross_entropy, filtered_cross_entropy))
+    for a, e in zip(other[:2], one[:2], strict=True):
+        assert torch.equal(a.isnan(), e.isnan()) and a.isnan().any()
+
+
+def test_a_filter_refuses_what_it_would_drop(device):
+    h, w, b, y = inputs(torch.bfloat16, device)
+    assert filtered_supported(h, w, b, y, softcap=3.0, z_loss=1e-4) is None
+    assert filtered_supported(h, w, b, y, label_smoothing=0.1).code == "filter"
+    assert filtered_supported(h, w, b, y, mean_logits_gradient=True).code == "filter"
+    assert filtered_supported(h, w[:, :3], b, y).code == "shape"
+
+
+@pytest.mark.parametrize("name", ["fused", "filtered"])
+def test_a_graph_takes_the_variant_that_is_asked_for(name, device):
+    h, w, b, y = inputs(torch.float32, device)
+    y = y.clamp(min=0)
+    before = len(fastft.reports())
+
+    def loss(h, w, b):
+        return F.cross_entropy(F.linear(h, w, b).float(), y)
+
+    asked = {"variants": {"linear_cross_entropy": name}, "residual": "eager", "strict": True}
+    found = torch.compile(loss, backend="fastft", options=asked)(h, w, b)
+    (site,) = [s for report in fastft.reports()[before:] for s in report.sites if s.status == "replaced"]
+    assert site.notes == f"variant {name}"
+    assert torch.equal(found, WAYS[name].cross_entropy(h, w, b, y))
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_compiles_as_opaque_ops(frozen, device):
     from torch._dynamo.testing import AotEagerAndRecordGraphs
@@ -670,6 +790,9 @@ def _log_prob_derivations() -> list[Derivation]:
             _of_tokens(z, lambda row, y: sympy.log(np.sum(EXP(row)))),
         ]
 
+    def without_a_buffer(fn: Any, *operands: Any, **maths: Any) -> list[Any]:
+        return call(fused_log_prob if fn is linear_log_prob else fn, *operands, **maths)
+
     def call(fn: Any, h: Any, w: Any, b: Any = None, **maths: Any) -> list[Any]:
         everything = {"entropy": True, "mean_logits": True, "log_sum_sq_probs": True}
         found = fn(h, w, b, torch.tensor(LABELS), **everything, **maths)
@@ -705,6 +828,13 @@ def _log_prob_derivations() -> list[Derivation]:
             outputs=2,
         ),
         Derivation(
+            "without a buffer of logits",
+            HEAD,
+            functools.partial(without_a_buffer, **maths),
+            functools.partial(formula, **capped),
+            outputs=2,
+        ),
+        Derivation(
             "frozen head, constant entropy",
             {"h": (3, 1), "w": (3, 1)},
             functools.partial(call, entropy_gradient=False, **maths),
@@ -717,7 +847,13 @@ def _log_prob_derivations() -> list[Derivation]:
 
 def _cross_entropy_derivations() -> list[Derivation]:
     def derive(
-        name: str, reduction: str, cap: int | None = None, smoothing: float = 0, z_loss: float = 0, **rest: Any
+        name: str,
+        reduction: str,
+        cap: int | None = None,
+        smoothing: float = 0,
+        z_loss: float = 0,
+        ours: Any = linear_cross_entropy,
+        **rest: Any,
     ) -> Derivation:
         def token(row: Array, y: int) -> Any:
             lse = sympy.log(np.sum(EXP(row)))
@@ -733,6 +869,7 @@ def _cross_entropy_derivations() -> list[Derivation]:
         def call(fn: Any, h: Any, w: Any, b: Any) -> Any:
             softcap = None if cap is None else float(cap)
             options = {"reduction": reduction, "label_smoothing": float(smoothing), "z_loss": float(z_loss)}
+            fn = ours if fn is linear_cross_entropy else fn
             return fn(h, w, b, torch.tensor(LABELS), softcap=softcap, logit_scale=0.5, **options)
 
         return Derivation(name, HEAD, call, formula, **rest)
@@ -743,6 +880,7 @@ def _cross_entropy_derivations() -> list[Derivation]:
         derive("sum, frozen head", "sum", frozen=("w", "b"), simplify=BOTH),
         derive("label smoothing", "mean", smoothing=0.25),
         derive("label smoothing and z-loss, frozen head", "sum", smoothing=0.25, z_loss=0.5, frozen=("w", "b")),
+        derive("without a buffer of logits", "sum", smoothing=0.25, z_loss=0.5, ours=fused_cross_entropy),
     ]
 
 
@@ -751,6 +889,13 @@ DERIVATIONS = {"linear_cross_entropy": _cross_entropy_derivations, "linear_log_p
 SMALL_TILES = {
     "_row_config": lambda vocab: {"BLOCK": 2, "num_warps": 1},
     "chunk_rows": lambda *_: 1,
+    "fused._tiles": lambda kernel, *_: {
+        "BLOCK_M": 2,
+        "BLOCK_N": 2,
+        "BLOCK_K": 2,
+        "PARTS": 1 if kernel == "weight" else 2,
+        **({} if kernel == "forward" else {"BLOCK_H": 1}),
+    },
 }
 
 MUTANTS = (
