@@ -42,6 +42,8 @@ zeros, the backward looks first. All of them are one sum for each logit, whose c
     d / d z_v = g_label [v = y] - g_p p_v + g_mean - g_entropy p_v (log p_v + entropy)
     g_label = (1 - e) g_score        g_p = (1 + 2 c lse) g_score - g_lse        g_mean = (e g_score + g_mean_z) / vocab
 
+The variants ``fused`` and ``filtered`` are the same without a buffer: ``_linear_cross_entropy_fused.py``.
+
 Same maths as ``torch.nn.functional.cross_entropy`` and as TRL's ``ChunkedLogProbFunction`` (outputs and their meaning).
 """
 
@@ -503,10 +505,10 @@ class _Coefficients(NamedTuple):
         """Up to where a gradient of a logit is small beside its token's coefficients: 2^-12 of the largest in bf16, a
         32nd of the dtype's spacing. None: filter nothing.
         """
-        sizes = [g.abs() for g in (self.label, self.p, self.entropy) if g is not None]
+        sizes = [g for g in (self.label, self.p, self.entropy) if g is not None]
         if maths.way != "filtered" or not sizes:
             return None
-        largest = torch.stack(sizes).amax(0)
+        largest = torch.stack(sizes).abs().amax(0)
         return largest * (abs(maths.logit_scale / maths.temperature) * torch.finfo(maths.dtype).eps / 32)
 
 

@@ -90,6 +90,7 @@ def small_chunks(monkeypatch):
     """Several chunks, the last one shorter: 4 rows of 131 fp32 logits."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 131 * 4)
     monkeypatch.setattr(fused, "_tiles", small_tiles)
+    monkeypatch.setattr(fused, "GROUP", 2)
 
 
 def inputs(dtype, device, tokens=13, hidden=24, vocab=131, bias=True, frozen=False):
@@ -209,14 +210,25 @@ def test_log_prob_of_tokens_the_model_is_sure_of(frozen, device, way):
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 130])
-def test_ignored_tokens_are_left_out_of_every_gemm(ignore_index, device, monkeypatch):
+def test_ignored_tokens_are_left_out_of_every_gemm(ignore_index, device, monkeypatch, way):
+    """Rows that enter the products are the tokens that count, in forward and in backward."""
     h, w, b, y = inputs(torch.float32, device)
     y = torch.where(y == -100, ignore_index, y.clamp(max=129))
-    seen = []
-    logits = module._Head.logits
-    monkeypatch.setattr(module._Head, "logits", lambda self, chunk: seen.append(chunk) or logits(self, chunk))
-    linear_log_prob(h, w, b, y, ignore_index=ignore_index, entropy=True).entropy.sum().backward()
-    assert sum(c.stop - c.start for c in seen) == 2 * int((y != ignore_index).sum())
+    rows = []
+
+    def counted(name, of, count):
+        call = getattr(of, name)
+        monkeypatch.setattr(of, name, lambda *args, **kwargs: rows.append(count(*args)) or call(*args, **kwargs))
+
+    counted("logits", module._Head, lambda head, chunk: chunk.stop - chunk.start)
+    counted("forward", fused, lambda hidden, *_: hidden.shape[0])
+    counted("backward", fused, lambda hidden, *_: hidden.shape[0])
+    way.log_prob(h, w, b, y, ignore_index=ignore_index, entropy=True).entropy.sum().backward()
+    assert sum(rows) == 2 * int((y != ignore_index).sum())
+    rows.clear()
+    y = torch.full_like(y, ignore_index)
+    way.cross_entropy(h, w, b, y, ignore_index=ignore_index, reduction="sum").backward()
+    assert sum(rows) == 0
 
 
 def test_the_gradient_of_an_fp32_weight_is_summed_in_fp32(device, monkeypatch):
@@ -231,6 +243,27 @@ def test_the_gradient_of_an_fp32_weight_is_summed_in_fp32(device, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 20)
     in_one = gradient()
     assert (in_many - in_one).norm() <= 1e-5 * in_one.norm()
+
+
+def test_gradients_are_not_biased(device, way):
+    """Over 300 steps of chunks in bf16: what rounding adds to a gradient averages out, and does not grow with steps."""
+    steps, signed = 60 if INTERPRET and way.name == "fused" else 300, []
+    for _ in range(steps):
+        h, w, _, y = inputs(torch.bfloat16, device, tokens=24, hidden=16, vocab=64, bias=False)
+        wide = [t.detach().float().requires_grad_() for t in (h, w)]
+        # Of tokens that count differently: one coefficient for all would be rounded to the same side at every step.
+        g = torch.rand(len(y), device=device) + 0.5
+        ours = torch.autograd.grad(way.cross_entropy(*wide, None, y, reduction="none", dtype=torch.bfloat16), wide, g)
+        # Of the same rounded logits (what rounding them does to exp is biased in every implementation), in fp64.
+        logits = F.linear(h, w).double().detach().requires_grad_()
+        (dr,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="none"), [logits], g.double())
+        exact = [dr @ w.detach().double(), dr.t() @ h.detach().double()]
+        pairs = zip(ours, exact, strict=True)
+        signed.append([float(((a - e) * e).sum() / e.square().sum()) for a, e in pairs])
+    found = torch.tensor(signed)
+    noise = found.std(0) / steps**0.5
+    assert (found.mean(0).abs() <= 4 * noise + 1e-6).all(), (found.mean(0), noise)
+    assert (noise < 5e-5).all(), "a bias of a fiftieth of bf16's rounding would show"
 
 
 @pytest.mark.parametrize("shape", shapes("linear_cross_entropy", tag="test"), ids=str)
@@ -1150,5 +1183,169 @@ MUTANTS = (
         "log_p = (z - top[:, None]) - log_sum[:, None]",
         "log_p = z - (top + log_sum)[:, None]",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
+    ),
+    Mutant(
+        "cross-entropy, fused: sum not rescaled",
+        "kernels/_linear_cross_entropy_fused.py",
+        "sum_e = sum_e * rescale + tl.sum(e, axis=1)",
+        "sum_e = sum_e + tl.sum(e, axis=1)",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: parts' sums added as they are",
+        "kernels/_linear_cross_entropy_fused.py",
+        "sum_e = tl.sum(sums_e * rescale, axis=0)",
+        "sum_e = tl.sum(sums_e, axis=0)",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: entropy: parts' sums added as they are",
+        "kernels/_linear_cross_entropy_fused.py",
+        "sum_ez = tl.sum((sums_ez + sums_e * shift) * rescale, axis=0)",
+        "sum_ez = tl.sum(sums_ez * rescale, axis=0)",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: columns past the end count",
+        "kernels/_linear_cross_entropy_fused.py",
+        "        if V % BLOCK_N != 0:\n",
+        "        if V % BLOCK_N == BLOCK_N:\n",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: the mean counts columns past the end",
+        "kernels/_linear_cross_entropy_fused.py",
+        "sum_z += tl.sum(tl.where((columns < V)[None, :], z, 0.0), axis=1)",
+        "sum_z += tl.sum(z, axis=1)",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: the bias is forgotten in backward",
+        "kernels/_linear_cross_entropy_fused.py",
+        "            r += tl.load(bias_ptr + at_column).to(tl.float32)\n",
+        "            r += 0.0\n",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: a total of the last tile only",
+        "kernels/_linear_cross_entropy_fused.py",
+        "tl.load(to, mask=mask, other=0.0) + more",
+        "more",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: a total of one part only",
+        "kernels/_linear_cross_entropy_fused.py",
+        "total[0] if parts == 1 else total.sum(0)",
+        "total[0]",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: tiles of the last group are mixed up",
+        "kernels/_linear_cross_entropy_fused.py",
+        "side = tl.minimum(tiles - first, GROUP)",
+        "side = GROUP",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: an ignored token's gradient",
+        "kernels/_linear_cross_entropy_fused.py",
+        "(column < V) & (label != -1), dr",
+        "(column < V), dr",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and poison"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: an ignored token's hidden state",
+        "kernels/_linear_cross_entropy_fused.py",
+        "walked = (other < others) & (tl.load(labels_ptr + other_at) != -1)",
+        "walked = other < others",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and poison"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: ignore_index is always -100 in backward",
+        "kernels/_linear_cross_entropy_fused.py",
+        "masked_fill(labels == ignore_index, -1)",
+        "masked_fill(labels == -100, -1)",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and gradients_of_lse"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: a unit gradient that nobody computes",
+        "kernels/linear_cross_entropy.py",
+        ' and maths.way == "chunks"\n',
+        "\n",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and gradcheck"',
+    ),
+    Mutant(
+        "cross-entropy, fused: the largest logit swallows the log of the sum, value",
+        "kernels/_linear_cross_entropy_fused.py",
+        "score = (z_label - base) - log_sum",
+        "score = z_label - lse",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and sure_of"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, filtered: a NaN is small",
+        "kernels/_linear_cross_entropy_fused.py",
+        "small = tl.where(tl.abs(dr) <= tl.load(least_ptr + token), 0, 1)",
+        "small = tl.where(tl.abs(dr) > tl.load(least_ptr + token), 1, 0)",
+        "tests/kernels/test_linear_cross_entropy.py -k keeps_a_nan",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, filtered: a tile with something small is dropped",
+        "kernels/_linear_cross_entropy_fused.py",
+        "counted = tl.max(tl.max(small, axis=1), axis=0)",
+        "counted = tl.min(tl.min(small, axis=1), axis=0)",
+        "tests/kernels/test_linear_cross_entropy.py -k leaves_out",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, filtered: the threshold is the rounding itself",
+        "kernels/linear_cross_entropy.py",
+        "torch.finfo(maths.dtype).eps / 32",
+        "torch.finfo(maths.dtype).eps",
+        "tests/kernels/test_linear_cross_entropy.py -k leaves_out",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, filtered: nothing is",
+        "kernels/_linear_cross_entropy_fused.py",
+        "FILTERED=least is not None",
+        "FILTERED=False",
+        "tests/kernels/test_linear_cross_entropy.py -k leaves_out",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, filtered: smoothing is dropped silently",
+        "kernels/linear_cross_entropy.py",
+        'if options.get("label_smoothing") or options',
+        "if options",
+        "tests/kernels/test_linear_cross_entropy.py -k refuses_what",
+    ),
+    Mutant(
+        "cross-entropy: a gradient that is a little small at every step",
+        "kernels/linear_cross_entropy.py",
+        "    dr *= maths.logit_scale / maths.temperature\n",
+        "    dr *= maths.logit_scale / maths.temperature * 0.9995\n",
+        "tests/kernels/test_linear_cross_entropy.py -k not_biased",
+    ),
+    Mutant(
+        "cross-entropy, fused: ignored tokens are computed too",
+        "kernels/linear_cross_entropy.py",
+        "    found = _forward_all(hidden[keep], weight, bias, labels[keep], maths, wanted)\n",
+        "    found = [x[keep] if len(x) else x for x in _forward_all(hidden, weight, bias, labels, maths, wanted)]\n",
+        "tests/kernels/test_linear_cross_entropy.py -k left_out_of_every_gemm",
     ),
 )
