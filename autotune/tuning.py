@@ -148,10 +148,11 @@ def _race(job: Job, bench: Bench, kind: str, limits: Mapping[str, Any]) -> dict[
 
 def offered(op: str, kind: str) -> list[variants.Variant]:
     """The variants that are raced against the default: those that passed ``fastft verify --variant`` on such a device
-    (ours are tested). Not the reference: it is there to be compared with.
+    (ours are tested). Not the reference: it is there to be compared with. Nor what is not exact.
     """
-    default = fastft.kernels.load()[op].default
-    return [v for v in variants.listed(op) if v.name not in (default, "reference") and variants.verified(v, kind)]
+    one = fastft.kernels.load()[op]
+    left = (one.default, "reference", *one.by_name_only)
+    return [v for v in variants.listed(op) if v.name not in left and variants.verified(v, kind)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ GPU

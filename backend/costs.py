@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastft import _torch_compat as compat
 from fastft.fallback import said
+from fastft.kernels import _linear_cross_entropy_fused as fused
 from fastft.kernels import lora_linear
 from fastft.kernels._op import OPS, Cost, Op
 from fastft.kernels.linear_cross_entropy import chunk_rows
@@ -257,7 +258,9 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
         return lambda size: 0
     given = fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"])
     if name.startswith("fastft::linear_log_prob"):
-        tokens, vocab, item = given["hidden"].shape[0], given["weight"].shape[0], given["dtype"].itemsize
+        (tokens, width), vocab, item = given["hidden"].shape, given["weight"].shape[0], given["dtype"].itemsize
+        if given["way"] != "chunks":
+            return lambda size: fused.scratch(size(tokens), size(width), name.endswith("_backward"))
         return lambda size: chunk_rows(size(tokens), size(vocab), item) * size(vocab) * item
     if not name.startswith(("fastft::lora_linear", "fastft::lora_stack")) or not given.get("quant"):
         return lambda size: 0

@@ -252,6 +252,7 @@ def linear_cross_entropy(s: Shape) -> Case:
     case.bytes_moved, case.backward_bytes = _bytes(hidden, weight), 2 * _bytes(hidden) + _bytes(weight)
     # The logits; and through them back to the hidden states.
     case.flops = case.backward_flops = 2.0 * s["batch"] * s["seq"] * s["hidden"] * s["vocab"]
+    case.others = {f"({name})": call for name, (call, _) in OPS["linear_cross_entropy"].variants.items()}
     return case
 
 
@@ -263,7 +264,7 @@ def linear_log_prob(s: Shape) -> Case:
         return -F.cross_entropy(logits, labels, reduction="none")
 
     case = linear_cross_entropy(s)
-    case.eager = eager
+    case.eager, case.others = eager, {}
     return case
 
 

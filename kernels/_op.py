@@ -152,7 +152,8 @@ class Op:
     ``stock``: what stock libraries run in its place, where that is not spelled as the reference is; it takes the
     arguments that ``inputs`` makes, and rounds where they round.
     ``variants``: more ways to compute it, beside ``call`` and ``reference``: name → what is called, and its legality.
-    ``default``: the name of ``call`` among the variants.
+    ``default``: the name of ``call`` among the variants. ``by_name_only``: those that are never taken unless they are
+    asked for, as they are not exact.
     """
 
     name: str
@@ -167,6 +168,7 @@ class Op:
     stock: Callable[..., Any] | None = None
     variants: dict[str, tuple[Callable[..., Any], Callable[..., Reason | None]]] = field(default_factory=dict)
     default: str = "triton"
+    by_name_only: tuple[str, ...] = ()
 
 
 OPS: dict[str, Op] = {}

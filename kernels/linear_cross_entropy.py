@@ -23,19 +23,26 @@ are left out; the others are taken in chunks whose logits fill one reused buffer
 into the buffer; (2) one Triton program per token reads them once for the online logsumexp, a second time, last ones
 first (they are in L2 still), to overwrite them by the gradient; (3) cuBLAS multiplies the buffer by W.
 
+Label smoothing (e) and z-loss (c, of lse squared) are of the same pass. With them ``log_prob`` is a token's score,
+minus its loss::
+
+    score = (1 - e) log_prob - e (lse - mean_z) - c lse^2
+    d score / d z_v = (1 - e) [v = y] + e / vocab - (1 + 2 c lse) p_v
+
 Frozen head: a token's gradient is linear in its own incoming gradient g_t, so stage 3 runs in forward with g_t = 1 and
-the backward only scales: dh_t = g_t u_t, where u_t = d log_prob_t / d h_t is kept as [tokens, hidden]. Two GEMMs in
-all, where recomputing logits in backward takes three. u is of unit scale, so storing it in bf16 or fp16 costs one
-relative rounding and no underflow.
+the backward only scales: dh_t = g_t u_t, where u_t = d score_t / d h_t is kept as [tokens, hidden]. Two GEMMs in all,
+where recomputing logits in backward takes three. u is of unit scale, so storing it in bf16 or fp16 costs one relative
+rounding and no underflow.
 
 Trainable head: dW needs g_t while dr is built, so forward keeps only m and l and backward computes each chunk's logits
 again, with dW summed in fp32 over chunks. The gradients of the entropy, of lse and of the mean of z are computed
-likewise, whatever the head; as it is
-mostly asked for by nobody but a compiler that gives every output a gradient of zeros, the backward looks first.
+likewise, whatever the head; as they are mostly asked for by nobody but a compiler that gives every output a gradient of
+zeros, the backward looks first. All of them are one sum for each logit, whose coefficients each token has::
 
-Label smoothing and z-loss are sums of these: with g of each output, a token's gradient is ``g_log_prob [v = y] -
-(g_log_prob - g_lse) p_v + g_mean / vocab`` (and the entropy's). The kernel knows one coefficient for [v = y] and p, so
-it is given that of p; the mean's part is added to the buffer, and the label's entry is put right afterwards.
+    d / d z_v = g_label [v = y] - g_p p_v + g_mean - g_entropy p_v (log p_v + entropy)
+    g_label = (1 - e) g_score        g_p = (1 + 2 c lse) g_score - g_lse        g_mean = (e g_score + g_mean_z) / vocab
+
+The variants ``fused`` and ``filtered`` are the same without a buffer: ``_linear_cross_entropy_fused.py``.
 
 Same maths as ``torch.nn.functional.cross_entropy`` and as TRL's ``ChunkedLogProbFunction`` (outputs and their meaning).
 """
@@ -50,10 +57,12 @@ import sympy
 import torch
 import torch.nn.functional as F
 
+from fastft.kernels import _linear_cross_entropy_fused as fused
 from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._inputs import Inputs, Model, New
+from fastft.kernels._linear_cross_entropy_triton import _backward_kernel, _forward_kernel
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
-from fastft.kernels._triton import jit, tl, triton
+from fastft.kernels._triton import triton
 
 
 class LogProb(NamedTuple):
@@ -71,6 +80,37 @@ class LogProb(NamedTuple):
     mean_logits: torch.Tensor
     log_sum_sq_probs: torch.Tensor
     lse: torch.Tensor
+
+
+class _Maths(NamedTuple):
+    """The constants of one call, as the raw ops take them; ``dtype`` is what the head multiplies in."""
+
+    ignore_index: int
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+    label_smoothing: float
+    z_loss: float
+    dtype: torch.dtype
+    way: str
+
+
+#: Ways to compute it: in chunks of logits; in tiles, without any; in tiles, without the small gradients.
+WAYS = ("chunks", "fused", "filtered")
+
+
+class _Wanted(NamedTuple):
+    """Which of the forward's outputs are asked for."""
+
+    entropy: bool
+    is_top1: bool
+    mean_logits: bool
+    log_sum_sq_probs: bool
+    unit_gradient: bool = False
+
+    def flags(self) -> dict[str, bool]:
+        """Constants of the kernels."""
+        return {name.upper(): wanted for name, wanted in zip(self._fields[:4], self, strict=False)}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -195,195 +235,6 @@ CONFIG = Space(
 )
 
 
-# ------------------------------------------------------------------------------------------------------- Triton kernels
-
-
-@jit
-def _load_z(
-    logits_ptr,
-    offsets,
-    mask,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    INV_TEMPERATURE: tl.constexpr,
-    EVICT: tl.constexpr,
-):
-    """z and d z / d r of the logits at ``offsets``."""
-    z = tl.load(logits_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
-    if SCALE != 1.0:
-        z = z * SCALE
-    slope = SCALE * INV_TEMPERATURE
-    if HAS_SOFTCAP:
-        # tanh |u| = (1 - e) / (1 + e) with e = exp(-2 |u|), which cannot overflow; Triton has no portable tanh.
-        u = z / SOFTCAP
-        e = tl.exp(-2.0 * tl.abs(u))
-        tanh = (1.0 - e) / (1.0 + e)
-        tanh = tl.where(u < 0, -tanh, tanh)
-        z = tanh * SOFTCAP
-        slope = (1.0 - tanh * tanh) * slope
-    if INV_TEMPERATURE != 1.0:
-        z = z * INV_TEMPERATURE
-    return z, slope
-
-
-@jit
-def _forward_kernel(
-    logits_ptr,  # [rows, V], each row STRIDE long, overwritten by d log_prob / d r when GRADIENT
-    labels_ptr,  # int64 [rows]
-    log_prob_ptr,
-    top_ptr,
-    log_sum_ptr,
-    entropy_ptr,
-    is_top1_ptr,
-    mean_logits_ptr,
-    log_sum_sq_probs_ptr,
-    V: tl.constexpr,
-    STRIDE: tl.constexpr,
-    IGNORE_INDEX: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    INV_TEMPERATURE: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    IS_TOP1: tl.constexpr,
-    MEAN_LOGITS: tl.constexpr,
-    LOG_SUM_SQ_PROBS: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # One program is one token. An ignored token's logits are not even read, only its gradient is set to zero.
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + row)
-    logits_ptr += row * STRIDE
-    if label == IGNORE_INDEX:
-        tl.store(log_prob_ptr + row, 0.0)
-        tl.store(top_ptr + row, 0.0)
-        tl.store(log_sum_ptr + row, 0.0)
-        if ENTROPY:
-            tl.store(entropy_ptr + row, 0.0)
-        if IS_TOP1:
-            tl.store(is_top1_ptr + row, 0)
-        if MEAN_LOGITS:
-            tl.store(mean_logits_ptr + row, 0.0)
-        if LOG_SUM_SQ_PROBS:
-            tl.store(log_sum_sq_probs_ptr + row, 0.0)
-        if GRADIENT:
-            for start in range(0, V, BLOCK):
-                offsets = start + tl.arange(0, BLOCK)
-                zero = tl.zeros((BLOCK,), tl.float32)
-                tl.store(logits_ptr + offsets, zero.to(logits_ptr.dtype.element_ty), mask=offsets < STRIDE)
-    else:
-        # Every thread goes through its own columns alone: sums are kept for each run of WIDE columns, one load's.
-        WIDE: tl.constexpr = BLOCK if BLOCK < 8 else 8
-        RUNS: tl.constexpr = BLOCK // WIDE
-        columns = tl.arange(0, RUNS)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
-        tops = tl.full((RUNS,), -float("inf"), tl.float32)
-        before = tl.full((), -float("inf"), tl.float32)
-        sums_e = tl.zeros((RUNS,), tl.float32)
-        sums_ez = tl.zeros((RUNS,), tl.float32)
-        sums_ee = tl.zeros((RUNS,), tl.float32)
-        sums_z = tl.zeros((RUNS,), tl.float32)
-        for start in range(0, V, BLOCK):
-            offsets = start + columns
-            mask = offsets < V
-            z, _ = _load_z(
-                logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "evict_last"
-            )
-            if MEAN_LOGITS:
-                sums_z += tl.sum(tl.where(mask, z, 0.0), axis=1)
-            z = tl.where(mask, z, -float("inf"))
-            if IS_TOP1:
-                before = tl.maximum(before, tl.max(tl.max(tl.where(offsets < label, z, -float("inf")), axis=1), axis=0))
-            new = tl.maximum(tops, tl.max(z, axis=1))
-            # A run of -inf alone must not give exp(-inf + inf).
-            base = tl.where(new == -float("inf"), 0.0, new)
-            rescale = tl.exp(tops - base)
-            e = tl.exp(z - base[:, None])
-            if ENTROPY:
-                # Of e (z - base): all of one sign, so that a small entropy is no difference of large numbers.
-                shift = tl.where(tops == -float("inf"), 0.0, tops - base)
-                terms = tl.where(e > 0, e * (z - base[:, None]), 0.0)
-                sums_ez = (sums_ez + sums_e * shift) * rescale + tl.sum(terms, axis=1)
-            sums_e = sums_e * rescale + tl.sum(e, axis=1)
-            if LOG_SUM_SQ_PROBS:
-                sums_ee = sums_ee * rescale * rescale + tl.sum(e * e, axis=1)
-            tops = new
-        largest = tl.max(tops, axis=0)
-        base = tl.where(largest == -float("inf"), 0.0, largest)
-        rescale = tl.exp(tops - base)
-        sum_e = tl.sum(sums_e * rescale, axis=0)
-        log_sum = tl.log(sum_e)
-        # A label outside the vocabulary reads nothing and gives NaN: loud, and without a device-side assertion.
-        inside = (label >= 0) & (label < V)
-        z_label, _ = _load_z(logits_ptr, label, inside, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "")
-        z_label = tl.where(inside, z_label, float("nan"))
-        tl.store(log_prob_ptr + row, (z_label - base) - log_sum)
-        tl.store(top_ptr + row, base)
-        tl.store(log_sum_ptr + row, log_sum)
-        if ENTROPY:
-            shift = tl.where(tops == -float("inf"), 0.0, tops - base)
-            sum_ez = tl.sum((sums_ez + sums_e * shift) * rescale, axis=0)
-            tl.store(entropy_ptr + row, log_sum - sum_ez / sum_e)
-        if IS_TOP1:
-            tl.store(is_top1_ptr + row, ((z_label >= largest) & (z_label > before)).to(tl.int8))
-        if MEAN_LOGITS:
-            tl.store(mean_logits_ptr + row, tl.sum(sums_z, axis=0) / V)
-        if LOG_SUM_SQ_PROBS:
-            sum_ee = tl.sum(sums_ee * rescale * rescale, axis=0)
-            tl.store(log_sum_sq_probs_ptr + row, tl.log(sum_ee) - 2.0 * log_sum)
-        if GRADIENT:
-            # The label's logit is overwritten too: not before every warp has read it.
-            tl.debug_barrier()
-            for i in range(0, (V + BLOCK - 1) // BLOCK):
-                offsets = ((V - 1) // BLOCK - i) * BLOCK + columns
-                z, slope = _load_z(
-                    logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "evict_first"
-                )
-                p = tl.exp((z - base) - log_sum)
-                gradient = (tl.where(offsets == label, 1.0, 0.0) - p) * slope
-                gradient = gradient.to(logits_ptr.dtype.element_ty)
-                tl.store(logits_ptr + offsets, gradient, mask=offsets < STRIDE, eviction_policy="evict_first")
-
-
-@jit
-def _backward_kernel(
-    logits_ptr,  # [rows, V], each row STRIDE long, overwritten by d loss / d r
-    labels_ptr,  # int64 [rows]
-    top_ptr,
-    log_sum_ptr,
-    entropy_ptr,
-    grad_log_prob_ptr,
-    grad_entropy_ptr,
-    V: tl.constexpr,
-    STRIDE: tl.constexpr,
-    IGNORE_INDEX: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    INV_TEMPERATURE: tl.constexpr,
-    GRAD_LOG_PROB: tl.constexpr,
-    GRAD_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    logits_ptr += row * STRIDE
-    label = tl.load(labels_ptr + row)
-    z, slope = _load_z(logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "")
-    log_p = (z - tl.load(top_ptr + row)) - tl.load(log_sum_ptr + row)
-    p = tl.exp(log_p)
-    gradient = tl.zeros((BLOCK,), tl.float32)
-    if GRAD_LOG_PROB:
-        gradient += tl.load(grad_log_prob_ptr + row) * (tl.where(offsets == label, 1.0, 0.0) - p)
-    if GRAD_ENTROPY:
-        term = tl.where(p > 0, p * (log_p + tl.load(entropy_ptr + row)), 0.0)
-        gradient -= tl.load(grad_entropy_ptr + row) * term
-    # An ignored token contributes nothing, whatever its logits or its incoming gradient are.
-    gradient = tl.where(label == IGNORE_INDEX, 0.0, gradient * slope)
-    tl.store(logits_ptr + offsets, gradient.to(logits_ptr.dtype.element_ty), mask=offsets < STRIDE)
-
-
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 
@@ -392,36 +243,23 @@ class _Head:
     are written to.
     """
 
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-        softcap: float | None,
-        logit_scale: float,
-        temperature: float,
-    ) -> None:
-        self.hidden, self.dtype = hidden, dtype
-        self.weight = weight.to(dtype)
-        self.bias = None if bias is None else bias.to(dtype)
-        self.maths = (softcap, logit_scale, temperature)
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, maths: _Maths) -> None:
+        self.hidden, self.dtype, self.maths = hidden, maths.dtype, maths
+        _, self.weight, self.bias = _operands(hidden[:0], weight, bias, maths.dtype)
         # The kernels are fp32 inside: fp64 runs in PyTorch on every device.
-        self.triton = use_triton(hidden) and dtype != torch.float64
+        self.triton = use_triton(hidden) and self.dtype != torch.float64
         tokens, vocab = hidden.shape[0], weight.shape[0]
-        self.rows = chunk_rows(tokens, vocab, dtype.itemsize)
+        self.rows = chunk_rows(tokens, vocab, self.dtype.itemsize)
         # Rows are padded to whole 16-byte words: at an odd vocabulary cuBLAS and the kernels would take one element at
         # a time. Kernels read and write the padding too; what is in it reaches no result.
         stride = -(-vocab // 16) * 16
-        self.buffer = torch.empty((min(self.rows, tokens), stride), dtype=dtype, device=hidden.device)[:, :vocab]
+        self.buffer = torch.empty((min(self.rows, tokens), stride), dtype=self.dtype, device=hidden.device)[:, :vocab]
         self.constants = {
             "V": vocab,
             "STRIDE": stride,
-            "SCALE": float(logit_scale),
-            "SOFTCAP": float(softcap or 1.0),
-            "HAS_SOFTCAP": softcap is not None,
-            "INV_TEMPERATURE": 1.0 / temperature,
-            **CONFIG(hidden.device, dtype, self.rows, vocab),
+            "IGNORE_INDEX": maths.ignore_index,
+            **_of_logits(maths),
+            **CONFIG(hidden.device, self.dtype, self.rows, vocab),
         }
 
     def chunks(self) -> list[slice]:
@@ -437,6 +275,28 @@ class _Head:
         if self.bias is None:
             return torch.mm(self.states(chunk), self.weight.t(), out=out)
         return torch.addmm(self.bias, self.states(chunk), self.weight.t(), out=out)
+
+
+def _of_logits(maths: _Maths) -> dict[str, Any]:
+    """Constants of the kernels: how z is made of a raw logit."""
+    return {
+        "SCALE": float(maths.logit_scale),
+        "SOFTCAP": float(maths.softcap or 1.0),
+        "HAS_SOFTCAP": maths.softcap is not None,
+        "INV_TEMPERATURE": 1.0 / maths.temperature,
+    }
+
+
+def _operands(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """In the dtype that the head multiplies in."""
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _in_tiles(hidden: torch.Tensor, maths: _Maths) -> bool:
+    """Whether the kernels without a buffer run. Where Triton does not, the ways differ in nothing."""
+    return maths.way != "chunks" and use_triton(hidden) and maths.dtype != torch.float64
 
 
 def _check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
@@ -468,31 +328,23 @@ def _scored(labels: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
     return keep if 16 * keep.shape[0] <= 15 * labels.shape[0] else None
 
 
+def _read(options: tuple[Any, ...]) -> tuple[_Maths, _Wanted]:
+    """The forward's options. Without a buffer there is nothing that it could make the unit gradient of."""
+    maths, wanted = _Maths(*options[:8]), _Wanted(*options[8:])
+    return maths, wanted if maths.way == "chunks" else wanted._replace(unit_gradient=False)
+
+
 def _forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    dtype: torch.dtype,
-    entropy: bool,
-    is_top1: bool,
-    mean_logits: bool,
-    log_sum_sq_probs: bool,
-    unit_gradient: bool,
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, ...]:
-    maths = (ignore_index, softcap, logit_scale, temperature, dtype)
-    wanted = (entropy, is_top1, mean_logits, log_sum_sq_probs, unit_gradient)
+    maths, wanted = _read(options)
     if not hidden.is_cuda:
-        _check_labels(labels, weight.shape[0], ignore_index)
-    keep = _scored(labels, ignore_index)
+        _check_labels(labels, weight.shape[0], maths.ignore_index)
+    keep = _scored(labels, maths.ignore_index)
     if keep is None:
-        return _forward_all(hidden, weight, bias, labels, *maths, *wanted)
-    found = _forward_all(hidden[keep], weight, bias, labels[keep], *maths, *wanted)
-    whole = _empty_outputs(hidden, dtype, *wanted)
+        return _forward_all(hidden, weight, bias, labels, maths, wanted)
+    found = _forward_all(hidden[keep], weight, bias, labels[keep], maths, wanted)
+    whole = _empty_outputs(hidden, maths.dtype, wanted)
     return tuple(w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
 
 
@@ -501,20 +353,24 @@ def _forward_all(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    dtype: torch.dtype,
-    entropy: bool,
-    is_top1: bool,
-    mean_logits: bool,
-    log_sum_sq_probs: bool,
-    unit_gradient: bool,
+    maths: _Maths,
+    wanted: _Wanted,
 ) -> tuple[torch.Tensor, ...]:
-    head = _Head(hidden, weight, bias, dtype, softcap, logit_scale, temperature)
     labels = labels.contiguous()
-    outputs = _empty_outputs(hidden, dtype, entropy, is_top1, mean_logits, log_sum_sq_probs, unit_gradient)
+    outputs = _empty_outputs(hidden, maths.dtype, wanted)
+    if _in_tiles(hidden, maths):
+        fused.forward(
+            *_operands(hidden, weight, bias, maths.dtype),
+            labels,
+            outputs[:7],
+            _of_logits(maths),
+            ignore_index=maths.ignore_index,
+            smoothing=float(maths.label_smoothing),
+            z_loss=float(maths.z_loss),
+            wanted=wanted.flags(),
+        )
+        return outputs
+    head = _Head(hidden, weight, bias, maths)
     for chunk in head.chunks():
         logits = head.logits(chunk)
         # An output nobody asked for is empty; its kernel argument is never touched.
@@ -524,35 +380,26 @@ def _forward_all(
                 logits,
                 labels[chunk],
                 *parts,
-                IGNORE_INDEX=ignore_index,
-                ENTROPY=entropy,
-                IS_TOP1=is_top1,
-                MEAN_LOGITS=mean_logits,
-                LOG_SUM_SQ_PROBS=log_sum_sq_probs,
-                GRADIENT=unit_gradient,
+                SMOOTHING=float(maths.label_smoothing),
+                Z_LOSS=float(maths.z_loss),
+                **wanted.flags(),
+                GRADIENT=wanted.unit_gradient,
                 **head.constants,
             )
         else:
-            _forward_chunk(logits, labels[chunk], parts, ignore_index, *head.maths, unit_gradient)
-        if unit_gradient:
+            _forward_chunk(logits, labels[chunk], parts, maths, wanted.unit_gradient)
+        if wanted.unit_gradient:
             torch.mm(logits, head.weight, out=outputs[7][chunk])
     return outputs
 
 
 def _forward_chunk(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    parts: list[torch.Tensor],
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    gradient: bool,
+    logits: torch.Tensor, labels: torch.Tensor, parts: list[torch.Tensor], maths: _Maths, gradient: bool
 ) -> None:
     """``_forward_kernel`` in PyTorch, for tensors that Triton does not take."""
-    log_prob, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = parts
-    ignored = labels == ignore_index
-    z, tanh = _transform(logits.to(log_prob.dtype), softcap, logit_scale, temperature)
+    score, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = parts
+    ignored, smoothing, vocab = labels == maths.ignore_index, maths.label_smoothing, logits.shape[1]
+    z, tanh = _transform(logits.to(score.dtype), maths.softcap, maths.logit_scale, maths.temperature)
     target = labels.masked_fill(ignored, 0)[:, None]
     largest = z.amax(-1)
     largest = largest.masked_fill_(largest == -math.inf, 0)
@@ -560,7 +407,12 @@ def _forward_chunk(
     log_p = (z - largest[:, None]).sub_(log_z[:, None])
     top.copy_(largest.masked_fill(ignored, 0))
     log_sum.copy_(log_z.masked_fill(ignored, 0))
-    log_prob.copy_(log_p.gather(1, target).squeeze(1).masked_fill(ignored, 0))
+    lse, found = largest + log_z, log_p.gather(1, target).squeeze(1)
+    if smoothing:
+        found = (1 - smoothing) * found - smoothing * (lse - z.mean(-1))
+    if maths.z_loss:
+        found = found - maths.z_loss * lse * lse
+    score.copy_(found.masked_fill(ignored, 0))
     if mean_logits.shape[0]:
         mean_logits.copy_(z.mean(-1).masked_fill(ignored, 0))
     if is_top1.shape[0]:
@@ -571,22 +423,20 @@ def _forward_chunk(
     if log_sum_sq_probs.shape[0]:
         log_sum_sq_probs.copy_((p * p).sum(-1).log().masked_fill(ignored, 0))
     if gradient:
-        dr = p.neg_().scatter_add_(1, target, torch.ones_like(target, dtype=p.dtype)).mul_(logit_scale / temperature)
+        dr = p.neg_()
+        if maths.z_loss:
+            dr.mul_(1 + 2 * maths.z_loss * lse[:, None])
+        dr.scatter_add_(1, target, torch.full_like(target, 1 - smoothing, dtype=p.dtype))
+        if smoothing:
+            dr.add_(smoothing / vocab)
+        dr.mul_(maths.logit_scale / maths.temperature)
         if tanh is not None:
             dr.mul_(1 - tanh * tanh)
         logits.copy_(dr.masked_fill_(ignored[:, None], 0))
 
 
-def _empty_outputs(
-    hidden: torch.Tensor,
-    dtype: torch.dtype,
-    entropy: bool,
-    is_top1: bool,
-    mean_logits: bool,
-    log_sum_sq_probs: bool,
-    unit_gradient: bool,
-) -> tuple[torch.Tensor, ...]:
-    """(log_prob, the largest z, the log of the sum over it, entropy, is_top1, mean_logits, log_sum_sq_probs, unit
+def _empty_outputs(hidden: torch.Tensor, dtype: torch.dtype, wanted: _Wanted) -> tuple[torch.Tensor, ...]:
+    """(score, the largest z, the log of the sum over it, entropy, is_top1, mean_logits, log_sum_sq_probs, unit
     gradient), what is not asked for being empty.
     """
     tokens, wide = hidden.shape[0], _wide(dtype)
@@ -598,31 +448,19 @@ def _empty_outputs(
         per_token(True),
         per_token(True),
         per_token(True),
-        per_token(entropy),
-        per_token(is_top1, torch.bool),
-        per_token(mean_logits),
-        per_token(log_sum_sq_probs),
-        hidden.new_empty((tokens if unit_gradient else 0, hidden.shape[1]), dtype=dtype),
+        per_token(wanted.entropy),
+        per_token(wanted.is_top1, torch.bool),
+        per_token(wanted.mean_logits),
+        per_token(wanted.log_sum_sq_probs),
+        hidden.new_empty((tokens if wanted.unit_gradient else 0, hidden.shape[1]), dtype=dtype),
     )
 
 
 def _forward_fake(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    dtype: torch.dtype,
-    entropy: bool,
-    is_top1: bool,
-    mean_logits: bool,
-    log_sum_sq_probs: bool,
-    unit_gradient: bool,
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, ...]:
-    return _empty_outputs(hidden, dtype, entropy, is_top1, mean_logits, log_sum_sq_probs, unit_gradient)
+    maths, wanted = _read(options)
+    return _empty_outputs(hidden, maths.dtype, wanted)
 
 
 def _empty_grads(
@@ -652,8 +490,47 @@ def _add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
+class _Coefficients(NamedTuple):
+    """What each token multiplies the parts of its logits' gradients by, [tokens] each; None: that part is nobody's."""
+
+    label: torch.Tensor | None
+    p: torch.Tensor | None
+    mean: torch.Tensor | None
+    entropy: torch.Tensor | None
+
+    def of(self, chunk: slice) -> _Coefficients:
+        return _Coefficients(*(None if g is None else g[chunk] for g in self))
+
+    def least(self, maths: _Maths) -> torch.Tensor | None:
+        """Up to where a gradient of a logit is small beside its token's coefficients: 2^-12 of the largest in bf16, a
+        32nd of the dtype's spacing. None: filter nothing.
+        """
+        sizes = [g for g in (self.label, self.p, self.entropy) if g is not None]
+        if maths.way != "filtered" or not sizes:
+            return None
+        largest = torch.stack(sizes).abs().amax(0)
+        return largest * (abs(maths.logit_scale / maths.temperature) * torch.finfo(maths.dtype).eps / 32)
+
+
+def _coefficients(
+    grads: tuple[torch.Tensor | None, ...], top: torch.Tensor, log_sum: torch.Tensor, vocab: int, maths: _Maths
+) -> _Coefficients:
+    """Out of the gradients of score, entropy, mean and lse."""
+    wide = _wide(maths.dtype)
+    g_score, g_entropy, g_mean, g_lse = (None if g is None else g.to(wide).contiguous() for g in grads)
+    label = p = g_score
+    if g_score is not None and maths.z_loss:
+        p = g_score * (1 + 2 * maths.z_loss * (top + log_sum))
+    if g_score is not None and maths.label_smoothing:
+        label, smooth = g_score * (1 - maths.label_smoothing), g_score * maths.label_smoothing
+        g_mean = smooth if g_mean is None else g_mean + smooth
+    if g_lse is not None:
+        p = -g_lse if p is None else p - g_lse
+    return _Coefficients(label, p, None if g_mean is None else g_mean / vocab, g_entropy)
+
+
 def _backward(
-    grad_log_prob: torch.Tensor | None,
+    grad_score: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
     grad_mean_logits: torch.Tensor | None,
     grad_lse: torch.Tensor | None,
@@ -664,177 +541,131 @@ def _backward(
     top: torch.Tensor,
     log_sum: torch.Tensor,
     entropy: torch.Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    dtype: torch.dtype,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    others = [g for g in (grad_entropy, grad_mean_logits, grad_lse) if g is not None]
-    if grad_log_prob is None and not _capturing(hidden) and not any(bool(g.any()) for g in others):
+    maths, need = _Maths(*options[:8]), options[8:]
+    grads = (grad_score, grad_entropy, grad_mean_logits, grad_lse)
+    if grad_score is None and not _capturing(hidden) and not any(bool(g.any()) for g in grads if g is not None):
         # Waiting for the GPU once costs far less than the GEMMs.
-        dh, dw, db = _empty_grads(hidden, weight, bias, need_hidden, need_weight, need_bias)
+        dh, dw, db = _empty_grads(hidden, weight, bias, *need)
         return dh.zero_(), dw.zero_(), db.zero_()
-    maths, need = (ignore_index, softcap, logit_scale, temperature, dtype), (need_hidden, need_weight, need_bias)
-    keep = _scored(labels, ignore_index)
+    keep = _scored(labels, maths.ignore_index)
     if keep is None:
-        whole = (hidden, weight, bias, labels, top, log_sum, entropy)
-        return _backward_all(grad_log_prob, grad_entropy, grad_mean_logits, grad_lse, *whole, *maths, *need)
-    incoming = (grad_log_prob, grad_entropy, grad_mean_logits, grad_lse)
-    g_log_prob, g_entropy, g_mean, g_lse = (None if g is None else g[keep] for g in incoming)
-    entropy = entropy[keep] if entropy.shape[0] else entropy
-    picked = (hidden[keep], weight, bias, labels[keep], top[keep], log_sum[keep], entropy)
-    dh, dw, db = _backward_all(g_log_prob, g_entropy, g_mean, g_lse, *picked, *maths, *need)
-    return hidden.new_zeros(hidden.shape).index_copy_(0, keep, dh) if need_hidden else dh, dw, db
+        return _backward_all(grads, hidden, weight, bias, labels, (top, log_sum, entropy), maths, *need)
+    picked = tuple(None if g is None else g[keep] for g in grads)
+    saved = (top[keep], log_sum[keep], entropy[keep] if entropy.shape[0] else entropy)
+    dh, dw, db = _backward_all(picked, hidden[keep], weight, bias, labels[keep], saved, maths, *need)
+    return hidden.new_zeros(hidden.shape).index_copy_(0, keep, dh) if need[0] else dh, dw, db
 
 
 def _backward_all(
-    grad_log_prob: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    grad_mean_logits: torch.Tensor | None,
-    grad_lse: torch.Tensor | None,
+    grads: tuple[torch.Tensor | None, ...],
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
-    top: torch.Tensor,
-    log_sum: torch.Tensor,
-    entropy: torch.Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    dtype: torch.dtype,
+    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    maths: _Maths,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    head = _Head(hidden, weight, bias, dtype, softcap, logit_scale, temperature)
-    labels, wide = labels.contiguous(), _wide(dtype)
-    incoming = (grad_log_prob, grad_entropy, grad_mean_logits, grad_lse)
-    g_log_prob, g_entropy, g_mean, g_lse = (None if g is None else g.to(wide).contiguous() for g in incoming)
-    # Of p and, in the kernel, of the label too.
-    g_p = g_log_prob if g_lse is None else -g_lse if g_log_prob is None else g_log_prob - g_lse
-    # The slope of a softcap is another for each logit: there the mean's part is no constant of its row.
-    in_kernel = head.triton and (g_mean is None or softcap is None)
-    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0, hidden.shape[1]), dtype=dtype)
+    labels, wide = labels.contiguous(), _wide(maths.dtype)
+    top, log_sum, entropy = saved
+    coefficients = _coefficients(grads, top, log_sum, weight.shape[0], maths)
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    if _in_tiles(hidden, maths):
+        dh, dw, db = fused.backward(
+            *_operands(hidden, weight, bias, maths.dtype),
+            labels,
+            saved,
+            coefficients,
+            coefficients.least(maths),
+            _of_logits(maths),
+            ignore_index=maths.ignore_index,
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
+        return dh.to(hidden.dtype), dw.to(weight.dtype), db.to(bias_dtype)
+    head = _Head(hidden, weight, bias, maths)
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0, hidden.shape[1]), dtype=maths.dtype)
     grad_weight = hidden.new_zeros(weight.shape if need_weight else (0, weight.shape[1]), dtype=wide)
     grad_bias = hidden.new_zeros((weight.shape[0] if need_bias else 0,), dtype=wide)
-
-    def part(x: torch.Tensor | None, chunk: slice) -> torch.Tensor:
-        return top[chunk] if x is None or not x.shape[0] else x[chunk]
-
     for chunk in head.chunks():
-        logits = head.logits(chunk)
-        g_lp, g_ent, g_z, g_sum = (None if g is None else g[chunk] for g in (g_log_prob, g_entropy, g_mean, g_lse))
-        grads, vocab = (g_lp, g_ent, g_z, g_sum), weight.shape[0]
-        saved = (top[chunk], log_sum[chunk], part(entropy, chunk))
-        if in_kernel:
-            amended = g_mean is not None or g_lse is not None
-            if amended:
-                # The entry of each label, as a vocabulary of one.
-                ignored = labels[chunk] == ignore_index
-                at = labels[chunk].masked_fill(ignored, 0).clamp(0, vocab - 1)[:, None]
-                entry, where = logits.gather(1, at), -ignored.long()
-                _backward_chunk(entry, where, *saved, *grads, -1, vocab, *head.maths)
+        logits, each = head.logits(chunk), coefficients.of(chunk)
+        of_chunk = (top[chunk], log_sum[chunk], entropy[chunk] if entropy.shape[0] else top[chunk])
+        if head.triton:
             _backward_kernel[(logits.shape[0], triton.cdiv(weight.shape[0], head.constants["BLOCK"]))](
                 logits,
                 labels[chunk],
-                top[chunk],
-                log_sum[chunk],
-                part(entropy, chunk),
-                part(g_p, chunk),
-                part(g_entropy, chunk),
-                IGNORE_INDEX=ignore_index,
-                GRAD_LOG_PROB=g_p is not None,
-                GRAD_ENTROPY=g_entropy is not None,
+                *of_chunk,
+                *(top if g is None else g for g in each),
+                LABEL=each.label is not None,
+                P=each.p is not None,
+                MEAN=each.mean is not None,
+                ENTROPY=each.entropy is not None,
                 **head.constants,
             )
-            if amended:
-                if g_z is not None:
-                    each = g_z * (logit_scale / temperature / vocab)
-                    logits += each.masked_fill(ignored, 0)[:, None]
-                logits.scatter_(1, at, entry)
         else:
-            _backward_chunk(logits, labels[chunk], *saved, *grads, ignore_index, vocab, *head.maths)
+            _backward_chunk(logits, labels[chunk], of_chunk, each, maths)
         if need_hidden:
             torch.mm(logits, head.weight, out=grad_hidden[chunk])
         if need_weight:
             # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
-            states = head.states(chunk).masked_fill((labels[chunk] == ignore_index)[:, None], 0)
+            states = head.states(chunk).masked_fill((labels[chunk] == maths.ignore_index)[:, None], 0)
             _add_matmul(grad_weight, logits.t(), states)
         if need_bias:
             grad_bias += logits.sum(0, dtype=wide)
-    bias_dtype = weight.dtype if bias is None else bias.dtype
     return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
 
 
 def _backward_chunk(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    top: torch.Tensor,
-    log_sum: torch.Tensor,
-    entropy: torch.Tensor,
-    grad_log_prob: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    grad_mean_logits: torch.Tensor | None,
-    grad_lse: torch.Tensor | None,
-    ignore_index: int,
-    vocab: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
+    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    each: _Coefficients,
+    maths: _Maths,
 ) -> None:
-    """``_backward_kernel`` in PyTorch, and the gradients that it does not know."""
-    ignored = labels == ignore_index
-    z, tanh = _transform(logits.to(top.dtype), softcap, logit_scale, temperature)
+    """``_backward_kernel`` in PyTorch, for tensors that Triton does not take."""
+    top, log_sum, entropy = saved
+    ignored = labels == maths.ignore_index
+    z, tanh = _transform(logits.to(top.dtype), maths.softcap, maths.logit_scale, maths.temperature)
     log_p = (z - top[:, None]) - log_sum[:, None]
     p = log_p.exp()
     dr = torch.zeros_like(p)
-    if grad_log_prob is not None:
-        dr.addcmul_(p, grad_log_prob[:, None], value=-1)
-        dr.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], grad_log_prob[:, None])
-    if grad_lse is not None:
-        dr.addcmul_(p, grad_lse[:, None])
-    if grad_mean_logits is not None:
-        dr += grad_mean_logits[:, None] / vocab
-    if grad_entropy is not None:
-        dr -= grad_entropy[:, None] * (p * (log_p + entropy[:, None])).masked_fill_(p == 0, 0)
-    dr *= logit_scale / temperature
+    if each.p is not None:
+        dr.addcmul_(p, each.p[:, None], value=-1)
+    if each.label is not None:
+        dr.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], each.label[:, None])
+    if each.mean is not None:
+        dr += each.mean[:, None]
+    if each.entropy is not None:
+        dr -= each.entropy[:, None] * (p * (log_p + entropy[:, None])).masked_fill_(p == 0, 0)
+    dr *= maths.logit_scale / maths.temperature
     if tanh is not None:
         dr *= 1 - tanh * tanh
     logits.copy_(dr.masked_fill_(ignored[:, None], 0))
 
 
 def _backward_fake(
-    grad_log_prob: torch.Tensor | None,
+    grad_score: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
     grad_mean_logits: torch.Tensor | None,
     grad_lse: torch.Tensor | None,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    top: torch.Tensor,
-    log_sum: torch.Tensor,
-    entropy: torch.Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    dtype: torch.dtype,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_grads(hidden, weight, bias, need_hidden, need_weight, need_bias)
+    return _empty_grads(hidden, weight, bias, *rest[-3:])
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels"
-_MATHS = "int ignore_index, float? softcap, float logit_scale, float temperature, ScalarType dtype"
+_MATHS = (
+    "int ignore_index, float? softcap, float logit_scale, float temperature, float label_smoothing, float z_loss, "
+    "ScalarType dtype, str way"
+)
 
 _forward_op = raw_op(
     f"linear_log_prob({_HEAD}, {_MATHS}, bool entropy, bool is_top1, bool mean_logits, bool log_sum_sq_probs, "
@@ -843,7 +674,7 @@ _forward_op = raw_op(
     _forward_fake,
 )
 _backward_op = raw_op(
-    "linear_log_prob_backward(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor? grad_mean_logits, "
+    "linear_log_prob_backward(Tensor? grad_score, Tensor? grad_entropy, Tensor? grad_mean_logits, "
     f"Tensor? grad_lse, {_HEAD}, Tensor top, Tensor log_sum, Tensor entropy, {_MATHS}, bool need_hidden, "
     "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     _backward,
@@ -864,18 +695,18 @@ class _LinearLogProb(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        maths: tuple[int, float | None, float, float, torch.dtype],
-        wanted: tuple[bool, bool, bool, bool],
+        maths: _Maths,
+        wanted: _Wanted,
         gradients: tuple[bool, bool, bool],
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        entropy_gradient, mean_logits_gradient = gradients[0] and wanted[0], gradients[1] and wanted[2]
-        differentiable = (entropy_gradient, mean_logits_gradient, gradients[2])
+        entropy_gradient, mean_gradient = gradients[0] and wanted.entropy, gradients[1] and wanted.mean_logits
+        differentiable = (entropy_gradient, mean_gradient, gradients[2])
         # With a gradient of lse or the mean, the unit gradient would be of no use: backward needs the logits anyway.
-        frozen = need_hidden and not (need_weight or need_bias or any(differentiable[1:]))
-        *outputs, unit = _forward_op(hidden, weight, bias, labels, *maths, *wanted, frozen)
-        log_prob, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
+        frozen = need_hidden and not (need_weight or need_bias or any(differentiable[1:])) and maths.way == "chunks"
+        *outputs, unit = _forward_op(hidden, weight, bias, labels, *maths, *wanted._replace(unit_gradient=frozen))
+        score, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
         lse = top + log_sum
         ctx.maths, ctx.frozen, ctx.hidden_dtype, ctx.differentiable = maths, frozen, hidden.dtype, differentiable
         if frozen and not entropy_gradient:
@@ -884,31 +715,76 @@ class _LinearLogProb(torch.autograd.Function):
             ctx.save_for_backward(unit, labels, hidden, weight, bias, top, log_sum, entropy)
         sometimes = zip((entropy, mean_logits, lse), differentiable, strict=True)
         ctx.mark_non_differentiable(is_top1, log_sum_sq_probs, *(x for x, wanted in sometimes if not wanted))
-        return log_prob, entropy, is_top1, mean_logits, log_sum_sq_probs, lse
+        return score, entropy, is_top1, mean_logits, log_sum_sq_probs, lse
 
     @staticmethod
     def backward(
-        ctx: Any, grad_log_prob: Any, grad_entropy: Any, _top1: Any, grad_mean: Any, _squares: Any, grad_lse: Any
+        ctx: Any, grad_score: Any, grad_entropy: Any, _top1: Any, grad_mean: Any, _squares: Any, grad_lse: Any
     ) -> tuple[torch.Tensor | None, ...]:
         unit, labels, *rest = ctx.saved_tensors
         # Dynamo gives zeros even for what was marked as not differentiable.
         incoming = zip((grad_entropy, grad_mean, grad_lse), ctx.differentiable, strict=True)
         others = [g if wanted else None for g, wanted in incoming]
         grads: list[torch.Tensor | None] = [None, None, None]
-        if ctx.frozen and grad_log_prob is not None:
+        if ctx.frozen and grad_score is not None:
             # Plain PyTorch, so that Inductor fuses the scaling with what follows. An ignored token's g may be inf or
             # NaN (a division by no tokens under "mean").
-            g = grad_log_prob.masked_fill(labels == ctx.maths[0], 0)
+            g = grad_score.masked_fill(labels == ctx.maths.ignore_index, 0)
             grads[0] = (unit * g[:, None]).to(ctx.hidden_dtype)
-            grad_log_prob = None
-        if any(g is not None for g in (grad_log_prob, *others)):
+            grad_score = None
+        if any(g is not None for g in (grad_score, *others)):
             hidden, weight, bias, top, log_sum, entropy = rest
             needs = ctx.needs_input_grad[:3]
             operands = (hidden, weight, bias, labels, top, log_sum, entropy)
-            found = _backward_op(grad_log_prob, *others, *operands, *ctx.maths, *needs)
+            found = _backward_op(grad_score, *others, *operands, *ctx.maths, *needs)
             more = [grad if need else None for grad, need in zip(found, needs, strict=True)]
             grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, more, strict=True)]
         return *grads, None, None, None, None
+
+
+def _scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    maths: _Maths,
+    wanted: _Wanted,
+    gradients: tuple[bool, bool, bool] = (False, False, False),
+) -> LogProb:
+    """The op, with a token's score in the place of its log-probability. ``gradients``: whether entropy, mean and lse
+    have one.
+    """
+    if torch.is_grad_enabled():
+        return LogProb(*_LinearLogProb.apply(hidden, weight, bias, labels, maths, wanted, gradients))
+    # autograd.Function reports needs_input_grad even here, and would compute the gradient for nothing.
+    score, top, log_sum, *optional, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
+    return LogProb._make((score, *optional, top + log_sum))
+
+
+def _log_prob(
+    way: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    is_top1: bool = False,
+    mean_logits: bool = False,
+    log_sum_sq_probs: bool = False,
+    entropy_gradient: bool = True,
+    mean_logits_gradient: bool = False,
+    lse_gradient: bool = False,
+    dtype: torch.dtype | None = None,
+) -> LogProb:
+    _check_logits(softcap, temperature)
+    maths = _Maths(ignore_index, softcap, logit_scale, temperature, 0.0, 0.0, _head_dtype(hidden, dtype), way)
+    wanted = _Wanted(entropy, is_top1, mean_logits, log_sum_sq_probs)
+    return _scores(hidden, weight, bias, labels, maths, wanted, (entropy_gradient, mean_logits_gradient, lse_gradient))
 
 
 def linear_log_prob(
@@ -942,18 +818,38 @@ def linear_log_prob(
     Raises ``ValueError`` for a temperature or softcap that is not positive; ``IndexError`` on the CPU for a label
     outside [0, vocab) that is not ``ignore_index`` (on a GPU such a label gives NaN).
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    maths = (ignore_index, softcap, logit_scale, temperature, _head_dtype(hidden, dtype))
-    wanted = (entropy, is_top1, mean_logits, log_sum_sq_probs)
-    if not torch.is_grad_enabled():
-        # autograd.Function reports needs_input_grad even here, and would compute the gradient for nothing.
-        log_prob, top, log_sum, *optional, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted, False)
-        return LogProb._make((log_prob, *optional, top + log_sum))
-    gradients = (entropy_gradient, mean_logits_gradient, lse_gradient)
-    return LogProb(*_LinearLogProb.apply(hidden, weight, bias, labels, maths, wanted, gradients))
+    return _log_prob(
+        "chunks",
+        hidden,
+        weight,
+        bias,
+        labels,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        entropy=entropy,
+        is_top1=is_top1,
+        mean_logits=mean_logits,
+        log_sum_sq_probs=log_sum_sq_probs,
+        entropy_gradient=entropy_gradient,
+        mean_logits_gradient=mean_logits_gradient,
+        lse_gradient=lse_gradient,
+        dtype=dtype,
+    )
+
+
+def fused_log_prob(*args: Any, **options: Any) -> LogProb:
+    """:func:`linear_log_prob` without a buffer of logits: its variant ``fused``."""
+    return _log_prob("fused", *args, **options)
+
+
+def filtered_log_prob(*args: Any, **options: Any) -> LogProb:
+    """:func:`linear_log_prob` without a buffer of logits and without what small gradients add, its variant
+    ``filtered``. The results are exact; the gradients are not: a gradient of a logit may be missing that is at most
+    2^-12 (bf16; 2^-15 in fp16, 2^-28 in fp32) of its token's largest coefficient.
+    """
+    return _log_prob("filtered", *args, **options)
 
 
 def _reduce(loss: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:
@@ -962,6 +858,13 @@ def _reduce(loss: torch.Tensor, labels: torch.Tensor, ignore_index: int, reducti
     total = loss.sum()
     # No valid token: 0 / 0 = NaN under "mean", as F.cross_entropy has it.
     return total if reduction == "sum" else total / (labels != ignore_index).sum()
+
+
+def _check_logits(softcap: float | None, temperature: float = 1.0) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
 
 
 def _check_loss(reduction: str, label_smoothing: float, z_loss: float) -> None:
@@ -1001,6 +904,31 @@ def linear_cross_entropy_reference(
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
+def _cross_entropy(
+    way: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    _check_loss(reduction, label_smoothing, z_loss)
+    _check_logits(softcap)
+    flat, dtype = labels.reshape(-1), _head_dtype(hidden, dtype)
+    maths = _Maths(ignore_index, softcap, logit_scale, 1.0, label_smoothing, z_loss, dtype, way)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    score = _scores(rows, weight, bias, flat, maths, _Wanted(False, False, False, False)).log_prob
+    loss = _reduce(-score, flat, ignore_index, reduction)
+    return loss.view(labels.shape) if reduction == "none" else loss
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -1023,29 +951,32 @@ def linear_cross_entropy(
     which is added to each token's loss. Raises ``ValueError`` for another reduction, a ``label_smoothing`` outside of
     [0, 1], a negative ``z_loss``.
     """
-    _check_loss(reduction, label_smoothing, z_loss)
-    flat = labels.reshape(-1)
-    found = linear_log_prob(
-        hidden.reshape(-1, hidden.shape[-1]),
+    return _cross_entropy(
+        "chunks",
+        hidden,
         weight,
         bias,
-        flat,
+        labels,
         ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
         softcap=softcap,
         logit_scale=logit_scale,
-        mean_logits=label_smoothing > 0,
-        mean_logits_gradient=label_smoothing > 0,
-        lse_gradient=label_smoothing > 0 or z_loss > 0,
         dtype=dtype,
     )
-    loss = -found.log_prob
-    if label_smoothing:
-        # The mean of -log p over the vocabulary is lse less the mean of z.
-        loss = (1 - label_smoothing) * loss + label_smoothing * (found.lse - found.mean_logits)
-    if z_loss:
-        loss = loss + z_loss * found.lse.square()
-    loss = _reduce(loss, flat, ignore_index, reduction)
-    return loss.view(labels.shape) if reduction == "none" else loss
+
+
+def fused_cross_entropy(*args: Any, **options: Any) -> torch.Tensor:
+    """:func:`linear_cross_entropy` without a buffer of logits: its variant ``fused``."""
+    return _cross_entropy("fused", *args, **options)
+
+
+def filtered_cross_entropy(*args: Any, **options: Any) -> torch.Tensor:
+    """:func:`linear_cross_entropy` without a buffer of logits and without what small gradients add, its variant
+    ``filtered``: see :func:`filtered_log_prob`.
+    """
+    return _cross_entropy("filtered", *args, **options)
 
 
 def supported(
@@ -1072,6 +1003,16 @@ def supported(
         return Reason("device", f"device {hidden.device.type!r} has no kernel; cuda and cpu have")
     if options.get("reduction", "mean") not in ("mean", "sum", "none"):
         return Reason("reduction", f"reduction {options['reduction']!r} is not 'mean', 'sum' or 'none'")
+    return None
+
+
+def filtered_supported(*args: Any, **options: Any) -> Reason | None:
+    """As :func:`supported`, for the variant ``filtered``."""
+    if reason := supported(*args, **options):
+        return reason
+    # What the mean gives a logit is below the threshold for all of them, and would be dropped.
+    if options.get("label_smoothing") or options.get("mean_logits_gradient"):
+        return Reason("filter", "label smoothing spreads its gradient over the vocabulary, and a filter drops that")
     return None
 
 
@@ -1111,6 +1052,8 @@ register(
         cost=cost,
         sizes=sizes,
         inputs=inputs,
+        variants={"fused": (fused_log_prob, supported), "filtered": (filtered_log_prob, filtered_supported)},
+        by_name_only=("filtered",),
     )
 )
 register(
@@ -1124,5 +1067,7 @@ register(
         cost=cost,
         sizes=sizes,
         inputs=inputs,
+        variants={"fused": (fused_cross_entropy, supported), "filtered": (filtered_cross_entropy, filtered_supported)},
+        by_name_only=("filtered",),
     )
 )

@@ -457,6 +457,12 @@ def verify(asked: str, *more: str) -> Any:
     return CliRunner().invoke(cli.app, ["verify", "--variant", asked, *more])
 
 
+def test_what_is_not_exact_is_never_raced() -> None:
+    for op in ("linear_cross_entropy", "linear_log_prob"):
+        assert [v.name for v in tuning.offered(op, database.device_kind())] == ["fused"]
+        assert [v.name for v in fastft.variants.list(op)] == ["triton", "fused", "filtered", "reference"]
+
+
 def test_a_right_variant_passes_and_is_offered() -> None:
     fastft.variants.register("rms_norm", "mine")(_mine.rms_norm)
     assert "mine" not in {v.name for v in tuning.offered("rms_norm", database.device_kind())}

@@ -54,6 +54,7 @@ def trained(model: torch.nn.Module, *inputs: torch.Tensor, **options: Any) -> tu
 
 
 LINEARS = ("lora_linear", "lora_linears")
+LOSSES = ("linear_cross_entropy", "linear_log_prob")
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +64,9 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_ours(op: str) -> None:
     found = {v.name: v for v in fastft.variants.list(op)}
-    more = {"attention": ["auto", "triton", "sdpa"], **{name: ["triton", "accumulated"] for name in LINEARS}}
+    more = {"attention": ["auto", "triton", "sdpa"]}
+    more |= {name: ["triton", "accumulated"] for name in LINEARS}
+    more |= {name: ["triton", "fused", "filtered"] for name in LOSSES}
     assert [*found] == [*more.get(op, ["triton"]), "reference"]
     assert next(iter(found.values())).call is OPS[op].call
     assert found["reference"].call is OPS[op].reference

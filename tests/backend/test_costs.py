@@ -235,10 +235,13 @@ def test_raw_calls_compute_what_the_formula_says(name: str) -> None:
 
 
 def test_what_ops_take_for_themselves() -> None:
-    maths = (-100, None, 1.0, 1.0, torch.bfloat16, False, False, False, False, True)
+    maths = (-100, None, 1.0, 1.0, 0.0, 0.0, torch.bfloat16, "chunks", False, False, False, False, True)
     labels = meta(5000, dtype=torch.int64)
     loss = called(torch.ops.fastft.linear_log_prob.default, meta(5000, 64), meta(128256, 64), None, labels, *maths)
     assert costs.scratch(loss)(int) == chunk_rows(5000, 128256, 2) * 128256 * 2
+    fused = (*maths[:7], "fused", *maths[8:])
+    loss = called(torch.ops.fastft.linear_log_prob.default, meta(5000, 64), meta(128256, 64), None, labels, *fused)
+    assert costs.scratch(loss)(int) == 28 * 5000 * 32, "seven numbers for each token and part of the vocabulary"
     x, packed = meta(4, 64, 32), meta(768, 1, dtype=torch.uint8)
     rest = ([None], None, [0], [], [], [], None, torch.bfloat16)
     for quant, wanted in (([packed], 48 * 32 * 2), ([], 0)):

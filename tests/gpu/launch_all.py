@@ -124,11 +124,19 @@ def calls(dtypes: Sequence[torch.dtype], device: str, sizes: Sequence[int] = (1,
         for name, op in sorted(fastft.kernels.load().items()):
             for n in sizes:
                 yield from ((op, sample) for sample in SAMPLES.samples(op, dtype, device, n))
+                for variant in VARIANTS.get(name, ()):
+                    for sample in SAMPLES.samples(op, dtype, device, n):
+                        yield op, SAMPLES.Sample(f"variant {variant}", sample.args, sample.kwargs)
             for args, kwargs in _wide(name, SAMPLES.New(dtype, device)):
                 yield op, SAMPLES.Sample("wide", args, kwargs)
+                for variant in VARIANTS.get(name, ()):
+                    yield op, SAMPLES.Sample(f"variant {variant}", args, kwargs)
                 if name in OTHERWISE:
                     yield op, SAMPLES.Sample(OTHER, args, kwargs)
 
+
+#: Op → its variants with kernels of their own.
+VARIANTS = {"linear_log_prob": ("fused", "filtered")}
 
 #: Op → spaces and a configuration with which its kernels are other programs than with the heuristic's.
 OTHERWISE: dict[str, tuple[Sequence[Space], dict[str, int]]] = {
@@ -144,7 +152,8 @@ def call(op: Op, sample: Any) -> None:
             spaces, config = OTHERWISE[op.name]
             for space in spaces:
                 stack.enter_context(space.using(config))
-        outs = [o for o in sample.outputs(op.call) if o.requires_grad]
+        variant = op.variants.get(sample.name.removeprefix("variant "))
+        outs = [o for o in sample.outputs(op.call if variant is None else variant[0]) if o.requires_grad]
         if outs:
             torch.autograd.grad(outs, sample.leaves(), [torch.randn_like(o) for o in outs], allow_unused=True)
 

@@ -372,13 +372,15 @@ def check_loss(
         rounded("d weight", grads[1], sames[1], exacts[1])
 
 
+@pytest.mark.parametrize("way", ["chunks", "fused"])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("large", ["hidden states", "logits"])
-def test_linear_cross_entropy(large, frozen):
+def test_linear_cross_entropy(large, frozen, way):
     def of_tokens(fn: Any) -> Callable[..., torch.Tensor]:
         return lambda x, head, labels: fn(x, head, None, labels, reduction="none")
 
-    call, of = linear_cross_entropy.linear_cross_entropy, linear_cross_entropy.linear_cross_entropy_reference
+    of = linear_cross_entropy.linear_cross_entropy_reference
+    call = linear_cross_entropy.linear_cross_entropy if way == "chunks" else linear_cross_entropy.fused_cross_entropy
     check_loss(large, frozen, of_tokens(call), of_tokens(of))
 
 

@@ -1,7 +1,8 @@
 """Textbook formulas beside the calls that compute them: what ``test_derivations.py`` differentiates.
 
 A function that gives an op's derivations stands in the table ``DERIVATIONS`` of the op's own tests (``_each.py``), and
-what makes its kernels' tiles small in ``SMALL_TILES``: attributes of its module.
+what makes its kernels' tiles small in ``SMALL_TILES``: attributes of its module, or of one
+that it has (``fused._tiles``).
 """
 
 from __future__ import annotations

@@ -8,10 +8,14 @@ be there, down to a cubin, and stops short of running it. Results are therefore 
 from __future__ import annotations
 
 import contextlib
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -31,6 +35,16 @@ class _H100:
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(f"kernels are compiled here, not run: the driver was asked for {name}")
+
+
+def stack_bytes(kernel: Any) -> int:
+    """Bytes of registers that each thread of a compiled kernel keeps in memory, for want of room."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        used = subprocess.run(tool, check=True, capture_output=True, text=True).stdout
+    return int(re.findall(r" STACK:(\d+) ", used)[-1])
 
 
 @contextlib.contextmanager

@@ -31,7 +31,10 @@ from fastft.kernels._op import OPS, Op
 from tests.kernels._each import home_of, homes, kernels
 
 #: What a configuration decides, by the names that kernels give it.
-CONFIGURED = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_Q", "BLOCK_K", "GROUPS", "num_warps", "num_stages")
+CONFIGURED = (
+    *("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_Q", "BLOCK_K", "BLOCK_H"),
+    *("GROUPS", "PARTS", "num_warps", "num_stages"),
+)
 
 Launch = dict[str, Any]
 
@@ -50,8 +53,8 @@ def noting() -> Iterator[list[Launch]]:
         for module in map(kernels, homes()):
             if hasattr(module, "use_triton"):
                 stack.enter_context(mock.patch.object(module, "use_triton", lambda x: True))
-        for norm in (rms_norm, layer_norm, norm_rotary):
-            stack.enter_context(mock.patch.object(norm, "processors", lambda device: 132))
+        for module in (rms_norm, layer_norm, norm_rotary, linear_cross_entropy.fused):
+            stack.enter_context(mock.patch.object(module, "processors", lambda device: 132))
         stack.enter_context(mock.patch.object(attention, "_roomy", lambda device: True))
         stack.enter_context(mock.patch.object(nf4, "_levels", lambda device: torch.empty(16, device=device)))
         yield found
@@ -141,8 +144,12 @@ def _linear_cross_entropy(s: Shape, dtype: torch.dtype) -> None:
     tokens = s["batch"] * s["seq"]
     hidden, weight = _empty(tokens, s["hidden"], dtype=dtype), _empty(s["vocab"], s["hidden"], dtype=dtype)
     labels = _empty(tokens, dtype=torch.int64)
-    maths = (-100, s["softcap"], 1.0, 1.0, dtype)
-    linear_cross_entropy._forward_all(hidden, weight, None, labels, *maths, True, False, False, False, True)
+    wanted = linear_cross_entropy._Wanted(True, False, False, False, True)
+    for way in ("chunks", "fused"):
+        maths = linear_cross_entropy._Maths(-100, s["softcap"], 1.0, 1.0, 0.0, 0.0, dtype, way)
+        _, top, *_ = linear_cross_entropy._forward_all(hidden, weight, None, labels, maths, wanted)
+    grads, saved = (top, None, None, None), (top, top, top)
+    linear_cross_entropy._backward_all(grads, hidden, weight, None, labels, saved, maths, True, True, False)
 
 
 def _lora_glu(s: Shape, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,15 +17,25 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastft
 from bench.shapes import shapes
 from fastft.compare import assert_within
 from fastft.judging import Wide
+from fastft.kernels import _linear_cross_entropy_fused as fused
 from fastft.kernels import linear_cross_entropy as module
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
 from fastft.kernels.linear_cross_entropy import (
+    WAYS as NAMES,
+)
+from fastft.kernels.linear_cross_entropy import (
     LogProb,
     chunk_rows,
+    filtered_cross_entropy,
+    filtered_log_prob,
+    filtered_supported,
+    fused_cross_entropy,
+    fused_log_prob,
     linear_cross_entropy,
     linear_cross_entropy_reference,
     linear_log_prob,
@@ -41,13 +51,46 @@ from tests.mutation._mutant import Mutant
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ALL = dict(entropy=True, is_top1=True, mean_logits=True, log_sum_sq_probs=True)
+ADDED = [dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.3, z_loss=1e-3)]
 SMOOTH = dict(mean_logits=True, mean_logits_gradient=True, lse_gradient=True)
+
+
+class Way(NamedTuple):
+    """The op and its variants."""
+
+    name: str
+    log_prob: Callable[..., Any]
+    cross_entropy: Callable[..., Any]
+
+
+WAYS = {
+    "chunks": Way("chunks", linear_log_prob, linear_cross_entropy),
+    "fused": Way("fused", fused_log_prob, fused_cross_entropy),
+    "filtered": Way("filtered", filtered_log_prob, filtered_cross_entropy),
+}
+
+
+@pytest.fixture(params=["chunks", "fused"])
+def way(request):
+    return WAYS[request.param]
+
+
+REAL_TILES = fused._tiles
+
+
+def small_tiles(kernel, device, dtype, own, other):
+    """Several tiles, and parts, at the sizes of these tests."""
+    parts = {"forward": 4, "hidden": 2, "weight": 1}[kernel]
+    tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "PARTS": parts, "num_warps": 4}
+    return tiles if kernel == "forward" else {**tiles, "BLOCK_H": 16}
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks, the last one shorter: 4 rows of 131 fp32 logits."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 131 * 4)
+    monkeypatch.setattr(fused, "_tiles", small_tiles)
+    monkeypatch.setattr(fused, "GROUP", 2)
 
 
 def inputs(dtype, device, tokens=13, hidden=24, vocab=131, bias=True, frozen=False):
@@ -94,19 +137,19 @@ def check(fn, reference, tensors, labels, cotangents, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("maths", [{}, dict(softcap=3.0, logit_scale=0.7, temperature=1.3)], ids=["plain", "softcap"])
-def test_log_prob(dtype, frozen, maths, device):
+def test_log_prob(dtype, frozen, maths, device, way):
     h, w, b, y = inputs(dtype, device, frozen=frozen)
     cotangents = [torch.randn(len(y), device=device) for _ in range(2)]
-    check(linear_log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **maths, **ALL)
+    check(way.log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **maths, **ALL)
     y[::4] = 0  # no token is left out
     y[2] = -100
-    check(linear_log_prob, linear_log_prob_reference, (h, w, None), y, cotangents, **maths)
+    check(way.log_prob, linear_log_prob_reference, (h, w, None), y, cotangents, **maths)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("maths", [{}, dict(softcap=3.0, logit_scale=0.7, temperature=1.3)], ids=["plain", "softcap"])
-def test_gradients_of_lse_and_mean_logits(dtype, frozen, maths, device):
+def test_gradients_of_lse_and_mean_logits(dtype, frozen, maths, device, way):
     """Each alone, and all together, with labels that are left out, with none that is ignored, and with one that is."""
     h, w, b, y = inputs(dtype, device, tokens=17, frozen=frozen)
     for labels, ignore_index in (
@@ -121,20 +164,27 @@ def test_gradients_of_lse_and_mean_logits(dtype, frozen, maths, device):
             ([one, one * 2, -one, one / 3], dict(entropy=True, **SMOOTH)),
         ):
             options = dict(ignore_index=ignore_index, **maths, **more)
-            check(linear_log_prob, linear_log_prob_reference, (h, w, b), labels, cotangents, **options)
+            check(way.log_prob, linear_log_prob_reference, (h, w, b), labels, cotangents, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(
-    "options", [dict(label_smoothing=0.1), dict(z_loss=1e-2), dict(label_smoothing=0.3, z_loss=1e-3)]
-)
-def test_label_smoothing_and_z_loss(options, reduction, frozen, device):
-    h, w, b, y = inputs(torch.float32, device, frozen=frozen)
+@pytest.mark.parametrize("options", ADDED)
+def test_label_smoothing_and_z_loss(options, reduction, frozen, dtype, device, way):
+    h, w, b, y = inputs(dtype, device, frozen=frozen)
     cotangent = torch.randn(len(y) if reduction == "none" else (), device=device)
     for softcap in (None, 3.0):
         more = dict(reduction=reduction, softcap=softcap, **options)
-        check(linear_cross_entropy, linear_cross_entropy_reference, (h, w, b), y, [cotangent], **more)
+        check(way.cross_entropy, linear_cross_entropy_reference, (h, w, b), y, [cotangent], **more)
+
+
+@pytest.mark.parametrize("options", ADDED)
+def test_a_frozen_head_is_one_pass_with_smoothing_and_z_loss(options, device, monkeypatch):
+    h, w, b, y = inputs(torch.float32, device, frozen=True)
+    loss = linear_cross_entropy(h, w, b, y, softcap=3.0, **options)
+    monkeypatch.setattr(module, "_Head", None)  # a backward that computed logits again would fail here
+    assert torch.autograd.grad(loss, h)[0].any()
 
 
 def test_lse_and_mean_logits_are_constants_unless_asked_for(device):
@@ -146,7 +196,7 @@ def test_lse_and_mean_logits_are_constants_unless_asked_for(device):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_log_prob_of_tokens_the_model_is_sure_of(frozen, device):
+def test_log_prob_of_tokens_the_model_is_sure_of(frozen, device, way):
     """A loss of 0.002 from logits near 1000, whose neighbours in fp32 are 6e-5 apart: z - lse has few digits left."""
     h, w, b, y = inputs(torch.float32, device, frozen=frozen)
     y = y.clamp(min=0)
@@ -156,18 +206,29 @@ def test_log_prob_of_tokens_the_model_is_sure_of(frozen, device):
         y[:], w[7, 0] = 7, 3
     one, none = torch.ones(len(y), device=device), torch.zeros(len(y), device=device)
     for cotangents in ([one, none], [none, one]):
-        check(linear_log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **ALL)
+        check(way.log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **ALL)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 130])
-def test_ignored_tokens_are_left_out_of_every_gemm(ignore_index, device, monkeypatch):
+def test_ignored_tokens_are_left_out_of_every_gemm(ignore_index, device, monkeypatch, way):
+    """Rows that enter the products are the tokens that count, in forward and in backward."""
     h, w, b, y = inputs(torch.float32, device)
     y = torch.where(y == -100, ignore_index, y.clamp(max=129))
-    seen = []
-    logits = module._Head.logits
-    monkeypatch.setattr(module._Head, "logits", lambda self, chunk: seen.append(chunk) or logits(self, chunk))
-    linear_log_prob(h, w, b, y, ignore_index=ignore_index, entropy=True).entropy.sum().backward()
-    assert sum(c.stop - c.start for c in seen) == 2 * int((y != ignore_index).sum())
+    rows = []
+
+    def counted(name, of, count):
+        call = getattr(of, name)
+        monkeypatch.setattr(of, name, lambda *args, **kwargs: rows.append(count(*args)) or call(*args, **kwargs))
+
+    counted("logits", module._Head, lambda head, chunk: chunk.stop - chunk.start)
+    counted("forward", fused, lambda hidden, *_: hidden.shape[0])
+    counted("backward", fused, lambda hidden, *_: hidden.shape[0])
+    way.log_prob(h, w, b, y, ignore_index=ignore_index, entropy=True).entropy.sum().backward()
+    assert sum(rows) == 2 * int((y != ignore_index).sum())
+    rows.clear()
+    y = torch.full_like(y, ignore_index)
+    way.cross_entropy(h, w, b, y, ignore_index=ignore_index, reduction="sum").backward()
+    assert sum(rows) == 0
 
 
 def test_the_gradient_of_an_fp32_weight_is_summed_in_fp32(device, monkeypatch):
@@ -184,9 +245,30 @@ def test_the_gradient_of_an_fp32_weight_is_summed_in_fp32(device, monkeypatch):
     assert (in_many - in_one).norm() <= 1e-5 * in_one.norm()
 
 
+def test_gradients_are_not_biased(device, way):
+    """Over 300 steps of chunks in bf16: what rounding adds to a gradient averages out, and does not grow with steps."""
+    steps, signed = 40 if INTERPRET else 300, []
+    for _ in range(steps):
+        h, w, _, y = inputs(torch.bfloat16, device, tokens=24, hidden=16, vocab=64, bias=False)
+        wide = [t.detach().float().requires_grad_() for t in (h, w)]
+        # Of tokens that count differently: one coefficient for all would be rounded to the same side at every step.
+        g = torch.rand(len(y), device=device) + 0.5
+        ours = torch.autograd.grad(way.cross_entropy(*wide, None, y, reduction="none", dtype=torch.bfloat16), wide, g)
+        # Of the same rounded logits (what rounding them does to exp is biased in every implementation), in fp64.
+        logits = F.linear(h, w).double().detach().requires_grad_()
+        (dr,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="none"), [logits], g.double())
+        exact = [dr @ w.detach().double(), dr.t() @ h.detach().double()]
+        pairs = zip(ours, exact, strict=True)
+        signed.append([float(((a - e) * e).sum() / e.square().sum()) for a, e in pairs])
+    found = torch.tensor(signed)
+    noise = found.std(0) / steps**0.5
+    assert (found.mean(0).abs() <= 4 * noise + 1e-6).all(), (found.mean(0), noise)
+    assert (found.std(0) < 1e-3).all(), "after 300 steps a bias of a fiftieth of bf16's rounding would show"
+
+
 @pytest.mark.parametrize("shape", shapes("linear_cross_entropy", tag="test"), ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_cross_entropy(shape, reduction, device):
+def test_cross_entropy(shape, reduction, device, way):
     h = torch.randn(shape["batch"], shape["seq"], shape["hidden"], device=device, requires_grad=True)
     w = torch.randn(shape["vocab"], shape["hidden"], device=device, requires_grad=shape["batch"] > 1)
     y = torch.randint(0, shape["vocab"], h.shape[:2], device=device)
@@ -194,16 +276,16 @@ def test_cross_entropy(shape, reduction, device):
     scalar = torch.tensor(0.3, device=device)
     cotangent = strided(torch.randn(y.shape, device=device)) if reduction == "none" else scalar
     options = dict(softcap=shape["softcap"], reduction=reduction)
-    check(linear_cross_entropy, linear_cross_entropy_reference, (h, w, None), y, [cotangent], **options)
+    check(way.cross_entropy, linear_cross_entropy_reference, (h, w, None), y, [cotangent], **options)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_like_stock_cross_entropy_when_every_label_is_ignored(frozen, device):
+def test_like_stock_cross_entropy_when_every_label_is_ignored(frozen, device, way):
     h, w, b, y = inputs(torch.float32, device, frozen=frozen)
     y = torch.full_like(y, -100)
     wanted = [t for t in (h, w, b) if t.requires_grad]
     for reduction in ("mean", "sum"):
-        loss = linear_cross_entropy(h, w, b, y, reduction=reduction)
+        loss = way.cross_entropy(h, w, b, y, reduction=reduction)
         stock = F.cross_entropy(F.linear(h, w, b), y, reduction=reduction)
         assert torch.equal(loss.isnan(), stock.isnan()) and (reduction == "mean" or loss == 0)
         for grad in torch.autograd.grad(loss, wanted):
@@ -212,7 +294,7 @@ def test_like_stock_cross_entropy_when_every_label_is_ignored(frozen, device):
 
 @pytest.mark.parametrize("left_out", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_ignored_tokens_poison_nothing(frozen, left_out, device, monkeypatch):
+def test_ignored_tokens_poison_nothing(frozen, left_out, device, monkeypatch, way):
     if not left_out:
         monkeypatch.setattr(module, "_scored", lambda labels, ignore_index: None)
     h, w, b, y = inputs(torch.float32, device, frozen=frozen)
@@ -221,18 +303,18 @@ def test_ignored_tokens_poison_nothing(frozen, left_out, device, monkeypatch):
     bad.requires_grad_()
     wanted = [t for t in (w, b) if t.requires_grad]
     clean, poisoned = (
-        [(loss := linear_cross_entropy(x, w, b, y)), *torch.autograd.grad(loss, [x, *wanted])] for x in (h, bad)
+        [(loss := way.cross_entropy(x, w, b, y)), *torch.autograd.grad(loss, [x, *wanted])] for x in (h, bad)
     )
     for a, e in zip(poisoned, clean, strict=True):
         assert torch.equal(a, e)
 
 
-def test_no_tokens(device):
+def test_no_tokens(device, way):
     h, w, b, y = inputs(torch.float32, device, tokens=0)
-    assert linear_cross_entropy(h, w, b, y).isnan()
-    grads = torch.autograd.grad(linear_cross_entropy(h, w, b, y, reduction="sum"), [h, w, b])
+    assert way.cross_entropy(h, w, b, y).isnan()
+    grads = torch.autograd.grad(way.cross_entropy(h, w, b, y, reduction="sum"), [h, w, b])
     assert [g.shape for g in grads] == [h.shape, w.shape, b.shape] and not any(g.any() for g in grads)
-    found = linear_log_prob(h.detach(), w.detach(), None, y, **ALL)
+    found = way.log_prob(h.detach(), w.detach(), None, y, **ALL)
     assert all(x.shape == (0,) for x in found)
 
 
@@ -266,12 +348,12 @@ def test_largest_allocation_is_one_chunk(frozen, device, monkeypatch):
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_gradcheck(frozen, softcap, device):
+def test_gradcheck(frozen, softcap, device, way):
     h, w, b, y = inputs(torch.float64, device, tokens=5, hidden=3, vocab=7, frozen=frozen)
     wanted = (h,) if frozen else (h, w, b)
     for more, outputs in ((dict(entropy=True), (0, 1)), (dict(entropy=True, **SMOOTH), (0, 1, 3, 5))):
         options = dict(softcap=softcap, logit_scale=1.2, temperature=0.8, **more)
-        for fn in (linear_log_prob, linear_log_prob_reference):
+        for fn in (way.log_prob, linear_log_prob_reference):
 
             def call(*t, fn=fn, options=options, outputs=outputs):
                 found = fn(*t, *(w, b)[len(t) - 1 :], y, **options)
@@ -292,7 +374,7 @@ def test_entropy_without_gradient(device, monkeypatch):
     assert torch.equal(got, expected)
 
 
-def test_only_what_is_asked_for(device):
+def test_only_what_is_asked_for(device, way):
     h, w, b, y = inputs(torch.float32, device)
     same, exact = (
         torch.autograd.grad(linear_cross_entropy_reference(*leaves, y), leaves)
@@ -300,16 +382,16 @@ def test_only_what_is_asked_for(device):
     )
     for i, t in enumerate((h, w, b)):
         others = [x if x is t else x.detach() for x in (h, w, b)]
-        (one,) = torch.autograd.grad(linear_cross_entropy(*others, y), [t])
+        (one,) = torch.autograd.grad(way.cross_entropy(*others, y), [t])
         assert_within("hwb"[i], one, same[i], exact[i], length=131)
     with torch.no_grad():
-        found = linear_log_prob(h, w, b, y)
+        found = way.log_prob(h, w, b, y)
     assert not found.log_prob.requires_grad and found.entropy.shape == (0,)
 
 
-def test_repeats_bit_for_bit(device):
+def test_repeats_bit_for_bit(device, way):
     h, w, b, y = inputs(torch.float16, device)
-    first, second = (torch.autograd.grad(linear_cross_entropy(h, w, b, y), [h, w, b]) for _ in range(2))
+    first, second = (torch.autograd.grad(way.cross_entropy(h, w, b, y), [h, w, b]) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -328,7 +410,7 @@ def test_values_are_the_same_beside_their_gradient(device):
         assert torch.equal(linear_log_prob(hidden, weight, None, labels).log_prob, alone)
 
 
-def test_layouts(device):
+def test_layouts(device, way):
     h, w, b, y = inputs(torch.float32, device)
     weights = torch.arange(13.0, device=device)
     same, exact = (
@@ -337,20 +419,20 @@ def test_layouts(device):
     )
     turned = h.detach().t().contiguous().t().requires_grad_()
     both = torch.stack((y, y), 1)[:, 0]
-    (got,) = torch.autograd.grad(linear_log_prob(turned, strided(w), b, both).log_prob, turned, strided(weights))
+    (got,) = torch.autograd.grad(way.log_prob(turned, strided(w), b, both).log_prob, turned, strided(weights))
     assert_within("dh", got, same, exact, length=131)
 
 
-def test_labels_at_ties_and_impossible_tokens(device):
+def test_labels_at_ties_and_impossible_tokens(device, way):
     h = torch.eye(3, device=device)
     w = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 0.0]], device=device)
     b = torch.tensor([0.0, 0.0, -torch.inf], device=device)
-    found = linear_log_prob(h, w, b, torch.tensor([0, 1, 0], device=device), entropy=True, is_top1=True)
+    found = way.log_prob(h, w, b, torch.tensor([0, 1, 0], device=device), entropy=True, is_top1=True)
     assert found.is_top1.tolist() == [True, False, True]  # argmax gives the first maximum
     half = torch.full((3,), 0.5, device=device).log()
     assert torch.allclose(found.log_prob, half) and torch.allclose(found.entropy, -half)
     h.requires_grad_()
-    found = linear_log_prob(h, w, b, torch.tensor([0, 1, 0], device=device), entropy=True)
+    found = way.log_prob(h, w, b, torch.tensor([0, 1, 0], device=device), entropy=True)
     (grad,) = torch.autograd.grad((found.log_prob + found.entropy).sum(), h)
     assert grad.isfinite().all()
 
@@ -369,14 +451,14 @@ def test_vocabulary_of_several_blocks(impossible, device, monkeypatch):
     check(linear_log_prob, linear_log_prob_reference, (h, w.detach(), b.detach()), y, cotangents, **wanted)
 
 
-def test_label_outside_the_vocabulary(device):
+def test_label_outside_the_vocabulary(device, way):
     h, w, b, y = inputs(torch.float32, device)
     y[1] = 131
     if device == "cpu":
         with pytest.raises(IndexError, match="label 131 is out of bounds"):
-            linear_cross_entropy(h, w, b, y)
+            way.cross_entropy(h, w, b, y)
     else:
-        assert linear_cross_entropy(h, w, b, y).isnan()
+        assert way.cross_entropy(h, w, b, y).isnan()
 
 
 @pytest.mark.parametrize("options", [dict(softcap=0.0), dict(temperature=0.0), dict(temperature=float("nan"))])
@@ -388,10 +470,10 @@ def test_wrong_numbers(options, device):
         linear_cross_entropy(h, w, b, y, reduction="batchmean")
 
 
-def test_autocast_is_what_the_linear_layer_would_do(device):
+def test_autocast_is_what_the_linear_layer_would_do(device, way):
     h, w, b, y = inputs(torch.float32, device)
     with torch.autocast(device, torch.bfloat16):
-        ours = linear_cross_entropy(h, w, b, y)
+        ours = way.cross_entropy(h, w, b, y)
         logits = F.linear(h, w, b)
         stock = F.cross_entropy(logits.float(), y)
     narrow = [t.detach().bfloat16() for t in (h, w, b)]
@@ -413,18 +495,131 @@ def test_kernels_compile_for_an_h100(vocab, softcap):
 
     h, w = torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(vocab, 16, dtype=torch.bfloat16)
     y, g = torch.tensor([3, -100]), torch.zeros(2)
-    maths = (-100, softcap, 1.0, 1.0, torch.bfloat16)
+    maths = (-100, softcap, 1.0, 1.0, 0.1, 1e-4, torch.bfloat16, "chunks")
     with compiling(module) as kernels:
         _, *saved = torch.ops.fastft.linear_log_prob(h, w, None, y, *maths, True, True, True, True, True)[:4]
-        # The mean's gradient under a softcap is PyTorch's.
-        grads = (g, g, None if softcap else g, g)
-        torch.ops.fastft.linear_log_prob_backward(*grads, h, w, None, y, *saved, *maths, True, True, False)
+        torch.ops.fastft.linear_log_prob_backward(g, g, g, g, h, w, None, y, *saved, *maths, True, True, False)
     assert {k.metadata.name for k in kernels} == {"_forward_kernel", "_backward_kernel"}
     for kernel in kernels:
         assert "cubin" in kernel.asm and ".local" not in kernel.asm["ptx"]
         # 16 bytes a thread and load, at an odd vocabulary too.
         for access in ("ld", "st"):
             assert re.search(rf"{access}\.global\S*\.v4\.b32", kernel.asm["ptx"])
+
+
+@pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="compiles with Triton's compiler")
+@pytest.mark.parametrize("name", ["fused", "filtered"])
+@pytest.mark.parametrize("vocab, softcap", [(128256, None), (50257, 30.0)])
+def test_kernels_without_a_buffer_compile_for_an_h100(vocab, softcap, name, monkeypatch):
+    from tests.kernels._hopper import compiling, stack_bytes
+
+    monkeypatch.setattr(fused, "_tiles", REAL_TILES)
+    h, w = torch.zeros(512, 1024, dtype=torch.bfloat16), torch.empty(vocab, 1024, dtype=torch.bfloat16)
+    y, g = torch.zeros(512, dtype=torch.int64), torch.zeros(512)
+    maths = (-100, softcap, 1.0, 1.0, 0.0, 0.0, torch.bfloat16, name)
+    with compiling(module) as kernels:
+        _, *saved = torch.ops.fastft.linear_log_prob(h, w, None, y, *maths, *[False] * 5)[:4]
+        torch.ops.fastft.linear_log_prob_backward(g, None, None, None, h, w, None, y, *saved, *maths, True, True, False)
+    names = [k.metadata.name for k in kernels]
+    assert names == ["_fused_forward_kernel", "_join_kernel", "_fused_backward_kernel", "_fused_backward_kernel"]
+    for kernel in (kernels[0], *kernels[2:]):
+        assert "wgmma.mma_async" in kernel.asm["ptx"] and "cp.async.cg" in kernel.asm["ptx"]
+    spilt = [stack_bytes(kernel) for kernel in kernels]
+    # A softcap and a filter hold more than a tile of logits: once for each, beside products of that whole tile.
+    most = 128 if softcap is None and name == "fused" else 512
+    assert spilt[0] <= 16 and spilt[1] == 0 and max(spilt) <= most
+
+
+@pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="launches are noted in place of Triton's")
+@pytest.mark.parametrize("trained", [False, True])
+def test_without_a_buffer_nothing_grows_with_tokens_times_vocabulary(trained, monkeypatch):
+    from tests.kernels._launches import noting
+
+    monkeypatch.setattr(fused, "_tiles", REAL_TILES)
+    tokens, hidden, vocab = 1000, 8, 3000
+    h, w, b, y = inputs(torch.bfloat16, "cpu", tokens=tokens, hidden=hidden, vocab=vocab, frozen=not trained)
+    with noting(), Largest() as seen:
+        found = fused_log_prob(h, w, b, y.clamp(min=0), softcap=5.0, **ALL)
+        (found.log_prob.sum() + found.entropy.sum()).backward()
+    # Seven numbers for each token and part of the vocabulary, a total of dh for each part, dW.
+    parts = REAL_TILES("forward", torch.device("cpu"), torch.bfloat16, tokens, vocab)["PARTS"]
+    totals = REAL_TILES("hidden", torch.device("cpu"), torch.bfloat16, tokens, vocab)["PARTS"]
+    assert seen.numel <= max(7 * 32 * tokens, totals * tokens * hidden, vocab * hidden) < 10 * 32 * tokens
+    assert parts <= 32 and totals <= 4
+
+
+kernels_run = pytest.mark.skipif(not (INTERPRET or torch.cuda.is_available()), reason="PyTorch bodies filter nothing")
+
+
+def _improbable(device):
+    """Tiles of a vocabulary that the model knows well: the first 32 classes, 32 that are 2^-9 probable, and the others,
+    below 2^-17. In fp32, of which the head makes bf16, so that gradients are not rounded.
+    """
+    h, w, b, y = inputs(torch.float32, device, tokens=13, vocab=160)
+    with torch.no_grad():
+        w /= 8
+        b.zero_()
+        b[32:64], b[64:] = -3, -12
+        y[y != -100] %= 32
+    return h, w, b, y
+
+
+def _of_loss(fn, h, w, b, y, **options):
+    return torch.autograd.grad(fn(h, w, b, y, reduction="sum", dtype=torch.bfloat16, **options), [h, w, b])
+
+
+@kernels_run
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_filter_leaves_out_what_is_small_and_nothing_else(scale, device):
+    h, w, b, y = _improbable(device)
+    options = dict(logit_scale=scale, z_loss=1e-3)
+    (dh, dw, db), (fh, fw, fb) = (
+        _of_loss(fn, h, w, b, y, **options) for fn in (fused_cross_entropy, filtered_cross_entropy)
+    )
+    likely = 64 if scale == 1.0 else 32  # with logits thrice as far apart the second 32 are improbable too
+    assert torch.equal(dw[:likely], fw[:likely]) and torch.equal(db, fb)
+    assert dw[likely:].any() and not fw[likely:].any()
+    assert not torch.equal(dh, fh)
+    # Every gradient of a logit that is left out is below 2^-12 of its token's coefficient, which z-loss enlarges.
+    lse = fused_log_prob(h, w, b, y, logit_scale=scale, dtype=torch.bfloat16).lse
+    least = (1 + 2 * 1e-3 * lse).abs().clamp(min=1) * scale * 2**-12
+    counts = y != -100
+    assert ((dh - fh).abs() <= least[:, None] * w[likely:].abs().sum(0) + 1e-6)[counts].all()
+    assert ((dw - fw).abs() <= (least[:, None] * h.abs())[counts].sum(0)).all()
+
+
+@kernels_run
+def test_a_filter_keeps_a_nan(device):
+    h, w, b, y = _improbable(device)
+    with torch.no_grad():
+        h[1] = float("nan")
+    one, other = (_of_loss(fn, h, w, b, y) for fn in (fused_cross_entropy, filtered_cross_entropy))
+    for a, e in zip(other[:2], one[:2], strict=True):
+        assert torch.equal(a.isnan(), e.isnan()) and a.isnan().any()
+
+
+def test_a_filter_refuses_what_it_would_drop(device):
+    h, w, b, y = inputs(torch.bfloat16, device)
+    assert filtered_supported(h, w, b, y, softcap=3.0, z_loss=1e-4) is None
+    assert filtered_supported(h, w, b, y, label_smoothing=0.1).code == "filter"
+    assert filtered_supported(h, w, b, y, mean_logits_gradient=True).code == "filter"
+    assert filtered_supported(h, w[:, :3], b, y).code == "shape"
+
+
+@pytest.mark.parametrize("name", ["fused", "filtered"])
+def test_a_graph_takes_the_variant_that_is_asked_for(name, device):
+    h, w, b, y = inputs(torch.float32, device)
+    y = y.clamp(min=0)
+    before = len(fastft.reports())
+
+    def loss(h, w, b):
+        return F.cross_entropy(F.linear(h, w, b).float(), y)
+
+    asked = {"variants": {"linear_cross_entropy": name}, "residual": "eager", "strict": True}
+    found = torch.compile(loss, backend="fastft", options=asked)(h, w, b)
+    (site,) = [s for report in fastft.reports()[before:] for s in report.sites if s.status == "replaced"]
+    assert site.notes == f"variant {name}"
+    assert torch.equal(found, WAYS[name].cross_entropy(h, w, b, y))
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -444,11 +639,12 @@ def test_compiles_as_opaque_ops(frozen, device):
     assert ("fastft.linear_log_prob_backward" in text[1]) is not frozen
 
 
+@pytest.mark.parametrize("way", NAMES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_raw_ops(bias, device):
+def test_raw_ops(bias, way, device):
     small = inputs(torch.float32, device, tokens=3, vocab=33, bias=bias)
     h, w, b, y = (t.detach() if t is not None else None for t in small)
-    maths = (-100, 3.0, 0.7, 1.3, torch.float16)
+    maths = (-100, 3.0, 0.7, 1.3, 0.1, 1e-2, torch.float16, way)
     for wanted in [(True, True, True, True, True), (False,) * 5]:
         torch.library.opcheck(torch.ops.fastft.linear_log_prob.default, (h, w, b, y, *maths, *wanted))
     _, *saved = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, True, False, False, False, False)[:4]
@@ -500,7 +696,7 @@ def test_supported(change, code):
 
 
 @pytest.mark.parametrize("maths", [{}, dict(softcap=3.0, logit_scale=0.7, temperature=1.3)], ids=["plain", "softcap"])
-def test_like_trl(maths, device):
+def test_like_trl(maths, device, way):
     trl = pytest.importorskip("trl.kernels.chunked_logprob")
     h, w, b, y = inputs(torch.float32, device)
     y = y.clamp(min=0)
@@ -513,7 +709,7 @@ def test_like_trl(maths, device):
         )
 
     def ours(h, w, b):
-        found = linear_log_prob(h, w, b, y, **maths, **ALL)
+        found = way.log_prob(h, w, b, y, **maths, **ALL)
         return [getattr(found, name) for name in names]
 
     def values(fn, *leaves):
@@ -627,6 +823,9 @@ def _log_prob_derivations() -> list[Derivation]:
             _of_tokens(z, lambda row, y: sympy.log(np.sum(EXP(row)))),
         ]
 
+    def without_a_buffer(fn: Any, *operands: Any, **maths: Any) -> list[Any]:
+        return call(fused_log_prob if fn is linear_log_prob else fn, *operands, **maths)
+
     def call(fn: Any, h: Any, w: Any, b: Any = None, **maths: Any) -> list[Any]:
         everything = {"entropy": True, "mean_logits": True, "log_sum_sq_probs": True}
         found = fn(h, w, b, torch.tensor(LABELS), **everything, **maths)
@@ -662,6 +861,13 @@ def _log_prob_derivations() -> list[Derivation]:
             outputs=2,
         ),
         Derivation(
+            "without a buffer of logits",
+            HEAD,
+            functools.partial(without_a_buffer, **maths),
+            functools.partial(formula, **capped),
+            outputs=2,
+        ),
+        Derivation(
             "frozen head, constant entropy",
             {"h": (3, 1), "w": (3, 1)},
             functools.partial(call, entropy_gradient=False, **maths),
@@ -674,7 +880,13 @@ def _log_prob_derivations() -> list[Derivation]:
 
 def _cross_entropy_derivations() -> list[Derivation]:
     def derive(
-        name: str, reduction: str, cap: int | None = None, smoothing: float = 0, z_loss: float = 0, **rest: Any
+        name: str,
+        reduction: str,
+        cap: int | None = None,
+        smoothing: float = 0,
+        z_loss: float = 0,
+        ours: Any = linear_cross_entropy,
+        **rest: Any,
     ) -> Derivation:
         def token(row: Array, y: int) -> Any:
             lse = sympy.log(np.sum(EXP(row)))
@@ -690,6 +902,7 @@ def _cross_entropy_derivations() -> list[Derivation]:
         def call(fn: Any, h: Any, w: Any, b: Any) -> Any:
             softcap = None if cap is None else float(cap)
             options = {"reduction": reduction, "label_smoothing": float(smoothing), "z_loss": float(z_loss)}
+            fn = ours if fn is linear_cross_entropy else fn
             return fn(h, w, b, torch.tensor(LABELS), softcap=softcap, logit_scale=0.5, **options)
 
         return Derivation(name, HEAD, call, formula, **rest)
@@ -700,6 +913,7 @@ def _cross_entropy_derivations() -> list[Derivation]:
         derive("sum, frozen head", "sum", frozen=("w", "b"), simplify=BOTH),
         derive("label smoothing", "mean", smoothing=0.25),
         derive("label smoothing and z-loss, frozen head", "sum", smoothing=0.25, z_loss=0.5, frozen=("w", "b")),
+        derive("without a buffer of logits", "sum", smoothing=0.25, z_loss=0.5, ours=fused_cross_entropy),
     ]
 
 
@@ -708,38 +922,102 @@ DERIVATIONS = {"linear_cross_entropy": _cross_entropy_derivations, "linear_log_p
 SMALL_TILES = {
     "_row_config": lambda vocab: {"BLOCK": 2, "num_warps": 1},
     "chunk_rows": lambda *_: 1,
+    "fused._tiles": lambda kernel, *_: {
+        "BLOCK_M": 2,
+        "BLOCK_N": 2,
+        "BLOCK_K": 2,
+        "PARTS": 1 if kernel == "weight" else 2,
+        **({} if kernel == "forward" else {"BLOCK_H": 1}),
+    },
 }
 
 MUTANTS = (
     Mutant(
         "cross-entropy: lse's gradient at the label",
         "kernels/linear_cross_entropy.py",
-        "                logits.scatter_(1, at, entry)\n",
-        "",
+        "    label = p = g_score\n",
+        "    label = p = g_score if g_lse is None or g_score is None else g_score - g_lse\n",
+        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+    ),
+    Mutant(
+        "cross-entropy: the mean's gradient of each logit is the whole",
+        "kernels/linear_cross_entropy.py",
+        "None if g_mean is None else g_mean / vocab",
+        "g_mean",
+        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+    ),
+    Mutant(
+        "cross-entropy: the mean's gradient forgotten in the kernel",
+        "kernels/_linear_cross_entropy_triton.py",
+        "        gradient += g_mean\n",
+        "        gradient += 0.0\n",
         "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
         interpret=True,
     ),
     Mutant(
-        "cross-entropy: the mean's gradient of an ignored token",
+        "cross-entropy: smoothing takes the label's whole part, trainable head",
         "kernels/linear_cross_entropy.py",
-        "logits += each.masked_fill(ignored, 0)[:, None]",
-        "logits += each[:, None]",
-        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+        "g_score * (1 - maths.label_smoothing), g_score * maths.label_smoothing",
+        "g_score, g_score * maths.label_smoothing",
+        "tests/kernels/test_linear_cross_entropy.py -k smoothing",
+    ),
+    Mutant(
+        "cross-entropy: z-loss of p without lse, trainable head",
+        "kernels/linear_cross_entropy.py",
+        "p = g_score * (1 + 2 * maths.z_loss * (top + log_sum))",
+        "p = g_score * (1 + 2 * maths.z_loss)",
+        "tests/kernels/test_linear_cross_entropy.py -k z_loss",
+    ),
+    Mutant(
+        "cross-entropy: smoothing takes the label's whole part, frozen head",
+        "kernels/_linear_cross_entropy_triton.py",
+        "gradient = tl.where(offsets == label, 1.0 - SMOOTHING, 0.0) - p",
+        "gradient = tl.where(offsets == label, 1.0, 0.0) - p",
+        "tests/kernels/test_linear_cross_entropy.py -k smoothing",
         interpret=True,
     ),
     Mutant(
-        "cross-entropy: the mean's gradient at the label, of one logit",
-        "kernels/linear_cross_entropy.py",
-        "dr += grad_mean_logits[:, None] / vocab",
-        "dr += grad_mean_logits[:, None] / z.shape[1]",
-        "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
+        "cross-entropy: smoothing without the others' part, frozen head",
+        "kernels/_linear_cross_entropy_triton.py",
+        "                    gradient += SMOOTHING / V\n",
+        "                    gradient += 0.0\n",
+        "tests/kernels/test_linear_cross_entropy.py -k smoothing",
         interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: z-loss without its gradient, frozen head",
+        "kernels/_linear_cross_entropy_triton.py",
+        "p = (1.0 + 2.0 * Z_LOSS * lse) * p",
+        "p = (1.0 + 0.0 * lse) * p",
+        "tests/kernels/test_linear_cross_entropy.py -k z_loss",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: z-loss without its gradient, frozen head, in PyTorch",
+        "kernels/linear_cross_entropy.py",
+        "            dr.mul_(1 + 2 * maths.z_loss * lse[:, None])\n",
+        "            pass\n",
+        "tests/kernels/test_linear_cross_entropy.py -k z_loss",
+    ),
+    Mutant(
+        "cross-entropy: smoothing without the others' part, frozen head, in PyTorch",
+        "kernels/linear_cross_entropy.py",
+        "            dr.add_(smoothing / vocab)\n",
+        "            pass\n",
+        "tests/kernels/test_linear_cross_entropy.py -k smoothing",
+    ),
+    Mutant(
+        "cross-entropy: with smoothing a frozen head is computed twice",
+        "kernels/linear_cross_entropy.py",
+        "frozen = need_hidden and not (",
+        "frozen = need_hidden and not maths.label_smoothing and not (",
+        "tests/kernels/test_linear_cross_entropy.py -k one_pass",
     ),
     Mutant(
         "cross-entropy: lse's gradient with the sign of the log-probability's",
         "kernels/linear_cross_entropy.py",
-        "dr.addcmul_(p, grad_lse[:, None])",
-        "dr.addcmul_(p, grad_lse[:, None], value=-1)",
+        "p = -g_lse if p is None else p - g_lse",
+        "p = -g_lse if p is None else p + g_lse",
         "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
     ),
     Mutant(
@@ -752,35 +1030,35 @@ MUTANTS = (
     Mutant(
         "cross-entropy: label smoothing adds to the whole loss",
         "kernels/linear_cross_entropy.py",
-        "loss = (1 - label_smoothing) * loss + label_smoothing",
-        "loss = loss + label_smoothing",
+        "found = (1 - smoothing) * found - smoothing * (lse - z.mean(-1))",
+        "found = found - smoothing * (lse - z.mean(-1))",
         "tests/kernels/test_linear_cross_entropy.py -k smoothing",
     ),
     Mutant(
         "cross-entropy: z-loss of lse, not of its square",
         "kernels/linear_cross_entropy.py",
-        "loss = loss + z_loss * found.lse.square()",
-        "loss = loss + z_loss * found.lse",
+        "found = found - maths.z_loss * lse * lse",
+        "found = found - maths.z_loss * lse",
         "tests/kernels/test_linear_cross_entropy.py -k z_loss",
     ),
     Mutant(
         "cross-entropy: the label's logit read after it was overwritten",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "            tl.debug_barrier()\n",
         "",
         "tests/kernels/test_hopper.py -k labels_logit",
     ),
     Mutant(
         "cross-entropy: gradient without the label",
-        "kernels/linear_cross_entropy.py",
-        "gradient = (tl.where(offsets == label, 1.0, 0.0) - p) * slope",
-        "gradient = (0.0 - p) * slope",
+        "kernels/_linear_cross_entropy_triton.py",
+        "gradient = tl.where(offsets == label, 1.0 - SMOOTHING, 0.0) - p",
+        "gradient = 0.0 - p",
         'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
         interpret=True,
     ),
     Mutant(
         "cross-entropy: sum not rescaled",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "sums_e = sums_e * rescale + tl.sum(e, axis=1)",
         "sums_e = sums_e + tl.sum(e, axis=1)",
         'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
@@ -788,7 +1066,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: threads' sums added as they are",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "sum_e = tl.sum(sums_e * rescale, axis=0)",
         "sum_e = tl.sum(sums_e, axis=0)",
         'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
@@ -796,7 +1074,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: entropy: threads' sums added as they are",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "sum_ez = tl.sum((sums_ez + sums_e * shift) * rescale, axis=0)",
         "sum_ez = tl.sum(sums_ez * rescale, axis=0)",
         'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
@@ -804,7 +1082,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: squares: threads' sums added as they are",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "sum_ee = tl.sum(sums_ee * rescale * rescale, axis=0)",
         "sum_ee = tl.sum(sums_ee * rescale, axis=0)",
         'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
@@ -820,7 +1098,7 @@ MUTANTS = (
     Mutant(
         "cross-entropy: scale forgotten in backward",
         "kernels/linear_cross_entropy.py",
-        "    dr *= logit_scale / temperature\n",
+        "    dr *= maths.logit_scale / maths.temperature\n",
         "",
         'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
     ),
@@ -854,7 +1132,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: entropy without its expectation",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "tl.store(entropy_ptr + row, log_sum - sum_ez / sum_e)",
         "tl.store(entropy_ptr + row, log_sum - sum_ez)",
         'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
@@ -862,7 +1140,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: an ignored token's gradient",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "gradient = tl.where(label == IGNORE_INDEX, 0.0, gradient * slope)",
         "gradient = gradient * slope",
         "tests/kernels/test_linear_cross_entropy.py",
@@ -870,15 +1148,15 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: the largest logit swallows the log of the sum, value",
-        "kernels/linear_cross_entropy.py",
-        "(z_label - base) - log_sum)",
-        "z_label - (base + log_sum))",
+        "kernels/_linear_cross_entropy_triton.py",
+        "score = (z_label - base) - log_sum",
+        "score = z_label - (base + log_sum)",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
         interpret=True,
     ),
     Mutant(
         "cross-entropy: the largest logit swallows the log of the sum, gradient in forward",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_triton.py",
         "p = tl.exp((z - base) - log_sum)",
         "p = tl.exp(z - (base + log_sum))",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
@@ -886,9 +1164,9 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: the largest logit swallows the log of the sum, gradient in backward",
-        "kernels/linear_cross_entropy.py",
-        "log_p = (z - tl.load(top_ptr + row)) - tl.load(log_sum_ptr + row)",
-        "log_p = z - (tl.load(top_ptr + row) + tl.load(log_sum_ptr + row))",
+        "kernels/_linear_cross_entropy_triton.py",
+        "log_p = (z - top) - log_sum",
+        "log_p = z - (top + log_sum)",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
         interpret=True,
     ),
@@ -905,5 +1183,169 @@ MUTANTS = (
         "log_p = (z - top[:, None]) - log_sum[:, None]",
         "log_p = z - (top + log_sum)[:, None]",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
+    ),
+    Mutant(
+        "cross-entropy, fused: sum not rescaled",
+        "kernels/_linear_cross_entropy_fused.py",
+        "sum_e = sum_e * rescale + tl.sum(e, axis=1)",
+        "sum_e = sum_e + tl.sum(e, axis=1)",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: parts' sums added as they are",
+        "kernels/_linear_cross_entropy_fused.py",
+        "sum_e = tl.sum(sums_e * rescale, axis=0)",
+        "sum_e = tl.sum(sums_e, axis=0)",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: entropy: parts' sums added as they are",
+        "kernels/_linear_cross_entropy_fused.py",
+        "sum_ez = tl.sum((sums_ez + sums_e * shift) * rescale, axis=0)",
+        "sum_ez = tl.sum(sums_ez * rescale, axis=0)",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: columns past the end count",
+        "kernels/_linear_cross_entropy_fused.py",
+        "        if V % BLOCK_N != 0:\n",
+        "        if V % BLOCK_N == BLOCK_N:\n",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: the mean counts columns past the end",
+        "kernels/_linear_cross_entropy_fused.py",
+        "sum_z += tl.sum(tl.where((columns < V)[None, :], z, 0.0), axis=1)",
+        "sum_z += tl.sum(z, axis=1)",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: the bias is forgotten in backward",
+        "kernels/_linear_cross_entropy_fused.py",
+        "            r += tl.load(bias_ptr + at_column).to(tl.float32)\n",
+        "            r += 0.0\n",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: a total of the last tile only",
+        "kernels/_linear_cross_entropy_fused.py",
+        "tl.load(to, mask=mask, other=0.0) + more",
+        "more",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: a total of one part only",
+        "kernels/_linear_cross_entropy_fused.py",
+        "total[0] if parts == 1 else total.sum(0)",
+        "total[0]",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: tiles of the last group are mixed up",
+        "kernels/_linear_cross_entropy_fused.py",
+        "side = tl.minimum(tiles - first, GROUP)",
+        "side = GROUP",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and test_log_prob"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: an ignored token's gradient",
+        "kernels/_linear_cross_entropy_fused.py",
+        "(column < V) & (label != -1), dr",
+        "(column < V), dr",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and poison"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: an ignored token's hidden state",
+        "kernels/_linear_cross_entropy_fused.py",
+        "walked = (other < others) & (tl.load(labels_ptr + other_at) != -1)",
+        "walked = other < others",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and poison"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: ignore_index is always -100 in backward",
+        "kernels/_linear_cross_entropy_fused.py",
+        "masked_fill(labels == ignore_index, -1)",
+        "masked_fill(labels == -100, -1)",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and gradients_of_lse"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, fused: a unit gradient that nobody computes",
+        "kernels/linear_cross_entropy.py",
+        ' and maths.way == "chunks"\n',
+        "\n",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and gradcheck"',
+    ),
+    Mutant(
+        "cross-entropy, fused: the largest logit swallows the log of the sum, value",
+        "kernels/_linear_cross_entropy_fused.py",
+        "score = (z_label - base) - log_sum",
+        "score = z_label - lse",
+        'tests/kernels/test_linear_cross_entropy.py -k "fused and sure_of"',
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, filtered: a NaN is small",
+        "kernels/_linear_cross_entropy_fused.py",
+        "small = tl.where(tl.abs(dr) <= tl.load(least_ptr + token), 0, 1)",
+        "small = tl.where(tl.abs(dr) > tl.load(least_ptr + token), 1, 0)",
+        "tests/kernels/test_linear_cross_entropy.py -k keeps_a_nan",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, filtered: a tile with something small is dropped",
+        "kernels/_linear_cross_entropy_fused.py",
+        "counted = tl.max(tl.max(small, axis=1), axis=0)",
+        "counted = tl.min(tl.min(small, axis=1), axis=0)",
+        "tests/kernels/test_linear_cross_entropy.py -k leaves_out",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, filtered: the threshold is the rounding itself",
+        "kernels/linear_cross_entropy.py",
+        "torch.finfo(maths.dtype).eps / 32",
+        "torch.finfo(maths.dtype).eps",
+        "tests/kernels/test_linear_cross_entropy.py -k leaves_out",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, filtered: nothing is",
+        "kernels/_linear_cross_entropy_fused.py",
+        "FILTERED=least is not None",
+        "FILTERED=False",
+        "tests/kernels/test_linear_cross_entropy.py -k leaves_out",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy, filtered: smoothing is dropped silently",
+        "kernels/linear_cross_entropy.py",
+        'if options.get("label_smoothing") or options',
+        "if options",
+        "tests/kernels/test_linear_cross_entropy.py -k refuses_what",
+    ),
+    Mutant(
+        "cross-entropy: a gradient that is a little small at every step",
+        "kernels/linear_cross_entropy.py",
+        "    dr *= maths.logit_scale / maths.temperature\n",
+        "    dr *= maths.logit_scale / maths.temperature * 0.9995\n",
+        "tests/kernels/test_linear_cross_entropy.py -k not_biased",
+    ),
+    Mutant(
+        "cross-entropy, fused: ignored tokens are computed too",
+        "kernels/linear_cross_entropy.py",
+        "    found = _forward_all(hidden[keep], weight, bias, labels[keep], maths, wanted)\n",
+        "    found = [x[keep] if len(x) else x for x in _forward_all(hidden, weight, bias, labels, maths, wanted)]\n",
+        "tests/kernels/test_linear_cross_entropy.py -k left_out_of_every_gemm",
     ),
 )

@@ -546,9 +546,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_costs.py -k without_a_gradient",
     ),
     Mutant(
+        "tuning: what is not exact is raced",
+        "autotune/tuning.py",
+        'left = (one.default, "reference", *one.by_name_only)',
+        'left = (one.default, "reference")',
+        "tests/autotune/test_search.py -k not_exact",
+    ),
+    Mutant(
         "costs: ops of one dtype are all alike",
         "backend/costs.py",
-        "        return tuple(map(_size, x.shape)), x.dtype\n",
+        "        return tuple(map(size, x.shape)), x.dtype\n",
         "        return x.dtype\n",
         "tests/backend/test_page.py -k sums",
     ),

@@ -117,6 +117,39 @@ def train(folder: Path, case: str, *, compiled: bool, adapter: bool) -> tuple[ti
     return run, largest
 
 
+def test_distillation_keeps_trls_own_divergence(calls: Calls, tmp_path: Path) -> None:
+    """TRL's ``DistillationTrainer`` has another head: it compares two models in tiles of its own, outside of its fused
+    head. That stays as it is, between compiled graphs of student and teacher, and trains as stock does.
+    """
+
+    def train(folder: Path, compiled: bool) -> tiny.Run:
+        run, student, teacher = tiny.Run(), llama(), llama()
+        with torch.no_grad():
+            teacher.lm_head.weight.mul_(0.5)
+        for model in (student, teacher) if compiled else ():
+            model.compile(backend="fastft")
+        more = {"bf16": False, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "max_completion_length": 12}
+        trl.DistillationTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=trl.DistillationConfig(**tiny.arguments(folder, **more)),
+            train_dataset=prompts(),
+            processing_class=tiny.tokenizer(),
+            callbacks=[tiny.Watch(run)],
+            peft_config=LORA,
+        ).train()
+        return run
+
+    run = train(tmp_path / "compiled", True)
+    report = fastft.report()
+    assert calls.count and report.counts["attention"] and report.counts["lora"] and not report.errors, str(report)
+    assert "linear_cross_entropy" not in report.counts
+    stock = train(tmp_path / "stock", False)
+    assert run.gradients.keys() == stock.gradients.keys() and run.gradients
+    assert max(relative_error(g, stock.gradients[n]) for n, g in run.gradients.items()) <= 1e-4
+    assert run.losses == pytest.approx(stock.losses, rel=1e-5) and len(run.losses) == tiny.STEPS
+
+
 @pytest.mark.parametrize("case, adapter", [*((case, True) for case in CASES), ("dpo", False), ("sft dft", False)])
 def test_as_stock(calls: Calls, tmp_path: Path, case: str, adapter: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_op, "CHUNK_BYTES", 16 * WIDE * 4)
