@@ -54,6 +54,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -69,6 +70,26 @@ from fastft.kernels._triton import HAS_TRITON, triton
 
 #: What :func:`attention_mask` finds out: start, stop, end, keep, kind.
 Found = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`attention` takes beside q, k and v, with its names, order and defaults."""
+
+    causal: bool = False
+    window: int = 0
+    chunk: int = 0
+    padding: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+    scale: float | None = None
+    dropout_p: float = 0.0
+    softcap: float = 0.0
+    mask: Found | None = None
+    sinks: torch.Tensor | None = None
+    blind: str = "zero"
+    seed: torch.Tensor | None = None
+
 
 #: Kinds of mask: real tokens between which lies padding; nothing hidden; padding on the left and right only, or none.
 HOLES, PLAIN, INTERVALS = 0, 1, 2
@@ -854,163 +875,73 @@ def attention(
     what a query that sees no key gives, one of :data:`BLINDS`.
     """
     options = causal, window, chunk, padding, positions, dense, scale, dropout_p, softcap, mask, sinks, blind, seed
-    return _attend("auto", q, k, v, *options)
+    return _attend("auto", q, k, v, Options(*options))
 
 
-def _attend(
-    route: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    window: int,
-    chunk: int,
-    padding: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    dense: torch.Tensor | None,
-    scale: float | None,
-    dropout_p: float,
-    softcap: float,
-    mask: Found | None,
-    sinks: torch.Tensor | None,
-    blind: str,
-    seed: torch.Tensor | None,
-) -> torch.Tensor:
+def _attend(route: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options) -> torch.Tensor:
     """:func:`attention`, by cuDNN where it takes the call (``route`` "auto"), or by the kernels here ("triton")."""
-    if mask is None and (padding is not None or positions is not None):
-        mask = attention_mask(padding, positions, chunk)
+    mask, seed = o.mask, o.seed
+    if mask is None and (o.padding is not None or o.positions is not None):
+        mask = attention_mask(o.padding, o.positions, o.chunk)
     start, stop, end, keep, kind = mask or (None,) * 5
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if dropout_p and seed is None:
+    scale = q.shape[-1] ** -0.5 if o.scale is None else o.scale
+    if o.dropout_p and seed is None:
         seed = new_seed(q)
     return _Attention.apply(
-        q, k, v, sinks, start, stop, end, keep, dense, kind, seed if dropout_p else None,
-        causal, window, chunk, float(scale), float(softcap), float(dropout_p), blind, route,
+        q, k, v, o.sinks, start, stop, end, keep, o.dense, kind, seed if o.dropout_p else None,
+        o.causal, o.window, o.chunk, float(scale), float(o.softcap), float(o.dropout_p), o.blind, route,
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------- variants
 
 
-def attention_kernels(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    window: int = 0,
-    chunk: int = 0,
-    padding: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    dense: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float = 0.0,
-    mask: Found | None = None,
-    sinks: torch.Tensor | None = None,
-    blind: str = "zero",
-    seed: torch.Tensor | None = None,
-) -> torch.Tensor:
+def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
     """:func:`attention` by the kernels of this file, also where cuDNN would take the call."""
-    options = causal, window, chunk, padding, positions, dense, scale, dropout_p, softcap, mask, sinks, blind, seed
-    return _attend("triton", q, k, v, *options)
+    return _attend("triton", q, k, v, Options(**options))
 
 
-def attention_sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    window: int = 0,
-    chunk: int = 0,
-    padding: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    dense: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float = 0.0,
-    mask: Found | None = None,
-    sinks: torch.Tensor | None = None,
-    blind: str = "zero",
-    seed: torch.Tensor | None = None,
-) -> torch.Tensor:
+def attention_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
     """:func:`attention` by PyTorch's own ``scaled_dot_product_attention``, where :func:`sdpa_supported`."""
+    o = Options(**options)
     return torch.nn.functional.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=dense,
-        dropout_p=dropout_p,
-        is_causal=causal,
-        scale=scale,
+        attn_mask=o.dense,
+        dropout_p=o.dropout_p,
+        is_causal=o.causal,
+        scale=o.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
-def sdpa_supported(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    window: int = 0,
-    chunk: int = 0,
-    padding: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    dense: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float = 0.0,
-    mask: Found | None = None,
-    sinks: torch.Tensor | None = None,
-    blind: str = "zero",
-    seed: torch.Tensor | None = None,
-) -> Reason | None:
+def sdpa_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Reason | None:
     """None, or why PyTorch's own attention cannot compute this call."""
-    options: dict[str, Any] = dict(padding=padding, positions=positions, dense=dense, scale=scale)
-    options |= dict(causal=causal, window=window, chunk=chunk, dropout_p=dropout_p, softcap=softcap, mask=mask)
-    options |= dict(sinks=sinks, blind=blind, seed=seed)
+    o = Options(**options)
     if reason := supported(q, k, v, **options):
         return reason
     # Its mask is dense or causal.
-    if window or chunk or padding is not None or positions is not None or mask is not None:
+    if o.window or o.chunk or o.padding is not None or o.positions is not None or o.mask is not None:
         return Reason("mask", "scaled_dot_product_attention knows a causal mask and a dense one, and this is another")
-    if causal and dense is not None:
+    if o.causal and o.dense is not None:
         return Reason("mask", "scaled_dot_product_attention takes a causal mask or a dense one, not both")
-    if dense is not None and dense.dtype not in (torch.bool, q.dtype):
-        return Reason("mask", f"the mask is {dense.dtype}: scaled_dot_product_attention takes bool or {q.dtype}")
-    if softcap:
+    if o.dense is not None and o.dense.dtype not in (torch.bool, q.dtype):
+        return Reason("mask", f"the mask is {o.dense.dtype}: scaled_dot_product_attention takes bool or {q.dtype}")
+    if o.softcap:
         return Reason("softcap", "scaled_dot_product_attention caps no scores")
-    if sinks is not None:
+    if o.sinks is not None:
         return Reason("sinks", "scaled_dot_product_attention has no sinks")
-    if seed is not None:
+    if o.seed is not None:
         return Reason("dropout", "scaled_dot_product_attention draws its dropout itself, and takes no seed")
-    if blind != "zero" and dense is not None:
+    if o.blind != "zero" and o.dense is not None:
         return Reason("mask", "scaled_dot_product_attention gives 0 for a query that sees no key, not the mean")
     return None
 
 
-def supported(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    window: int = 0,
-    chunk: int = 0,
-    padding: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    dense: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float = 0.0,
-    mask: Found | None = None,
-    sinks: torch.Tensor | None = None,
-    blind: str = "zero",
-    seed: torch.Tensor | None = None,
-) -> Reason | None:
+def supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Reason | None:
     """None, or why this call cannot run as the op."""
+    o = Options(**options)
     # fp32, fp16 and bf16 kernels; one dtype goes into a tile product.
     if reason := check_dtypes(q, k, v):
         return reason
@@ -1033,66 +964,51 @@ def supported(
     if q.is_cuda and max(q.shape[3], v.shape[3]) > MAX_D:
         return Reason("head_size", f"heads of {q.shape[3]} and {v.shape[3]}: at most {MAX_D} fit the kernel")
     # What is left is divided by 1 − p.
-    if not 0 <= dropout_p < 1:
-        return Reason("dropout", f"attention dropout is {dropout_p}: from 0 to below 1 is supported")
-    if seed is not None and (seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != q.device):
-        return Reason("dropout", f"the seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}: int64 [1] is needed")
+    if not 0 <= o.dropout_p < 1:
+        return Reason("dropout", f"attention dropout is {o.dropout_p}: from 0 to below 1 is supported")
+    if o.seed is not None and (o.seed.dtype != torch.int64 or o.seed.shape != (1,) or o.seed.device != q.device):
+        return Reason(
+            "dropout", f"the seed is {o.seed.dtype} {tuple(o.seed.shape)} on {o.seed.device}: int64 [1] is needed"
+        )
     # What is computed afterwards has no dropout; a dense mask that adds says itself what it adds.
-    if blind not in BLINDS:
-        return Reason("mask", f"blind is {blind!r}: one of {', '.join(BLINDS)} is supported")
-    if blind == "filled" and dropout_p:
+    if o.blind not in BLINDS:
+        return Reason("mask", f"blind is {o.blind!r}: one of {', '.join(BLINDS)} is supported")
+    if o.blind == "filled" and o.dropout_p:
         return Reason("dropout", "queries that see no key are to give a mean, which dropout is not drawn for")
-    if blind == "added" and dense is not None:
+    if o.blind == "added" and o.dense is not None:
         return Reason("mask", "a dense mask is to be added to a structured one that adds: one of both is supported")
     # A sink is one number for each head.
-    if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or (reason := check_dtypes(sinks))):
-        return Reason("sinks", f"sinks are {sinks.dtype} {tuple(sinks.shape)}: one for each of {q.shape[1]} heads")
+    if o.sinks is not None and (tuple(o.sinks.shape) != (q.shape[1],) or (reason := check_dtypes(o.sinks))):
+        return Reason("sinks", f"sinks are {o.sinks.dtype} {tuple(o.sinks.shape)}: one for each of {q.shape[1]} heads")
     # Positions of queries and keys are counted from the same token.
-    structured = causal or window or chunk or positions is not None
+    structured = o.causal or o.window or o.chunk or o.positions is not None
     if structured and q.shape[2] != k.shape[2]:
         return Reason("shape", f"{q.shape[2]} queries see {k.shape[2]} keys: a structured mask needs as many")
     # Without causality what a query sees is no interval that ends at itself.
-    if not causal and (window or chunk or positions is not None):
+    if not o.causal and (o.window or o.chunk or o.positions is not None):
         return Reason("mask", "a window, chunk or packed mask that is not causal has no kernel")
-    if padding is not None and tuple(padding.shape) != (k.shape[0], k.shape[2]):
-        return Reason("shape", f"padding is {tuple(padding.shape)}: [batch, seq] is {(k.shape[0], k.shape[2])}")
-    if positions is not None and tuple(positions.shape) != (q.shape[0], q.shape[2]):
-        return Reason("shape", f"positions are {tuple(positions.shape)}: [batch, seq] is {(q.shape[0], q.shape[2])}")
+    if o.padding is not None and tuple(o.padding.shape) != (k.shape[0], k.shape[2]):
+        return Reason("shape", f"padding is {tuple(o.padding.shape)}: [batch, seq] is {(k.shape[0], k.shape[2])}")
+    if o.positions is not None and tuple(o.positions.shape) != (q.shape[0], q.shape[2]):
+        return Reason("shape", f"positions are {tuple(o.positions.shape)}: [batch, seq] is {(q.shape[0], q.shape[2])}")
     # A learned bias (T5, ALiBi with a gradient) would need its own gradient.
-    if dense is not None and dense.requires_grad:
+    if o.dense is not None and o.dense.requires_grad:
         return Reason("mask", "the additive mask requires a gradient, and the kernels give none")
-    if dense is not None and not (dense.dtype == torch.bool or dense.dtype.is_floating_point):
-        return Reason("mask", f"the mask is {dense.dtype}: boolean or floating point is needed")
+    if o.dense is not None and not (o.dense.dtype == torch.bool or o.dense.dtype.is_floating_point):
+        return Reason("mask", f"the mask is {o.dense.dtype}: boolean or floating point is needed")
     # CUDA without Triton (Windows wheels): PyTorch's own attention stays.
     if q.is_cuda and not HAS_TRITON:
         return Reason("triton", "Triton is not installed: pip install triton")
     return None
 
 
-def cost(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    window: int = 0,
-    chunk: int = 0,
-    padding: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    dense: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float = 0.0,
-    mask: Found | None = None,
-    sinks: torch.Tensor | None = None,
-    blind: str = "zero",
-    seed: torch.Tensor | None = None,
-) -> Cost:
+def cost(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Cost:
     """The forward's. A window counts as its own length, documents as one: their number is known at run time only."""
+    o = Options(**options)
     b, h, s, d = (size(n) for n in q.shape)
     k_heads, k_length, d_v = (size(n) for n in (k.shape[1], k.shape[2], v.shape[3]))
-    seen = k_length / 2 if causal else k_length
-    for limit in (window, chunk):
+    seen = k_length / 2 if o.causal else k_length
+    for limit in (o.window, o.chunk):
         seen = sympy.Min(seen, limit) if limit else seen
     item = sympy.Integer(q.element_size())
     out = b * h * s * d_v * item
