@@ -228,9 +228,9 @@ def test_triton_is_not_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_file, "_cudnn_takes", lambda *a: True)
     monkeypatch.setattr(attention_file, "use_triton", lambda q: True)
     q: Any = CUDA()
-    arguments = (q, q, q, None, None, None, None, None, None, True, 0, 0, 1.0, 0.0)
+    arguments = (q, q, q, *(None,) * 8, True, 0, 0, 1.0, 0.0)
     assert attention_file._Call(*arguments).backend == "cudnn"
-    assert attention_file._Call(*arguments, "triton").backend == "triton"
+    assert attention_file._Call(*arguments, route="triton").backend == "triton"
 
 
 def test_every_sample_of_attention_by_the_other_routes() -> None:
