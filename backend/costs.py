@@ -33,6 +33,8 @@ def _attention(q: Any, k: Any, v: Any, *, to: torch.dtype | None = None, variant
     :func:`fastft.patterns.attention.rounded_attention`.
     """
     q, k, v = (x if to is None else x.to(to) for x in (q, k, v))
+    if len(q.shape) == 3:  # documents in a row, as packed_attention has them
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return _formula("attention")(q, k, v, **options)
 
 

@@ -844,6 +844,16 @@ def attention_mask(padding: torch.Tensor | None, positions: torch.Tensor | None,
     return (start, stop, None, None, kind) if padding is None else (start, stop, end, keep, kind)
 
 
+def document_positions(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """position_ids ``[1, tokens]`` of documents that lie one after another: document i from ``cu_seqlens[i]`` up to,
+    not with, ``cu_seqlens[i + 1]``. cu_seqlens: integer ``[documents + 1]``, from 0 on. What comes after the last of
+    them counts as one more document.
+    """
+    order = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, order, right=True) - 1
+    return (order - cu_seqlens[document]).unsqueeze(0)
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,

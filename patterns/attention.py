@@ -1,5 +1,5 @@
-"""Attention: ``scaled_dot_product_attention``, ``flex_attention``, or what is written out as a product, a softmax and a
-product, with keys and values repeated for their query heads and a dense mask.
+"""Attention: ``scaled_dot_product_attention``, ``flex_attention``, ``varlen_attn``, or what is written out as a
+product, a softmax and a product, with keys and values repeated for their query heads and a dense mask.
 
 The op takes the keys and values as they were before ``repeat_kv``, and the mask's structure
 (:mod:`fastft.patterns.masks`) in place of the mask, which nobody computes any more once its last user is replaced. A
@@ -25,7 +25,7 @@ from torch import fx
 
 from fastft.autotune.variants import run
 from fastft.kernels.attention import OP as ATTENTION
-from fastft.kernels.attention import attention, attention_mask
+from fastft.kernels.attention import attention, attention_mask, document_positions
 from fastft.patterns._match import (
     Bindings,
     Match,
@@ -60,6 +60,18 @@ def rounded_attention(*qkv: torch.Tensor, variant: str = "", **options: Any) -> 
     """:func:`attention` (or a variant of it) of q, k and v rounded to one dtype (``to``), as autocast rounds them."""
     args, options = _rounded(*qkv, **options)
     return run(ATTENTION.name, variant, *args, **options)
+
+
+def _by_rows(q: torch.Tensor, *kv: torch.Tensor, **options: Any) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    return tuple(t.transpose(0, 1).unsqueeze(0) for t in (q, *kv)), options
+
+
+def packed_attention(*qkv: torch.Tensor, variant: str = "", **options: Any) -> torch.Tensor:
+    """:func:`attention` (or a variant of it) of q ``[tokens, Hq, D]``, k and v ``[tokens, Hk, D]``, documents one after
+    another, as PyTorch's ``varlen_attn`` takes them. Returns ``[tokens, Hq, Dv]``.
+    """
+    args, options = _by_rows(*qkv, **options)
+    return run(ATTENTION.name, variant, *args, **options).squeeze(0).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -566,9 +578,82 @@ def _flex(m: Match) -> Rewrite | Reason | None:
     return _attention(m, replace(site, structure=structure, bias=scores.bias, known=proven(call)))
 
 
+# ---------------------------------------------------------------- varlen_attn
+
+
+class Varlen(Pattern):
+    """The first result of PyTorch's ``varlen_attn``, bound to ``call``."""
+
+    anchors = frozenset({"getitem"})
+
+    def match(self, found: Any, bound: Bindings) -> Iterator[Bindings]:
+        call, index = see(found).args
+        if index != 0 or str(getattr(call, "target", "")).split(".")[:2] != ["torch_attn", "_varlen_attn"]:
+            return
+        _drop_unread(call)
+        more = Bindings(bound.names, bound.inside | {found, call}).bind("call", call)
+        if more is not None:
+            yield more
+
+
+def _varlen(m: Match) -> Rewrite | Reason | None:
+    call = m["call"]
+    names = [a.name for a in torch.ops.torch_attn._varlen_attn.default._schema.arguments]
+    given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    q, k, v, of_q, of_k = (given[name] for name in ("query", "key", "value", "cu_seq_q", "cu_seq_k"))
+    for name in ("seqused_k", "block_table"):
+        if given.get(name) is not None:
+            return Reason("mask", f"varlen_attn has {name}, which is for generating")
+    if of_q is not of_k:
+        return Reason("mask", "varlen_attn has documents of other lengths for queries than for keys")
+    left, right = given.get("window_size") or (-1, -1)
+    if right != 0 and not given.get("is_causal"):
+        return Reason("mask", "a window, chunk or packed mask that is not causal has no kernel")
+    if isinstance(left, fx.Node) or isinstance(given.get("scale"), fx.Node):
+        return Reason("mask", "varlen_attn's window or scale is an input of the graph, not a constant")
+    positions = _positions(of_q, shape(q)[0])
+    if positions is None:
+        return Reason("shape", f"no input of the graph says how many tokens there are ({shape(q)[0]})")
+    structure = Structure(causal=True, window=left + 1 if left >= 0 else 0, positions=positions)
+    options: dict[str, Any] = {"causal": True, "window": structure.window}
+    options |= {"scale": given["scale"]} if given.get("scale") is not None else {}
+    fakes, _ = _by_rows(*(value(t) for t in (q, k, v)))
+    if problem := ATTENTION.supported(*fakes, **options, positions=value(positions)):
+        return problem
+    options["mask"] = _shared(structure)
+    note = str(structure)
+    if not same_size(shape(q)[1], shape(k)[1]):
+        note += f"; {shape(q)[1]} query heads on {shape(k)[1]}"
+    return Rewrite(
+        packed_attention, (q, k, v), options, inside=m.inside, notes=note, kernel=ATTENTION, prepare=_by_rows
+    )
+
+
+def _positions(cu_seqlens: fx.Node, tokens: Any) -> fx.Node | None:
+    """The position_ids of documents that ``cu_seqlens`` are between, from the node that another layer has made, or from
+    a new one; None: the number of tokens is no constant, and no input of the graph.
+    """
+    graph = cu_seqlens.graph
+    length: Any = tokens
+    if not isinstance(tokens, int):
+        inputs = (n for n in graph.nodes if n.op == "placeholder" and not isinstance(value(n), torch.Tensor))
+        length = next((n for n in inputs if same_size(value(n), tokens)), None)
+        if length is None:
+            return None
+    args = (cu_seqlens, length)
+    node = next((u for u in cu_seqlens.users if u.target is document_positions and u.args == args), None)
+    if node is None:
+        with graph.inserting_after(_last_placeholder(graph, cu_seqlens)):
+            node = graph.call_function(document_positions, args)
+        with value(cu_seqlens).fake_mode:
+            node.meta["example_value"] = document_positions(value(cu_seqlens), tokens)
+    return node
+
+
 #: What other libraries leave in a graph for their own attention kernels.
 _FOREIGN = {
     "flex_attention": "FlexAttention, whose result is read in another way than its first one alone, or with sinks",
+    "varlen_attn": "PyTorch's varlen_attn, whose result is read in another way than its first one alone",
     "flash_attn": "FlashAttention's own op, which stays; attn_implementation='sdpa' has one here",
     "flash_attention": "FlashAttention's own op, which stays; attn_implementation='sdpa' has one here",
 }
@@ -602,6 +687,7 @@ TABLE = Table(
     (
         row(op("sdpa", Var("q"), Var("k"), Var("v")), _sdpa),  # softmax(mask(scale · q kᵀ)) v
         row(Flex(), _flex),  # softmax(mask_mod(score_mod(scale · q kᵀ))) v
+        row(Varlen(), _varlen),  # the same of documents in a row, between cu_seqlens
         row(Written(), _written),  # the same, written out (gpt-oss, Gemma 2 with its cap)
     ),
     _seed,

@@ -851,6 +851,36 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         )
     ),
+    *(
+        Mutant(f"varlen: {name}", f"{file}.py", old, new, "tests/patterns/test_attention.py -k varlen")
+        for name, file, old, new in (
+            (
+                "a window one too narrow",
+                "patterns/attention",
+                "window=left + 1 if left >= 0 else 0, positions=positions)",
+                "window=left if left >= 0 else 0, positions=positions)",
+            ),
+            ("keys of other documents", "patterns/attention", "    if of_q is not of_k:\n", "    if False:\n"),
+            (
+                "every window is causal",
+                "patterns/attention",
+                '    if right != 0 and not given.get("is_causal"):\n',
+                "    if False:\n",
+            ),
+            (
+                "positions of each layer",
+                "patterns/attention",
+                "if u.target is document_positions and u.args == args), None)",
+                "if False), None)",
+            ),
+            (
+                "the document before",
+                "kernels/attention",
+                "torch.searchsorted(cu_seqlens, order, right=True) - 1",
+                "torch.searchsorted(cu_seqlens, order) - 1",
+            ),
+        )
+    ),
     Mutant(
         "bridge transformers_flex: padding is forgotten",
         "backend/bridges/transformers_flex.py",
