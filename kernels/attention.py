@@ -28,9 +28,11 @@ Except for dense, and for padding between real tokens, every mask lets a query s
 their edges: padding costs nothing, and packed documents cost what they would cost apart.
 
 What the padding mask and the positions hold is known on the device only: ``attention_mask`` looks once for a step, for
-all layers, and says on the CPU which kind of mask it is (the step's one synchronisation). When nothing is hidden,
-attention is plainly causal and goes to cuDNN, which plain Triton does not match on Hopper; everything else goes to the
-Triton kernels here. ``bench/kernels.py`` times both.
+all layers. Of packed documents that is all: the CPU needs to know nothing about them, and waits for nothing. Of a
+padding mask it says on the CPU which kind it is. That answer is on its way while the CPU launches what comes before the
+first attention, which waits for it: an event of the step's very beginning, no synchronisation of what was launched
+since. When padding hides nothing, attention is plainly causal and goes to cuDNN, which plain Triton does not match on
+Hopper; everything else goes to the Triton kernels here. ``bench/kernels.py`` times both.
 
 Backward, from the saved out and logsumexp L, with do the gradient of out (FlashAttention 2,
 https://arxiv.org/abs/2307.08691, section 3.1)::
@@ -375,7 +377,7 @@ class _Call:
         self.group = self.heads // k.shape[1]
         self.causal, self.scale, self.softcap = causal, scale, softcap
         self.sinks, self.seed, self.dropout_p = None if sinks is None else sinks.contiguous(), seed, dropout_p
-        found = HOLES | BLIND if kind is None else int(kind)
+        found = HOLES | BLIND if kind is None else _arrived(kind)
         sighted, found = not found & BLIND, found % BLIND
         if found == PLAIN:
             start = stop = keep = None
@@ -466,6 +468,28 @@ class _Call:
         if not self.dropout_p or self.seed is None:
             return None
         return kept(self.seed, self.batch, self.heads, self.q_length, self.k_length, self.dropout_p)
+
+
+#: Address of a kind of mask → the event behind the copy that brings it from the device.
+_COMING: dict[int, Any] = {}
+
+
+def _sent(found: torch.Tensor) -> torch.Tensor:
+    """``found``, int8 ``[]`` on a GPU, on the CPU: with what holds for every mask until it arrives."""
+    kind = torch.empty((), dtype=torch.int8, pin_memory=True).fill_(HOLES | BLIND)
+    kind.copy_(found, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    _COMING[kind.data_ptr()] = event
+    return kind
+
+
+def _arrived(kind: torch.Tensor) -> int:
+    """The kind of mask, when it is there."""
+    event = _COMING.pop(kind.data_ptr(), None)
+    if event is not None:
+        event.synchronize()
+    return int(kind)
 
 
 def _dropped(x: torch.Tensor, keep: torch.Tensor | None, p: float) -> torch.Tensor:
@@ -773,11 +797,15 @@ def _mask(
         first = torch.maximum(first, torch.div(order - left, chunk, rounding_mode="floor") * chunk + left)
     start.copy_(first)
     stop.copy_(torch.searchsorted(start, order.to(torch.int32).expand(batch, -1).contiguous(), right=True))
+    # Documents alone: every query sees an interval that it is in itself.
+    if padding is None:
+        return start, stop, end, keep, kind.fill_(INTERVALS)
     # Under CUDA graph capture the answer cannot be waited for: the kernels then look at every key's padding.
     if start.is_cuda and torch.cuda.is_current_stream_capturing():
         return start, stop, end, keep, kind.fill_(HOLES | BLIND)
     found = torch.where(plain, PLAIN, torch.where(whole, INTERVALS, HOLES)) + torch.where(sighted, 0, BLIND)
-    return start, stop, end, keep, kind.copy_(found)
+    found = found.to(torch.int8)
+    return start, stop, end, keep, _sent(found) if start.is_cuda else kind.copy_(found)
 
 
 def _mask_fake(
@@ -838,7 +866,8 @@ def attention_mask(padding: torch.Tensor | None, positions: torch.Tensor | None,
     start: first key that each query sees, chunks included, int32 ``[B, S]``; stop: one past the last query that sees
     each key, likewise. end: one past the last real token, int32 ``[B]``, and keep: padding as uint8 ``[B, S]``; both
     None without padding. kind: int8 ``[]`` on the CPU, one of HOLES, PLAIN, INTERVALS, with BLIND where queries may see
-    no key: waiting for it is the one synchronisation of a step.
+    no key. Without padding it is INTERVALS. With padding on a GPU it is on its way, and the first attention of the step
+    waits for it.
     """
     start, stop, end, keep, kind = _raw_mask(padding, positions, chunk)
     return (start, stop, None, None, kind) if padding is None else (start, stop, end, keep, kind)

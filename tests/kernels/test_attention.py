@@ -422,18 +422,40 @@ def test_tiles_outside_of_the_mask_are_not_visited(kind: str) -> None:
         assert torch.equal(a[:, :, seen], b[:, :, seen]), name
 
 
+def test_the_kind_of_mask_is_waited_for_once() -> None:
+    """Until it arrives, its memory holds what is right for every mask."""
+    kind = torch.tensor(module.HOLES | module.BLIND, dtype=torch.int8)
+    waited: list[int] = []
+
+    class Event:
+        def synchronize(self) -> None:
+            waited.append(int(kind.fill_(module.PLAIN)))
+
+    module._COMING[kind.data_ptr()] = Event()
+    assert [module._arrived(kind) for _ in range(3)] == [module.PLAIN] * 3 and waited == [module.PLAIN]
+
+
+def test_documents_alone_are_intervals() -> None:
+    """Whatever they are: nothing is looked at that only the device knows."""
+    for positions in (torch.arange(9)[None], torch.zeros(1, 9, dtype=torch.int64)):
+        assert int(module.attention_mask(None, positions.to(DEVICE))[4]) == module.INTERVALS
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["packing", "padding"])
 def test_nothing_waits_for_the_device(kind: str) -> None:
-    """Once the step's mask is known, no layer synchronises, forward or backward."""
+    """Neither looking at the step's mask nor any layer synchronises, forward or backward."""
     tensors, mask = inputs(Case(sq=300, sk=300, padding="left" * (kind == "padding"), packed=kind == "packing"), HALF)
-    found = module.attention_mask(mask["padding"], mask["positions"])
     do = torch.randn(2, 2, 300, 16, device=DEVICE, dtype=HALF)
-    options = {"causal": True, "mask": found, "dropout_p": 0.1}
-    once = run(lambda *t: attention(*t, **options), tensors, do)  # what is compiled, is
+
+    def layer(*t: torch.Tensor) -> torch.Tensor:
+        found = module.attention_mask(mask["padding"], mask["positions"])
+        return attention(*t, causal=True, mask=found, dropout_p=0.1)
+
+    once = run(layer, tensors, do)  # what is compiled, is
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = run(lambda *t: attention(*t, **options), tensors, do)
+        again = run(layer, tensors, do)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [t.shape for t in once] == [t.shape for t in again]
@@ -875,6 +897,20 @@ MUTANTS = (
         "return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1",
         "return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) > 1",
         "tests/kernels/test_attention.py -k mask_op",
+    ),
+    Mutant(
+        "attention: the kind of mask is not waited for",
+        "kernels/attention.py",
+        "        event.synchronize()\n",
+        "        pass\n",
+        "tests/kernels/test_attention.py -k waited_for",
+    ),
+    Mutant(
+        "attention: documents are looked at",
+        "kernels/attention.py",
+        "    if padding is None:\n        return start, stop, end, keep, kind.fill_(INTERVALS)\n",
+        "",
+        "tests/kernels/test_attention.py -k documents_alone",
     ),
     Mutant(
         "attention: padding counts as a key",
