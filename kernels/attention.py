@@ -55,9 +55,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -337,6 +338,16 @@ def _as_bshd(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    """``[B, H, S, D]`` → ``[B · S, H, D]``."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _out_of_rows(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """``[B · S, H, D]`` → ``[B, H, S, D]``, which lies in memory as before."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
 def _unit(x: torch.Tensor) -> torch.Tensor:
     """``x`` with elements of a head side by side, which the kernels read without a stride."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -406,12 +417,16 @@ class _Call:
         # What no attention of PyTorch's knows, or draws as we do.
         biased = dense is not None and dense.dtype != torch.bool
         own = bool(softcap or dropout_p or sinks is not None or blind != "zero" or biased)
-        if not use_triton(q) or q.dtype == torch.float64:
-            self.backend = "math" if own or self.d != self.d_v else "cpu"
-        elif route != "triton" and bare and not own and q.is_cuda and _cudnn_takes(q, k, v, causal):
-            self.backend = "cudnn"
-        else:
+        #: Whether causality is all that hides, if anything does.
+        self.bare = bare and not own
+        if route == "varlen" and _on_gpu(q):
+            self.backend = "varlen"
+        elif not use_triton(q) or q.dtype == torch.float64:
+            self.backend = "math" if own or self.d != self.d_v or q.is_cuda else "cpu"
+        elif route == "triton":
             self.backend = "triton"
+        else:
+            self.backend = next(r.backend for r in ROUTES if r.takes(self, q, k, v))
 
     def mask(self, device: torch.device) -> torch.Tensor | None:
         """The structured part, dense and boolean, ``[B or 1, 1, Sq, Sk]``."""
@@ -496,6 +511,31 @@ def _dropped(x: torch.Tensor, keep: torch.Tensor | None, p: float) -> torch.Tens
     return x if keep is None else (x / (1 - p)).masked_fill(~keep, 0.0)
 
 
+def _on_gpu(q: torch.Tensor) -> bool:
+    """Whether kernels for GPUs run in this call: ours, and those that come with PyTorch."""
+    return q.is_cuda and use_triton(q)
+
+
+class Route(NamedTuple):
+    """Who computes a call, what it takes, and why it is asked at this place."""
+
+    backend: str
+    takes: Callable[[_Call, torch.Tensor, torch.Tensor, torch.Tensor], bool]
+    why: str
+
+
+#: Who computes what by default: the first that takes a call. What is not measured to be faster on an H100 is a variant
+#: (``varlen``, ``sdpa``), and becomes a default by a row here: ``Route("varlen", lambda call, q, k, v: ..., "...")``.
+ROUTES = (
+    Route(
+        "cudnn",
+        lambda call, q, k, v: call.bare and _on_gpu(q) and _cudnn_takes(q, k, v, call.causal),
+        "nothing is hidden but by causality: 520 to 620 TFLOP/s forward, which plain Triton does not reach on Hopper",
+    ),
+    Route("triton", lambda *_: True, "skips what the mask hides, tile by tile, and knows every mask, cap and sink"),
+)
+
+
 def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> bool:
     """Whether cuDNN computes this call: PyTorch's own checks of device, shapes, versions and the user's switches."""
     # Head sizes that its backward knows; the forward knows more.
@@ -542,6 +582,10 @@ def _forward_by(
             q, k, v, None, True, 0.0, call.causal, False, scale=call.scale
         )
         return _as_bshd(got), stats.reshape(lse.shape)
+    if call.backend == "varlen":
+        lengths, options = _flash_arguments(call, q)
+        got, stats, *_ = torch.ops.aten._flash_attention_forward(*map(_in_rows, (q, k, v)), *lengths, False, **options)
+        return _out_of_rows(got, call.batch), stats.unflatten(1, (call.batch, -1)).transpose(0, 1).contiguous()
     if call.backend == "cpu":
         bias = call.bias(q) if not _only_causal(call) else None
         got, stats = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -566,6 +610,32 @@ def _forward_by(
         call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
     )  # fmt: skip
     return out, lse
+
+
+#: The last ``start`` that :func:`_cu_seqlens` was asked about, its version, and the answer.
+_LAST: list[Any] = [lambda: None, 0, None]
+
+
+def _cu_seqlens(call: _Call, q: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Where documents begin in the rows of all sequences, int32 ``[documents + 1]``, and how long the longest is. Their
+    number is a size, which the CPU has to wait for: once for all layers that are given one mask.
+    """
+    tokens = call.batch * call.q_length
+    if call.start is None:
+        return torch.arange(0, tokens + 1, call.q_length, dtype=torch.int32, device=q.device), call.q_length
+    if _LAST[0]() is not call.start or _LAST[1] != call.start._version:
+        order = torch.arange(call.q_length, dtype=torch.int32, device=q.device)
+        (first,) = (call.start == order).flatten().nonzero(as_tuple=True)
+        cu_seqlens = F.pad(first.to(torch.int32), (0, 1), value=tokens)
+        _LAST[:] = weakref.ref(call.start), call.start._version, (cu_seqlens, int(cu_seqlens.diff().max()))
+    return _LAST[2]  # type: ignore[no-any-return]
+
+
+def _flash_arguments(call: _Call, q: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What FlashAttention's forward and backward in PyTorch take alike: lengths, dropout, causality; scale, window."""
+    cu_seqlens, longest = _cu_seqlens(call, q)
+    window = {"window_size_left": call.window - 1, "window_size_right": 0}
+    return (cu_seqlens, cu_seqlens, longest, longest, 0.0, not call.window), {"scale": call.scale, **window}
 
 
 def _only_causal(call: _Call) -> bool:
@@ -659,6 +729,14 @@ def _backward_by(
             _as_bshd(grads[1]) if want_kv else dk,
             _as_bshd(grads[2]) if want_kv else dv,
         )
+    if call.backend == "varlen":
+        lengths, options = _flash_arguments(call, q)
+        # The random state of a dropout that is not there.
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+        rows = (*map(_in_rows, (do, q, k, v, out)), lse.transpose(0, 1).flatten(1).contiguous())
+        grads = torch.ops.aten._flash_attention_backward(*rows, *lengths, *state, **options)
+        grads = [_out_of_rows(grad, call.batch) for grad in grads]
+        return (grads[0] if want_q else dq, *(grads[1:] if want_kv else (dk, dv)))
     if call.backend == "cpu":
         bias = call.bias(q) if not _only_causal(call) else None
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -918,7 +996,9 @@ def attention(
 
 
 def _attend(route: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options) -> torch.Tensor:
-    """:func:`attention`, by cuDNN where it takes the call (``route`` "auto"), or by the kernels here ("triton")."""
+    """:func:`attention` by :data:`ROUTES` (``route`` "auto"), by the kernels here ("triton") or by FlashAttention
+    ("varlen").
+    """
     mask, seed = o.mask, o.seed
     if mask is None and (o.padding is not None or o.positions is not None):
         mask = attention_mask(o.padding, o.positions, o.chunk)
@@ -975,6 +1055,43 @@ def sdpa_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options:
         return Reason("dropout", "scaled_dot_product_attention draws its dropout itself, and takes no seed")
     if o.blind != "zero" and o.dense is not None:
         return Reason("mask", "scaled_dot_product_attention gives 0 for a query that sees no key, not the mean")
+    return None
+
+
+def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """:func:`attention` by FlashAttention for sequences of different lengths, as it comes with PyTorch, or as
+    ``torch.nn.attention.activate_flash_attention_impl`` put it there (FlashAttention 3 and 4). Where
+    :func:`varlen_supported`.
+    """
+    return _attend("varlen", q, k, v, Options(**options))
+
+
+def varlen_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Reason | None:
+    """None, or why FlashAttention for sequences of different lengths cannot compute this call."""
+    o = Options(**options)
+    if reason := supported(q, k, v, **options):
+        return reason
+    # Sequences, and a window in each.
+    if not o.causal or o.dense is not None or (o.chunk and o.positions is None and o.mask is None):
+        return Reason("mask", "varlen_attn knows documents, a window and causality, and this mask is another")
+    if o.padding is not None or (o.mask is not None and o.mask[3] is not None):
+        return Reason("mask", "varlen_attn knows no padding between documents")
+    if o.softcap:
+        return Reason("softcap", "varlen_attn caps no scores")
+    if o.sinks is not None:
+        return Reason("sinks", "varlen_attn has no sinks")
+    if o.dropout_p:
+        return Reason("dropout", "varlen_attn has no dropout")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return Reason("dtype", f"varlen_attn takes fp16 and bf16, not {q.dtype}")
+    if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > 256:
+        return Reason(
+            "head_size", f"varlen_attn takes heads of one size, by 8 up to 256, not {q.shape[3]}, {v.shape[3]}"
+        )
+    if q.device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
+        return Reason("device", "PyTorch has FlashAttention on CUDA only, where it was built with it")
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return Reason("device", "FlashAttention needs a GPU of compute capability 8.0 or more")
     return None
 
 
@@ -1113,7 +1230,11 @@ OP = register(
         sizes=sizes,
         inputs=inputs,
         stock=stock,
-        variants={"triton": (attention_kernels, supported), "sdpa": (attention_sdpa, sdpa_supported)},
-        default="auto",  # cuDNN where it takes the call
+        variants={
+            "triton": (attention_kernels, supported),
+            "sdpa": (attention_sdpa, sdpa_supported),
+            "varlen": (attention_varlen, varlen_supported),
+        },
+        default="auto",  # by ROUTES
     )
 )

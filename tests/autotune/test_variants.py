@@ -63,7 +63,7 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_ours(op: str) -> None:
     found = {v.name: v for v in fastft.variants.list(op)}
-    more = {"attention": ["auto", "triton", "sdpa"], **{name: ["triton", "accumulated"] for name in LINEARS}}
+    more = {"attention": ["auto", "triton", "sdpa", "varlen"], **{name: ["triton", "accumulated"] for name in LINEARS}}
     assert [*found] == [*more.get(op, ["triton"]), "reference"]
     assert next(iter(found.values())).call is OPS[op].call
     assert found["reference"].call is OPS[op].reference
