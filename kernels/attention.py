@@ -55,6 +55,7 @@ from __future__ import annotations
 
 import functools
 import math
+import random
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -1191,6 +1192,17 @@ def sizes(model: Model) -> Iterator[dict[str, Any]]:
             yield {**model.tokens, **heads, "window": window or None, "softcap": None, "hides": hides}
 
 
+def document_lengths(tokens: int) -> list[int]:
+    """Of documents that fill ``tokens``, drawn as other programs' benchmarks do: 512 ± 256 tokens each, the last one
+    what is left. Always the same ones.
+    """
+    draw = random.Random(0)
+    lengths: list[int] = []
+    while (left := tokens - sum(lengths)) > 0:
+        lengths.append(min(draw.randint(256, 768), left))
+    return lengths
+
+
 def inputs(
     new: New,
     *,
@@ -1202,9 +1214,12 @@ def inputs(
     window: int | None,
     softcap: float | None,
     hides: str = "",
+    chunk: int = 0,
+    sinks: bool = False,
 ) -> Inputs:
     """q [batch, heads, seq, head_dim], k and v [batch, kv_heads, seq, head_dim]. ``hides``: what else the mask hides:
-    "padding" at the end of the last sequence or, with "packing", the first document from the second.
+    "padding" at the end of the last sequence; with "packing", the first document from the second; with "documents",
+    those of :func:`document_lengths` from each other. ``chunk``: in tokens. ``sinks``: whether heads have them.
     """
     q, k, v = new.heads(batch, seq, head_dim, heads, kv_heads, kv_heads)
     options: dict[str, Any] = {"causal": True, "window": window or 0, "softcap": softcap or 0.0}
@@ -1213,8 +1228,14 @@ def inputs(
         padding = torch.ones(batch, seq, dtype=torch.int64, device=new.device)
         padding[-1:] = order < max(seq - seq // 4, 1)
         options["mask"] = attention_mask(padding, None)
+        _arrived(options["mask"][4])  # whoever copies it has it whole
     elif hides == "packing":
         options["mask"] = attention_mask(None, (order % max(seq // 2, 1)).expand(batch, seq).contiguous())
+    elif hides == "documents":
+        positions = torch.cat([torch.arange(n) for n in document_lengths(seq)]).to(new.device)
+        options["mask"] = attention_mask(None, positions.expand(batch, seq).contiguous())
+    options |= {"chunk": chunk} if chunk else {}
+    options |= {"sinks": new(heads)} if sinks else {}
     return Inputs((q, k, v), options, [q, k, v])
 
 
