@@ -142,9 +142,9 @@ def _attention(m: Match, site: Spelled) -> Rewrite | Reason | None:
             unrecovered = _problem(m, q, k, v, {**options, **found})
             if unrecovered is None and (structure.padding is not None or structure.positions is not None):
                 options["mask"] = _shared(structure)
-        if unrecovered is not None and mask is None:
-            return unrecovered
         if unrecovered is not None:
+            if mask is None:
+                return unrecovered
             options = {**always, "causal": is_causal, "dense": mask}
             if site.below > -math.inf and site.kind != "adds" and site.sinks is None:
                 options["blind"] = "filled"
@@ -504,11 +504,13 @@ class Flex(Pattern):
 
     def match(self, found: Any, bound: Bindings) -> Iterator[Bindings]:
         seen = see(found)
+        out: Any = found
         out, factor = (found, None) if seen.op == "getitem" else seen.args
         item = see(out)
         if item.op != "getitem" or item.args[1] != 0 or not is_call(item.args[0]):
             return
-        call, inside, sinks = item.args[0], {found, out}, None
+        call, sinks = item.args[0], None
+        inside: set[fx.Node] = {found, out}
         _drop_unread(call)
         if factor is not None:
             sinks = _renormalises(factor, call, shape(out)[1], inside)
@@ -537,7 +539,7 @@ def _renormalises(factor: Any, call: fx.Node, heads: Any, inside: set[fx.Node]) 
     """
     walk = _Walk()
     factor = walk.take(factor, "cast")
-    difference = walk.take(see(factor).args[0], "cast") if see(factor).op == "exp" else None
+    difference: Any = walk.take(see(factor).args[0], "cast") if see(factor).op == "exp" else None
     if see(difference).op != "sub":
         return None
     walk.inside |= {factor, difference}
@@ -565,7 +567,7 @@ def _renormalises(factor: Any, call: fx.Node, heads: Any, inside: set[fx.Node]) 
 
 def _flex(m: Match) -> Rewrite | Reason | None:
     call = m["call"]
-    q, k, v, scale = *call.args[:3], call.args[5]
+    q, k, v, _, _, scale, *_ = call.args
     scores = scores_of(call)
     if isinstance(scores, Reason):
         return scores

@@ -439,29 +439,23 @@ def _along(rows: Rows, axis: int, kind: torch.dtype | None) -> Symbol | None:
 
 def _aten_index(node: fx.Node, evaluate: Evaluate) -> Symbol | None:
     """An index by tensors as ``vmap`` spells it."""
-    source, index = node.args
-    x = evaluate(source)
-    return x if isinstance(x, Constant) else _gather(x, [evaluate(i) for i in index], dtype(source))  # type: ignore[union-attr]
+    index: Any = node.args[1]
+    x = evaluate(node.args[0])
+    return x if isinstance(x, Constant) else _gather(x, [evaluate(i) for i in index], dtype(node.args[0]))
 
 
 def _mapped(node: fx.Node, evaluate: Evaluate) -> Symbol | None:
     """What counts, mapped over by one of four ``vmap`` that are around each other: one for each axis of a mask."""
     x, place, level = evaluate(node.args[0]), node.args[1], node.args[2]
-    if (
-        not isinstance(x, Coordinate)
-        or x.axis != -1
-        or rank(node.args[0]) != 1
-        or place != 0
-        or level not in (1, 2, 3, 4)
-    ):
-        return None
-    return replace(x, axis=level - 5)
+    counts = isinstance(x, Coordinate) and x.axis == -1 and rank(node.args[0]) == 1
+    return replace(x, axis=level - 5) if counts and place == 0 and level in (1, 2, 3, 4) else None  # type: ignore[arg-type, operator, union-attr]
 
 
 def _unmapped(node: fx.Node, evaluate: Evaluate) -> Symbol | None:
     """Behind such a ``vmap``, the innermost of which ends first: the axes come back in their order."""
-    x, level = evaluate(node.args[0]), node.args[1]
-    return x if isinstance(x, (Mask, Constant)) and node.args[3] == 0 and rank(node) == 5 - level else None  # type: ignore[operator]
+    x, level, place = evaluate(node.args[0]), node.args[1], node.args[3]
+    whole = isinstance(x, (Mask, Constant)) and place == 0 and isinstance(level, int)
+    return x if whole and rank(node) == 5 - level else None  # type: ignore[operator]
 
 
 # ---------------------------------------------------------------- arithmetic
