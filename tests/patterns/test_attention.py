@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from fastft import _torch_compat as compat
 from fastft.compare import assert_within
@@ -465,6 +466,7 @@ def test_what_is_no_sink(what: str) -> None:
 # ---------------------------------------------------------------- varlen_attn
 
 T, CU = 24, (0, 9, 10, 24)
+VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def rows(hk: int = HK) -> list[torch.Tensor]:
@@ -489,10 +491,9 @@ def documents(q, k, v, cu, window=(-1, 0), scale=None, **kwargs):
 
 
 def varlen(q, k, v, cu, window=(-1, 0), scale=None, longest=14, of_keys=None, **kwargs):
-    from torch.nn.attention.varlen import varlen_attn
-
     of_keys = cu if of_keys is None else of_keys
-    kwargs |= {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    if "enable_gqa" in VARLEN_TAKES:  # torch 2.11 takes heads as they are
+        kwargs["enable_gqa"] = q.shape[1] != k.shape[1]
     return varlen_attn(q, k, v, cu, of_keys, longest, longest, window_size=window, scale=scale, **kwargs)
 
 
@@ -540,8 +541,6 @@ def test_varlen_of_any_length_and_number() -> None:
 
 
 def test_varlen_that_is_left() -> None:
-    from torch.nn.attention.varlen import varlen_attn
-
     cu = torch.tensor(CU, dtype=torch.int32)
     for change, code in (
         ({"window": (-1, -1)}, "mask"),
@@ -549,7 +548,7 @@ def test_varlen_that_is_left() -> None:
         ({"of_keys": cu.clone()}, "mask"),
         ({"seqused_k": torch.ones(3, dtype=torch.int32)}, "mask"),
     ):
-        if "seqused_k" in change and "seqused_k" not in inspect.signature(varlen_attn).parameters:
+        if "seqused_k" in change and "seqused_k" not in VARLEN_TAKES:
             continue  # torch 2.11
         graphs: list[Rewritten] = []
 
