@@ -1096,6 +1096,79 @@ def varlen_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **option
     return None
 
 
+#: Where FlexAttention trains.
+FLEX_DEVICES = ("cuda",)
+#: What its call is given: that the logsumexp is kept, which its backward reads, and what PyTorch sets by itself.
+_FLEX_OPTIONS = {
+    "BACKEND": "AUTO", "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False,
+    "WRITE_DQ": True, "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False,
+}  # fmt: skip
+
+
+def attention_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """:func:`attention` by PyTorch's FlexAttention, where :func:`flex_supported`. Its call goes into the graph that is
+    compiled; outside of one it is compiled by itself, since it computes all scores where nobody compiles it.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    o = Options(**options)
+    mask = o.mask
+    if mask is None and (o.padding is not None or o.positions is not None):
+        mask = attention_mask(o.padding, o.positions, o.chunk)
+    start, _, _, keep, _ = mask or (None,) * 5
+    if start is not None and start.shape[1] != q.shape[2]:  # keys of another sequence
+        start = None
+    found = {name: t for name, t in (("start", start), ("keep", keep)) if t is not None}
+
+    def shown(b: Any, h: Any, i: Any, j: Any, *given: torch.Tensor) -> Any:
+        known = dict(zip(found, given, strict=True))
+        seen = j <= i if o.causal else j >= 0
+        seen = seen & (j > i - o.window) if o.window else seen
+        seen = seen & (j // o.chunk == i // o.chunk) if o.chunk and start is None else seen
+        seen = seen & (j >= known["start"][b, i]) if "start" in known else seen
+        return seen & (known["keep"][b, j] != 0) if "keep" in known else seen
+
+    def capped(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return o.softcap * torch.tanh(score / o.softcap) if o.softcap else score
+
+    scale, tensors = q.shape[-1] ** -0.5 if o.scale is None else o.scale, tuple(found.values())
+    batch = q.shape[0] if found else None
+    blocks = create_block_mask(
+        lambda b, h, i, j: shown(b, h, i, j, *tensors), batch, None, q.shape[2], k.shape[2], q.device
+    )
+    if type(q) in (torch.Tensor, torch.nn.Parameter):  # in no graph
+        return _compiled_flex()(q, k, v, capped, blocks, scale, q.shape[1] != k.shape[1])  # type: ignore[no-any-return]
+    made = (*blocks.as_tuple()[:-1], shown)
+    return torch.ops.higher_order.flex_attention(q, k, v, capped, made, scale, _FLEX_OPTIONS, (), tensors)[0]  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Reason | None:
+    """None, or why FlexAttention cannot compute this call."""
+    o = Options(**options)
+    if reason := supported(q, k, v, **options):
+        return reason
+    if o.dense is not None:
+        return Reason("mask", "FlexAttention computes its mask, and is given no dense one here")
+    if o.blind != "zero" and (o.padding is not None or (o.mask is not None and o.mask[3] is not None)):
+        return Reason("mask", "FlexAttention gives 0 for a query that sees no key, not the mean")
+    if o.sinks is not None:
+        return Reason("sinks", "FlexAttention has no sinks")
+    if o.dropout_p:
+        return Reason("dropout", "FlexAttention has no dropout")
+    if min(q.shape[3], v.shape[3]) < 16:
+        return Reason("head_size", f"heads of {q.shape[3]} and {v.shape[3]}: FlexAttention's have 16 or more")
+    if q.device.type not in FLEX_DEVICES:
+        return Reason("device", "FlexAttention has gradients on CUDA only")
+    return None
+
+
 def supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Reason | None:
     """None, or why this call cannot run as the op."""
     o = Options(**options)
@@ -1255,6 +1328,7 @@ OP = register(
             "triton": (attention_kernels, supported),
             "sdpa": (attention_sdpa, sdpa_supported),
             "varlen": (attention_varlen, varlen_supported),
+            "flex": (attention_flex, flex_supported),
         },
         default="auto",  # by ROUTES
     )

@@ -881,6 +881,27 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         )
     ),
+    *(
+        Mutant(
+            f"attention by flex: {name}", "kernels/attention.py", old, new, "tests/autotune/test_variants.py -k flex"
+        )
+        for name, old, new in (
+            (
+                "a window one too wide",
+                "seen & (j > i - o.window) if o.window",
+                "seen & (j >= i - o.window) if o.window",
+            ),
+            ("documents are forgotten", 'seen & (j >= known["start"][b, i])', "seen & (j >= 0)"),
+            ("padding is forgotten", 'seen & (known["keep"][b, j] != 0)', "seen & (j >= 0)"),
+            ("scores have no cap", "return o.softcap * torch.tanh(score / o.softcap) if", "return score if"),
+            ("one sequence's blocks for all", "batch = q.shape[0] if found else None", "batch = None"),
+            (
+                "means where nothing is seen",
+                'if o.blind != "zero" and (o.padding is not None or (o.mask is not None and o.mask[3] is not None)):',
+                "if False:",
+            ),
+        )
+    ),
     Mutant(
         "bridge transformers_flex: padding is forgotten",
         "backend/bridges/transformers_flex.py",
