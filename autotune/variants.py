@@ -1,8 +1,9 @@
 """Variants of ops: other functions that compute the same, ours and the user's.
 
 Ours are ``"triton"``, the op's own kernels, and ``"reference"``, plain PyTorch. Attention has ``"auto"`` (its default),
-which lets cuDNN compute what it can, and ``"sdpa"``, PyTorch's own, beside them. A user's variant is a function with
-the op's signature, differentiable as the op is. It is registered where it is defined::
+which lets cuDNN compute what it can, and PyTorch's own beside them: ``"sdpa"``, ``"varlen"``, which is
+FlashAttention, and ``"flex"``, which is FlexAttention. A user's variant is a function with the op's signature,
+differentiable as the op is. It is registered where it is defined::
 
     @fastft.variants.register("glu", "mine", supported=mine_supported)
     def mine(gate, up, kind): ...

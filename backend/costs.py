@@ -30,9 +30,13 @@ from fastft.reporting import Work
 # ------------------------------------------------------------------------------------------------------------ formulas
 
 
-def _attention(q: Any, k: Any, v: Any, *, to: torch.dtype | None = None, **options: Any) -> Cost:
-    """``to``: what q, k and v are rounded to first, by :func:`fastft.patterns.attention.rounded_attention`."""
+def _attention(q: Any, k: Any, v: Any, *, to: torch.dtype | None = None, variant: str = "", **options: Any) -> Cost:
+    """``to``: what q, k and v are rounded to first, ``variant``: what computes then, both by
+    :func:`fastft.patterns.attention.rounded_attention`.
+    """
     q, k, v = (x if to is None else x.to(to) for x in (q, k, v))
+    if len(q.shape) == 3:  # documents in a row, as packed_attention has them
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return _formula("attention")(q, k, v, **options)
 
 

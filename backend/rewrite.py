@@ -28,7 +28,7 @@ from fastft.fallback import Attempt, said
 from fastft.kernels._op import OPS, Op, Reason, Recompute
 from fastft.kernels._triton import HAS_TRITON
 from fastft.options import Options
-from fastft.patterns import _see, loss, tables
+from fastft.patterns import _see, flex, loss, tables
 from fastft.patterns._match import Match, Rewrite, Rule, Table
 from fastft.reporting import MISSED, REPLACED, SKIPPED, Site
 
@@ -82,6 +82,8 @@ def rewrite(
         if table is loss.LOSS and options.lazy_logits and table.name not in options.disable:
             with Attempt("finding returned logits", "they are computed", done.errors, options.strict):
                 _leave_out(gm, fuel, done)
+    with Attempt("taking out blocks that nobody reads", "they are computed", done.errors, options.strict):
+        flex.forget_blocks(gm.graph)
     with Attempt("adding up work", "the report has no costs", done.errors, options.strict):
         _add_work(done)
     gm.graph.lint()
@@ -316,7 +318,7 @@ def _unsafe(answer: Rewrite, order: dict[fx.Node, int], memory: Memory) -> Reaso
     for read in reads:
         if order.get(read, 0) > order[place]:
             return Reason("order", f"{read.name} is computed after {place.name}")
-    skipped = _between(answer.outputs, reads)
+    skipped = _between(answer.outputs, reads | answer.known)
     # Where no gradients are recorded, the op records none either.
     if any(_see.requires_grad(output) for output in answer.outputs) or compat.grad_mode_at(place):
         for node in skipped:
@@ -352,7 +354,9 @@ def _between(outputs: Sequence[fx.Node], reads: set[fx.Node]) -> set[fx.Node]:
         if node in found or node in reads or node.op == "placeholder":
             continue
         found.add(node)
-        stack += node.all_input_nodes
+        seen = _see.see(node)
+        # Of what type_as is given besides, it reads the dtype.
+        stack += seen.args[:1] if seen.op == "cast" else node.all_input_nodes
     return found
 
 

@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
         "kernels", help="times of every op beside others'", epilog="Other arguments go to pytest."
     )
     kernels.add_argument("-k", default=None, metavar="EXPRESSION", help="only cases whose name fits, as pytest's -k")
-    kernels.add_argument("--shapes-tag", default=None, help="primary (default on a GPU), real, long, test (on a CPU)")
+    kernels.add_argument(
+        "--shapes-tag", default=None, help="primary (default on a GPU), real, long, attention, test (on a CPU)"
+    )
     kernels.add_argument("--budget", type=float, default=None, help="seconds: no case begins after them")
     kernels.add_argument("--empty-caches", action="store_true", help="first calls compile everything")
     kernels.add_argument("--out", type=Path, default=None, help="JSON file, written anew after every case")

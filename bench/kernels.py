@@ -271,12 +271,22 @@ def linear_log_prob(s: Shape) -> Case:
 def attention(s: Shape) -> Case:
     case = plain(OPS["attention"], s)
     q, k, v = case.args
-    window, softcap = case.kwargs["window"], case.kwargs["softcap"]
-    seen = min(window, s["seq"] / 2) if window else s["seq"] / 2
-    flops = 4.0 * s["batch"] * s["heads"] * s["seq"] * seen * s["head_dim"]
+    window, softcap, chunk = case.kwargs["window"], case.kwargs["softcap"], case.kwargs.get("chunk", 0)
+    order = torch.arange(s["seq"], device=DEVICE)
     mask = torch.ones(s["seq"], s["seq"], dtype=torch.bool, device=DEVICE).tril()
     if window:
         mask = mask.triu(1 - window)
+    if chunk:
+        mask &= order[:, None] // chunk == order // chunk
+    if (found := case.kwargs.get("mask")) is not None:  # documents, padding
+        start, _, _, keep, _ = found
+        mask = mask & (order >= start[:, None, :, None])
+        mask = mask if keep is None else mask & keep.bool()[:, None, None, :]
+    # Keys that a query sees, on average.
+    seen = min(window, s["seq"] / 2) if window else s["seq"] / 2
+    if chunk or found is not None:
+        seen = float(mask.sum(dtype=torch.int64)) / mask[..., 0].numel()
+    flops = 4.0 * s["batch"] * s["heads"] * s["seq"] * seen * s["head_dim"]
 
     def repeated(q: Any, *heads: Any) -> Iterator[Any]:  # transformers' repeat_kv
         for x in heads:
@@ -285,17 +295,24 @@ def attention(s: Shape) -> Case:
     def dense(q: Any, k: Any, v: Any, **_: Any) -> Any:
         return F.scaled_dot_product_attention(q, *repeated(q, k, v), attn_mask=mask)
 
-    def capped(q: Any, k: Any, v: Any, **_: Any) -> Any:  # its eager_attention_forward, as Gemma-2 has it
+    def written(q: Any, k: Any, v: Any, sinks: Any = None, **_: Any) -> Any:  # its eager attention: Gemma 2, gpt-oss
         k, v = repeated(q, k, v)
-        scores = torch.tanh(q @ k.mT * q.shape[-1] ** -0.5 / softcap) * softcap
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        scores = torch.tanh(scores / softcap) * softcap if softcap else scores
         scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-        return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+        return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]] @ v
 
     case.bytes_moved, case.backward_bytes = 2 * _bytes(q) + _bytes(k, v), 4 * _bytes(q) + 2 * _bytes(k, v)
     case.flops, case.backward_flops = flops, 2.5 * flops  # the scores again, and dv, dp, dq, dk
     # transformers leaves the mask out where causality is all, but not while it is traced.
-    case.traced = capped if softcap else dense
+    case.traced = written if softcap or s.get("sinks") else dense
     case.eager = None if plainly_causal(s) else case.traced
+    if not plainly_causal(s):
+        # Of the same tokens, by whoever computes it fastest: what a mask that hides more, or a cap, is held against.
+        plainly = OPS["attention"].call
+        case.others = {"(plainly causal)": lambda q, k, v, **_: plainly(q, k, v, causal=True)}
     return case
 
 

@@ -182,7 +182,8 @@ class Shape:
     """One op at one model's sizes. ``shape["hidden"]`` reads a size; ``tags`` are how a user picks rows.
 
     Tags: ``primary`` (what the benchmark runs by default), ``real`` (six sizes of each op that models have, for the
-    whole table in one go), ``long`` (32k tokens in one sequence), ``test`` (small and odd, for the tests).
+    whole table in one go), ``long`` (32k tokens in one sequence), ``attention`` (every kind of mask, at one model's
+    heads), ``test`` (small and odd, for the tests).
     """
 
     op: str
@@ -199,7 +200,9 @@ class Shape:
         return self.dims.get(name, default)
 
     def __str__(self) -> str:
-        sizes = "x".join(str(v) for v in self.dims.values() if v is not None and v != 0 and v is not False)
+        sizes = "x".join(
+            name if v is True else str(v) for name, v in self.dims.items() if v not in (None, 0, False, "")
+        )
         return f"{self.op}-{self.model}-{sizes}"
 
 
@@ -294,6 +297,29 @@ def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterato
     yield shape("linear_cross_entropy", **tokens, hidden=hidden, vocab=config["vocab_size"], softcap=softcap)
 
 
+def _attention_kinds() -> Iterator[Shape]:
+    """Attention of every kind of mask, at Llama 3.1 8B's heads: short, long, packed, in windows and chunks, capped,
+    with sinks, padded.
+    """
+    heads, kv_heads, head_dim = _heads(MODELS[_KINDS_OF])
+    sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    for batch, seq, more in (
+        (4, 2048, {}),
+        (2, 4096, {}),
+        (1, 32768, {}),
+        (1, 8192, {}),
+        (1, 8192, {"hides": "documents"}),
+        (1, 32768, {"window": 1024}),
+        (1, 32768, {"hides": "documents", "window": 1024}),
+        (1, 8192, {"softcap": 50.0}),
+        (1, 8192, {"sinks": True}),
+        (1, 32768, {"hides": "", "chunk": 8192}),
+        (4, 2048, {"hides": "padding"}),
+    ):
+        every = dict(batch=batch, seq=seq, **sizes, window=None, softcap=None)
+        yield Shape("attention", _KINDS_OF, {**every, **more}, frozenset({"attention"}))
+
+
 def _nf4(model: str, tags: frozenset[str]) -> Iterator[Shape]:
     """Weights to dequantise: independent of batch and seq."""
     for out_features, in_features in dict.fromkeys((o, i) for _, o, i in linears(model)):
@@ -365,6 +391,8 @@ PRIMARY = (
     "minitron-8b",
 )
 _SMALL = ("tiny", "llama-1b")
+#: Whose heads every kind of attention's mask is measured with.
+_KINDS_OF = "llama-3.1-8b"
 #: Measured with 32k tokens in one sequence too.
 LONG = ("llama-3.1-8b", "minitron-8b", "minitron-4b", "nemotron-4-15b")
 #: ``real``: so many sizes of each op, those of the first model all, of the others the largest that is new, in order. An
@@ -432,7 +460,11 @@ def _all() -> Iterator[Shape]:
         found += [*_of_model(model, 4, 2048, tags), *_nf4(model, tags)]
     found += [s for model in LONG for s in _of_model(model, 1, 32768, frozenset({"long"}))]
     real = _real(found)
-    yield from (replace(s, tags=s.tags | {"real"}) if (s.op, str(s)) in real else s for s in found)
+    kinds = {str(s): s for s in _attention_kinds()}
+    for s in found:
+        more = ({"real"} if (s.op, str(s)) in real else set()) | set(kinds.pop(str(s), s).tags)
+        yield replace(s, tags=s.tags | more)
+    yield from kinds.values()
     yield from _tests()
 
 

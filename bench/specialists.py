@@ -9,6 +9,7 @@ reason, and its implementations are left out. What PEFT and bitsandbytes run is 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.shapes import Shape
+from fastft.kernels.attention import document_lengths
 
 Run = Callable[..., Any]
 
@@ -178,8 +180,10 @@ def _quack_loss(s: Shape) -> Run | None:
 
 
 def plainly_causal(s: Shape) -> bool:
-    """No soft cap, and no window that is shorter than the sequence."""
-    return not s["softcap"] and not (s["window"] and s["window"] < s["seq"])
+    """No soft cap, no sinks, nothing hidden but by causality: no window or chunk that is shorter than the sequence."""
+    limits = (s["window"], s.get("chunk"))
+    more = s["softcap"] or s.get("sinks") or s.get("hides")
+    return not more and not any(limit and limit < s["seq"] for limit in limits)
 
 
 def _sdpa(backend: str) -> Callable[[Shape], Run | None]:
@@ -198,21 +202,91 @@ def _sdpa(backend: str) -> Callable[[Shape], Run | None]:
 
 
 def _flex_attention(s: Shape) -> Run:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-    window, cap = s["window"], s["softcap"]
+    window, cap, chunk, hides = s["window"], s["softcap"], s.get("chunk"), s.get("hides")
+    lengths = torch.tensor(document_lengths(s["seq"]), device="cuda")
+    documents = torch.arange(len(lengths), device="cuda").repeat_interleave(lengths)
+    real = torch.full((s["batch"],), s["seq"], device="cuda")
+    real[-1] -= s["seq"] // 4  # as the op's inputs have it
 
     def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
-        return (q >= k) & (q - k < window) if window else q >= k
+        shown = q >= k
+        shown = shown & (q - k < window) if window else shown
+        shown = shown & (q // chunk == k // chunk) if chunk else shown
+        shown = shown & (documents[q] == documents[k]) if hides == "documents" else shown
+        return shown & (k < real[b]) if hides == "padding" else shown
 
     def capped(score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
         return cap * torch.tanh(score / cap)
 
-    mask = create_block_mask(seen, None, None, s["seq"], s["seq"], device="cuda")
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v, **_: compiled(
-        q, k, v, score_mod=capped if cap else None, block_mask=mask, enable_gqa=s["heads"] != s["kv_heads"]
-    )
+    batch = s["batch"] if hides == "padding" else None
+    mask = create_block_mask(seen, batch, None, s["seq"], s["seq"], device="cuda")
+
+    def attend(q: Any, k: Any, v: Any, sinks: Any) -> Any:
+        more = {} if sinks is None else {"return_aux": AuxRequest(lse=True)}
+        score_mod = capped if cap else None
+        found = flex_attention(q, k, v, score_mod, mask, enable_gqa=s["heads"] != s["kv_heads"], **more)
+        if sinks is None:
+            return found
+        out, aux = found  # a sink takes its part of the sum
+        return out * torch.sigmoid(aux.lse - sinks[:, None]).unsqueeze(-1).to(out.dtype)
+
+    compiled = torch.compile(attend, dynamic=False)
+    return lambda q, k, v, sinks=None, **_: compiled(q, k, v, sinks)
+
+
+def _varlen(s: Shape) -> tuple[torch.Tensor, int, tuple[int, int]] | None:
+    """What FlashAttention needs to know of sequences of different lengths: where they begin, the longest, the window;
+    None where it does not do this shape.
+    """
+    if s["softcap"] or s.get("sinks") or s.get("hides") not in (None, "", "documents"):
+        return None
+    lengths = document_lengths(s["seq"]) if s.get("hides") else [s["seq"]]
+    if chunk := s.get("chunk"):
+        lengths = [min(chunk, n - at) for n in lengths for at in range(0, n, chunk)]
+    ends = torch.tensor(lengths * s["batch"]).cumsum(0)
+    begins = F.pad(ends, (1, 0)).to("cuda", torch.int32)
+    return begins, max(lengths), ((s["window"] or 0) - 1, 0)
+
+
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _varlen_flash(s: Shape) -> Run | None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if (found := _varlen(s)) is None:
+        return None
+    begins, longest, window = found
+    known = inspect.signature(varlen_attn).parameters  # torch 2.11 and 2.13 have others
+    more: dict[str, Any] = {"window_size": window} if "window_size" in known else {"is_causal": True}
+    if "window_size" not in known and s["window"]:
+        return None
+    more |= {"enable_gqa": True} if "enable_gqa" in known else {}
+
+    def run(q: Any, k: Any, v: Any, **mask: Any) -> Any:
+        out = varlen_attn(*map(_in_rows, (q, k, v)), begins, begins, longest, longest, **more)
+        return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+
+    return run
+
+
+def _flash_3(s: Shape) -> Run | None:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    if (found := _varlen(s)) is None:
+        return None
+    begins, longest, window = found
+
+    def run(q: Any, k: Any, v: Any, **mask: Any) -> Any:
+        lengths = dict(cu_seqlens_q=begins, cu_seqlens_k=begins, max_seqlen_q=longest, max_seqlen_k=longest)
+        out = flash_attn_varlen_func(*map(_in_rows, (q, k, v)), **lengths, causal=True, window_size=window)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+
+    return run
 
 
 SPECIALISTS: tuple[Specialist, ...] = (
@@ -231,4 +305,6 @@ SPECIALISTS: tuple[Specialist, ...] = (
     Specialist("attention", "SDPA cuDNN", "torch", _sdpa("CUDNN_ATTENTION")),
     Specialist("attention", "SDPA flash", "torch", _sdpa("FLASH_ATTENTION")),
     Specialist("attention", "FlexAttention", "torch", _flex_attention),
+    Specialist("attention", "varlen flash", "torch.nn.attention.varlen", _varlen_flash),
+    Specialist("attention", "FlashAttention 3", "flash_attn_interface", _flash_3),
 )

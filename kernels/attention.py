@@ -28,9 +28,11 @@ Except for dense, and for padding between real tokens, every mask lets a query s
 their edges: padding costs nothing, and packed documents cost what they would cost apart.
 
 What the padding mask and the positions hold is known on the device only: ``attention_mask`` looks once for a step, for
-all layers, and says on the CPU which kind of mask it is (the step's one synchronisation). When nothing is hidden,
-attention is plainly causal and goes to cuDNN, which plain Triton does not match on Hopper; everything else goes to the
-Triton kernels here. ``bench/kernels.py`` times both.
+all layers. Of packed documents that is all: the CPU needs to know nothing about them, and waits for nothing. Of a
+padding mask it says on the CPU which kind it is. That answer is on its way while the CPU launches what comes before the
+first attention, which waits for it: an event of the step's very beginning, no synchronisation of what was launched
+since. When padding hides nothing, attention is plainly causal and goes to cuDNN, which plain Triton does not match on
+Hopper; everything else goes to the Triton kernels here. ``bench/kernels.py`` times both.
 
 Backward, from the saved out and logsumexp L, with do the gradient of out (FlashAttention 2,
 https://arxiv.org/abs/2307.08691, section 3.1)::
@@ -53,8 +55,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import Any
+import random
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -69,6 +74,26 @@ from fastft.kernels._triton import HAS_TRITON, triton
 
 #: What :func:`attention_mask` finds out: start, stop, end, keep, kind.
 Found = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`attention` takes beside q, k and v, with its names, order and defaults."""
+
+    causal: bool = False
+    window: int = 0
+    chunk: int = 0
+    padding: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+    scale: float | None = None
+    dropout_p: float = 0.0
+    softcap: float = 0.0
+    mask: Found | None = None
+    sinks: torch.Tensor | None = None
+    blind: str = "zero"
+    seed: torch.Tensor | None = None
+
 
 #: Kinds of mask: real tokens between which lies padding; nothing hidden; padding on the left and right only, or none.
 HOLES, PLAIN, INTERVALS = 0, 1, 2
@@ -314,6 +339,16 @@ def _as_bshd(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    """``[B, H, S, D]`` → ``[B · S, H, D]``."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _out_of_rows(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """``[B · S, H, D]`` → ``[B, H, S, D]``, which lies in memory as before."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
 def _unit(x: torch.Tensor) -> torch.Tensor:
     """``x`` with elements of a head side by side, which the kernels read without a stride."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -354,7 +389,7 @@ class _Call:
         self.group = self.heads // k.shape[1]
         self.causal, self.scale, self.softcap = causal, scale, softcap
         self.sinks, self.seed, self.dropout_p = None if sinks is None else sinks.contiguous(), seed, dropout_p
-        found = HOLES | BLIND if kind is None else int(kind)
+        found = HOLES | BLIND if kind is None else _arrived(kind)
         sighted, found = not found & BLIND, found % BLIND
         if found == PLAIN:
             start = stop = keep = None
@@ -383,12 +418,16 @@ class _Call:
         # What no attention of PyTorch's knows, or draws as we do.
         biased = dense is not None and dense.dtype != torch.bool
         own = bool(softcap or dropout_p or sinks is not None or blind != "zero" or biased)
-        if not use_triton(q) or q.dtype == torch.float64:
-            self.backend = "math" if own or self.d != self.d_v else "cpu"
-        elif route != "triton" and bare and not own and q.is_cuda and _cudnn_takes(q, k, v, causal):
-            self.backend = "cudnn"
-        else:
+        #: Whether causality is all that hides, if anything does.
+        self.bare = bare and not own
+        if route == "varlen" and _on_gpu(q):
+            self.backend = "varlen"
+        elif not use_triton(q) or q.dtype == torch.float64:
+            self.backend = "math" if own or self.d != self.d_v or q.is_cuda else "cpu"
+        elif route == "triton":
             self.backend = "triton"
+        else:
+            self.backend = next(r.backend for r in ROUTES if r.takes(self, q, k, v))
 
     def mask(self, device: torch.device) -> torch.Tensor | None:
         """The structured part, dense and boolean, ``[B or 1, 1, Sq, Sk]``."""
@@ -447,8 +486,55 @@ class _Call:
         return kept(self.seed, self.batch, self.heads, self.q_length, self.k_length, self.dropout_p)
 
 
+#: Address of a kind of mask → the event behind the copy that brings it from the device.
+_COMING: dict[int, Any] = {}
+
+
+def _sent(found: torch.Tensor) -> torch.Tensor:
+    """``found``, int8 ``[]`` on a GPU, on the CPU: with what holds for every mask until it arrives."""
+    kind = torch.empty((), dtype=torch.int8, pin_memory=True).fill_(HOLES | BLIND)
+    kind.copy_(found, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    _COMING[kind.data_ptr()] = event
+    return kind
+
+
+def _arrived(kind: torch.Tensor) -> int:
+    """The kind of mask, when it is there."""
+    event = _COMING.pop(kind.data_ptr(), None)
+    if event is not None:
+        event.synchronize()
+    return int(kind)
+
+
 def _dropped(x: torch.Tensor, keep: torch.Tensor | None, p: float) -> torch.Tensor:
     return x if keep is None else (x / (1 - p)).masked_fill(~keep, 0.0)
+
+
+def _on_gpu(q: torch.Tensor) -> bool:
+    """Whether kernels for GPUs run in this call: ours, and those that come with PyTorch."""
+    return q.is_cuda and use_triton(q)
+
+
+class Route(NamedTuple):
+    """Who computes a call, what it takes, and why it is asked at this place."""
+
+    backend: str
+    takes: Callable[[_Call, torch.Tensor, torch.Tensor, torch.Tensor], bool]
+    why: str
+
+
+#: Who computes what by default: the first that takes a call. What is not measured to be faster on an H100 is a variant
+#: (``varlen``, ``sdpa``), and becomes a default by a row here: ``Route("varlen", lambda call, q, k, v: ..., "...")``.
+ROUTES = (
+    Route(
+        "cudnn",
+        lambda call, q, k, v: call.bare and _on_gpu(q) and _cudnn_takes(q, k, v, call.causal),
+        "nothing is hidden but by causality: 520 to 620 TFLOP/s forward, which plain Triton does not reach on Hopper",
+    ),
+    Route("triton", lambda *_: True, "skips what the mask hides, tile by tile, and knows every mask, cap and sink"),
+)
 
 
 def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> bool:
@@ -497,6 +583,10 @@ def _forward_by(
             q, k, v, None, True, 0.0, call.causal, False, scale=call.scale
         )
         return _as_bshd(got), stats.reshape(lse.shape)
+    if call.backend == "varlen":
+        lengths, options = _flash_arguments(call, q)
+        got, stats, *_ = torch.ops.aten._flash_attention_forward(*map(_in_rows, (q, k, v)), *lengths, False, **options)
+        return _out_of_rows(got, call.batch), stats.unflatten(1, (call.batch, -1)).transpose(0, 1).contiguous()
     if call.backend == "cpu":
         bias = call.bias(q) if not _only_causal(call) else None
         got, stats = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -521,6 +611,32 @@ def _forward_by(
         call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
     )  # fmt: skip
     return out, lse
+
+
+#: The last ``start`` that :func:`_cu_seqlens` was asked about, its version, and the answer.
+_LAST: list[Any] = [lambda: None, 0, None]
+
+
+def _cu_seqlens(call: _Call, q: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Where documents begin in the rows of all sequences, int32 ``[documents + 1]``, and how long the longest is. Their
+    number is a size, which the CPU has to wait for: once for all layers that are given one mask.
+    """
+    tokens = call.batch * call.q_length
+    if call.start is None:
+        return torch.arange(0, tokens + 1, call.q_length, dtype=torch.int32, device=q.device), call.q_length
+    if _LAST[0]() is not call.start or _LAST[1] != call.start._version:
+        order = torch.arange(call.q_length, dtype=torch.int32, device=q.device)
+        (first,) = (call.start == order).flatten().nonzero(as_tuple=True)
+        cu_seqlens = F.pad(first.to(torch.int32), (0, 1), value=tokens)
+        _LAST[:] = weakref.ref(call.start), call.start._version, (cu_seqlens, int(cu_seqlens.diff().max()))
+    return _LAST[2]  # type: ignore[no-any-return]
+
+
+def _flash_arguments(call: _Call, q: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What FlashAttention's forward and backward in PyTorch take alike: lengths, dropout, causality; scale, window."""
+    cu_seqlens, longest = _cu_seqlens(call, q)
+    window = {"window_size_left": call.window - 1, "window_size_right": 0}
+    return (cu_seqlens, cu_seqlens, longest, longest, 0.0, not call.window), {"scale": call.scale, **window}
 
 
 def _only_causal(call: _Call) -> bool:
@@ -614,6 +730,14 @@ def _backward_by(
             _as_bshd(grads[1]) if want_kv else dk,
             _as_bshd(grads[2]) if want_kv else dv,
         )
+    if call.backend == "varlen":
+        lengths, options = _flash_arguments(call, q)
+        # The random state of a dropout that is not there.
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+        rows = (*map(_in_rows, (do, q, k, v, out)), lse.transpose(0, 1).flatten(1).contiguous())
+        grads = torch.ops.aten._flash_attention_backward(*rows, *lengths, *state, **options)
+        grads = [_out_of_rows(grad, call.batch) for grad in grads]
+        return (grads[0] if want_q else dq, *(grads[1:] if want_kv else (dk, dv)))
     if call.backend == "cpu":
         bias = call.bias(q) if not _only_causal(call) else None
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -752,11 +876,15 @@ def _mask(
         first = torch.maximum(first, torch.div(order - left, chunk, rounding_mode="floor") * chunk + left)
     start.copy_(first)
     stop.copy_(torch.searchsorted(start, order.to(torch.int32).expand(batch, -1).contiguous(), right=True))
+    # Documents alone: every query sees an interval that it is in itself.
+    if padding is None:
+        return start, stop, end, keep, kind.fill_(INTERVALS)
     # Under CUDA graph capture the answer cannot be waited for: the kernels then look at every key's padding.
     if start.is_cuda and torch.cuda.is_current_stream_capturing():
         return start, stop, end, keep, kind.fill_(HOLES | BLIND)
     found = torch.where(plain, PLAIN, torch.where(whole, INTERVALS, HOLES)) + torch.where(sighted, 0, BLIND)
-    return start, stop, end, keep, kind.copy_(found)
+    found = found.to(torch.int8)
+    return start, stop, end, keep, _sent(found) if start.is_cuda else kind.copy_(found)
 
 
 def _mask_fake(
@@ -817,10 +945,21 @@ def attention_mask(padding: torch.Tensor | None, positions: torch.Tensor | None,
     start: first key that each query sees, chunks included, int32 ``[B, S]``; stop: one past the last query that sees
     each key, likewise. end: one past the last real token, int32 ``[B]``, and keep: padding as uint8 ``[B, S]``; both
     None without padding. kind: int8 ``[]`` on the CPU, one of HOLES, PLAIN, INTERVALS, with BLIND where queries may see
-    no key: waiting for it is the one synchronisation of a step.
+    no key. Without padding it is INTERVALS. With padding on a GPU it is on its way, and the first attention of the step
+    waits for it.
     """
     start, stop, end, keep, kind = _raw_mask(padding, positions, chunk)
     return (start, stop, None, None, kind) if padding is None else (start, stop, end, keep, kind)
+
+
+def document_positions(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """position_ids ``[1, tokens]`` of documents that lie one after another: document i from ``cu_seqlens[i]`` up to,
+    not with, ``cu_seqlens[i + 1]``. cu_seqlens: integer ``[documents + 1]``, from 0 on. What comes after the last of
+    them counts as one more document.
+    """
+    order = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, order, right=True) - 1
+    return (order - cu_seqlens[document]).unsqueeze(0)
 
 
 def attention(
@@ -854,163 +993,185 @@ def attention(
     what a query that sees no key gives, one of :data:`BLINDS`.
     """
     options = causal, window, chunk, padding, positions, dense, scale, dropout_p, softcap, mask, sinks, blind, seed
-    return _attend("auto", q, k, v, *options)
+    return _attend("auto", q, k, v, Options(*options))
 
 
-def _attend(
-    route: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    causal: bool,
-    window: int,
-    chunk: int,
-    padding: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    dense: torch.Tensor | None,
-    scale: float | None,
-    dropout_p: float,
-    softcap: float,
-    mask: Found | None,
-    sinks: torch.Tensor | None,
-    blind: str,
-    seed: torch.Tensor | None,
-) -> torch.Tensor:
-    """:func:`attention`, by cuDNN where it takes the call (``route`` "auto"), or by the kernels here ("triton")."""
-    if mask is None and (padding is not None or positions is not None):
-        mask = attention_mask(padding, positions, chunk)
+def _attend(route: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options) -> torch.Tensor:
+    """:func:`attention` by :data:`ROUTES` (``route`` "auto"), by the kernels here ("triton") or by FlashAttention
+    ("varlen").
+    """
+    mask, seed = o.mask, o.seed
+    if mask is None and (o.padding is not None or o.positions is not None):
+        mask = attention_mask(o.padding, o.positions, o.chunk)
     start, stop, end, keep, kind = mask or (None,) * 5
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if dropout_p and seed is None:
+    scale = q.shape[-1] ** -0.5 if o.scale is None else o.scale
+    if o.dropout_p and seed is None:
         seed = new_seed(q)
     return _Attention.apply(
-        q, k, v, sinks, start, stop, end, keep, dense, kind, seed if dropout_p else None,
-        causal, window, chunk, float(scale), float(softcap), float(dropout_p), blind, route,
+        q, k, v, o.sinks, start, stop, end, keep, o.dense, kind, seed if o.dropout_p else None,
+        o.causal, o.window, o.chunk, float(scale), float(o.softcap), float(o.dropout_p), o.blind, route,
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------- variants
 
 
-def attention_kernels(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    window: int = 0,
-    chunk: int = 0,
-    padding: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    dense: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float = 0.0,
-    mask: Found | None = None,
-    sinks: torch.Tensor | None = None,
-    blind: str = "zero",
-    seed: torch.Tensor | None = None,
-) -> torch.Tensor:
+def attention_kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
     """:func:`attention` by the kernels of this file, also where cuDNN would take the call."""
-    options = causal, window, chunk, padding, positions, dense, scale, dropout_p, softcap, mask, sinks, blind, seed
-    return _attend("triton", q, k, v, *options)
+    return _attend("triton", q, k, v, Options(**options))
 
 
-def attention_sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    window: int = 0,
-    chunk: int = 0,
-    padding: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    dense: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float = 0.0,
-    mask: Found | None = None,
-    sinks: torch.Tensor | None = None,
-    blind: str = "zero",
-    seed: torch.Tensor | None = None,
-) -> torch.Tensor:
+def attention_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
     """:func:`attention` by PyTorch's own ``scaled_dot_product_attention``, where :func:`sdpa_supported`."""
+    o = Options(**options)
     return torch.nn.functional.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=dense,
-        dropout_p=dropout_p,
-        is_causal=causal,
-        scale=scale,
+        attn_mask=o.dense,
+        dropout_p=o.dropout_p,
+        is_causal=o.causal,
+        scale=o.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
-def sdpa_supported(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    window: int = 0,
-    chunk: int = 0,
-    padding: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    dense: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float = 0.0,
-    mask: Found | None = None,
-    sinks: torch.Tensor | None = None,
-    blind: str = "zero",
-    seed: torch.Tensor | None = None,
-) -> Reason | None:
+def sdpa_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Reason | None:
     """None, or why PyTorch's own attention cannot compute this call."""
-    options: dict[str, Any] = dict(padding=padding, positions=positions, dense=dense, scale=scale)
-    options |= dict(causal=causal, window=window, chunk=chunk, dropout_p=dropout_p, softcap=softcap, mask=mask)
-    options |= dict(sinks=sinks, blind=blind, seed=seed)
+    o = Options(**options)
     if reason := supported(q, k, v, **options):
         return reason
     # Its mask is dense or causal.
-    if window or chunk or padding is not None or positions is not None or mask is not None:
+    if o.window or o.chunk or o.padding is not None or o.positions is not None or o.mask is not None:
         return Reason("mask", "scaled_dot_product_attention knows a causal mask and a dense one, and this is another")
-    if causal and dense is not None:
+    if o.causal and o.dense is not None:
         return Reason("mask", "scaled_dot_product_attention takes a causal mask or a dense one, not both")
-    if dense is not None and dense.dtype not in (torch.bool, q.dtype):
-        return Reason("mask", f"the mask is {dense.dtype}: scaled_dot_product_attention takes bool or {q.dtype}")
-    if softcap:
+    if o.dense is not None and o.dense.dtype not in (torch.bool, q.dtype):
+        return Reason("mask", f"the mask is {o.dense.dtype}: scaled_dot_product_attention takes bool or {q.dtype}")
+    if o.softcap:
         return Reason("softcap", "scaled_dot_product_attention caps no scores")
-    if sinks is not None:
+    if o.sinks is not None:
         return Reason("sinks", "scaled_dot_product_attention has no sinks")
-    if seed is not None:
+    if o.seed is not None:
         return Reason("dropout", "scaled_dot_product_attention draws its dropout itself, and takes no seed")
-    if blind != "zero" and dense is not None:
+    if o.blind != "zero" and o.dense is not None:
         return Reason("mask", "scaled_dot_product_attention gives 0 for a query that sees no key, not the mean")
     return None
 
 
-def supported(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    window: int = 0,
-    chunk: int = 0,
-    padding: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    dense: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float = 0.0,
-    mask: Found | None = None,
-    sinks: torch.Tensor | None = None,
-    blind: str = "zero",
-    seed: torch.Tensor | None = None,
-) -> Reason | None:
+def attention_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """:func:`attention` by FlashAttention for sequences of different lengths, as it comes with PyTorch, or as
+    ``torch.nn.attention.activate_flash_attention_impl`` put it there (FlashAttention 3 and 4). Where
+    :func:`varlen_supported`.
+    """
+    return _attend("varlen", q, k, v, Options(**options))
+
+
+def varlen_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Reason | None:
+    """None, or why FlashAttention for sequences of different lengths cannot compute this call."""
+    o = Options(**options)
+    if reason := supported(q, k, v, **options):
+        return reason
+    # Sequences, and a window in each.
+    if not o.causal or o.dense is not None or (o.chunk and o.positions is None and o.mask is None):
+        return Reason("mask", "varlen_attn knows documents, a window and causality, and this mask is another")
+    if o.padding is not None or (o.mask is not None and o.mask[3] is not None):
+        return Reason("mask", "varlen_attn knows no padding between documents")
+    if o.softcap:
+        return Reason("softcap", "varlen_attn caps no scores")
+    if o.sinks is not None:
+        return Reason("sinks", "varlen_attn has no sinks")
+    if o.dropout_p:
+        return Reason("dropout", "varlen_attn has no dropout")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return Reason("dtype", f"varlen_attn takes fp16 and bf16, not {q.dtype}")
+    if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > 256:
+        return Reason(
+            "head_size", f"varlen_attn takes heads of one size, by 8 up to 256, not {q.shape[3]}, {v.shape[3]}"
+        )
+    if q.device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
+        return Reason("device", "PyTorch has FlashAttention on CUDA only, where it was built with it")
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return Reason("device", "FlashAttention needs a GPU of compute capability 8.0 or more")
+    return None
+
+
+#: Where FlexAttention trains.
+FLEX_DEVICES = ("cuda",)
+#: What its call is given: that the logsumexp is kept, which its backward reads, and what PyTorch sets by itself.
+_FLEX_OPTIONS = {
+    "BACKEND": "AUTO", "PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False,
+    "WRITE_DQ": True, "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False,
+}  # fmt: skip
+
+
+def attention_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """:func:`attention` by PyTorch's FlexAttention, where :func:`flex_supported`. Its call goes into the graph that is
+    compiled; outside of one it is compiled by itself, since it computes all scores where nobody compiles it.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    o = Options(**options)
+    mask = o.mask
+    if mask is None and (o.padding is not None or o.positions is not None):
+        mask = attention_mask(o.padding, o.positions, o.chunk)
+    start, _, _, keep, _ = mask or (None,) * 5
+    if start is not None and start.shape[1] != q.shape[2]:  # keys of another sequence
+        start = None
+    found = {name: t for name, t in (("start", start), ("keep", keep)) if t is not None}
+
+    def shown(b: Any, h: Any, i: Any, j: Any, *given: torch.Tensor) -> Any:
+        known = dict(zip(found, given, strict=True))
+        seen = j <= i if o.causal else j >= 0
+        seen = seen & (j > i - o.window) if o.window else seen
+        seen = seen & (j // o.chunk == i // o.chunk) if o.chunk and start is None else seen
+        seen = seen & (j >= known["start"][b, i]) if "start" in known else seen
+        return seen & (known["keep"][b, j] != 0) if "keep" in known else seen
+
+    def capped(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return o.softcap * torch.tanh(score / o.softcap) if o.softcap else score
+
+    scale, tensors = q.shape[-1] ** -0.5 if o.scale is None else o.scale, tuple(found.values())
+    batch = q.shape[0] if found else None
+    blocks = create_block_mask(
+        lambda b, h, i, j: shown(b, h, i, j, *tensors), batch, None, q.shape[2], k.shape[2], q.device
+    )
+    if type(q) in (torch.Tensor, torch.nn.Parameter):  # in no graph
+        return _compiled_flex()(q, k, v, capped, blocks, scale, q.shape[1] != k.shape[1])  # type: ignore[no-any-return]
+    made = (*blocks.as_tuple()[:-1], shown)
+    return torch.ops.higher_order.flex_attention(q, k, v, capped, made, scale, _FLEX_OPTIONS, (), tensors)[0]  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Reason | None:
+    """None, or why FlexAttention cannot compute this call."""
+    o = Options(**options)
+    if reason := supported(q, k, v, **options):
+        return reason
+    if o.dense is not None:
+        return Reason("mask", "FlexAttention computes its mask, and is given no dense one here")
+    if o.blind != "zero" and (o.padding is not None or (o.mask is not None and o.mask[3] is not None)):
+        return Reason("mask", "FlexAttention gives 0 for a query that sees no key, not the mean")
+    if o.sinks is not None:
+        return Reason("sinks", "FlexAttention has no sinks")
+    if o.dropout_p:
+        return Reason("dropout", "FlexAttention has no dropout")
+    if min(q.shape[3], v.shape[3]) < 16:
+        return Reason("head_size", f"heads of {q.shape[3]} and {v.shape[3]}: FlexAttention's have 16 or more")
+    if q.device.type not in FLEX_DEVICES:
+        return Reason("device", "FlexAttention has gradients on CUDA only")
+    return None
+
+
+def supported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Reason | None:
     """None, or why this call cannot run as the op."""
+    o = Options(**options)
     # fp32, fp16 and bf16 kernels; one dtype goes into a tile product.
     if reason := check_dtypes(q, k, v):
         return reason
@@ -1033,66 +1194,51 @@ def supported(
     if q.is_cuda and max(q.shape[3], v.shape[3]) > MAX_D:
         return Reason("head_size", f"heads of {q.shape[3]} and {v.shape[3]}: at most {MAX_D} fit the kernel")
     # What is left is divided by 1 − p.
-    if not 0 <= dropout_p < 1:
-        return Reason("dropout", f"attention dropout is {dropout_p}: from 0 to below 1 is supported")
-    if seed is not None and (seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != q.device):
-        return Reason("dropout", f"the seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}: int64 [1] is needed")
+    if not 0 <= o.dropout_p < 1:
+        return Reason("dropout", f"attention dropout is {o.dropout_p}: from 0 to below 1 is supported")
+    if o.seed is not None and (o.seed.dtype != torch.int64 or o.seed.shape != (1,) or o.seed.device != q.device):
+        return Reason(
+            "dropout", f"the seed is {o.seed.dtype} {tuple(o.seed.shape)} on {o.seed.device}: int64 [1] is needed"
+        )
     # What is computed afterwards has no dropout; a dense mask that adds says itself what it adds.
-    if blind not in BLINDS:
-        return Reason("mask", f"blind is {blind!r}: one of {', '.join(BLINDS)} is supported")
-    if blind == "filled" and dropout_p:
+    if o.blind not in BLINDS:
+        return Reason("mask", f"blind is {o.blind!r}: one of {', '.join(BLINDS)} is supported")
+    if o.blind == "filled" and o.dropout_p:
         return Reason("dropout", "queries that see no key are to give a mean, which dropout is not drawn for")
-    if blind == "added" and dense is not None:
+    if o.blind == "added" and o.dense is not None:
         return Reason("mask", "a dense mask is to be added to a structured one that adds: one of both is supported")
     # A sink is one number for each head.
-    if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or (reason := check_dtypes(sinks))):
-        return Reason("sinks", f"sinks are {sinks.dtype} {tuple(sinks.shape)}: one for each of {q.shape[1]} heads")
+    if o.sinks is not None and (tuple(o.sinks.shape) != (q.shape[1],) or (reason := check_dtypes(o.sinks))):
+        return Reason("sinks", f"sinks are {o.sinks.dtype} {tuple(o.sinks.shape)}: one for each of {q.shape[1]} heads")
     # Positions of queries and keys are counted from the same token.
-    structured = causal or window or chunk or positions is not None
+    structured = o.causal or o.window or o.chunk or o.positions is not None
     if structured and q.shape[2] != k.shape[2]:
         return Reason("shape", f"{q.shape[2]} queries see {k.shape[2]} keys: a structured mask needs as many")
     # Without causality what a query sees is no interval that ends at itself.
-    if not causal and (window or chunk or positions is not None):
+    if not o.causal and (o.window or o.chunk or o.positions is not None):
         return Reason("mask", "a window, chunk or packed mask that is not causal has no kernel")
-    if padding is not None and tuple(padding.shape) != (k.shape[0], k.shape[2]):
-        return Reason("shape", f"padding is {tuple(padding.shape)}: [batch, seq] is {(k.shape[0], k.shape[2])}")
-    if positions is not None and tuple(positions.shape) != (q.shape[0], q.shape[2]):
-        return Reason("shape", f"positions are {tuple(positions.shape)}: [batch, seq] is {(q.shape[0], q.shape[2])}")
+    if o.padding is not None and tuple(o.padding.shape) != (k.shape[0], k.shape[2]):
+        return Reason("shape", f"padding is {tuple(o.padding.shape)}: [batch, seq] is {(k.shape[0], k.shape[2])}")
+    if o.positions is not None and tuple(o.positions.shape) != (q.shape[0], q.shape[2]):
+        return Reason("shape", f"positions are {tuple(o.positions.shape)}: [batch, seq] is {(q.shape[0], q.shape[2])}")
     # A learned bias (T5, ALiBi with a gradient) would need its own gradient.
-    if dense is not None and dense.requires_grad:
+    if o.dense is not None and o.dense.requires_grad:
         return Reason("mask", "the additive mask requires a gradient, and the kernels give none")
-    if dense is not None and not (dense.dtype == torch.bool or dense.dtype.is_floating_point):
-        return Reason("mask", f"the mask is {dense.dtype}: boolean or floating point is needed")
+    if o.dense is not None and not (o.dense.dtype == torch.bool or o.dense.dtype.is_floating_point):
+        return Reason("mask", f"the mask is {o.dense.dtype}: boolean or floating point is needed")
     # CUDA without Triton (Windows wheels): PyTorch's own attention stays.
     if q.is_cuda and not HAS_TRITON:
         return Reason("triton", "Triton is not installed: pip install triton")
     return None
 
 
-def cost(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    window: int = 0,
-    chunk: int = 0,
-    padding: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    dense: torch.Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    softcap: float = 0.0,
-    mask: Found | None = None,
-    sinks: torch.Tensor | None = None,
-    blind: str = "zero",
-    seed: torch.Tensor | None = None,
-) -> Cost:
+def cost(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Cost:
     """The forward's. A window counts as its own length, documents as one: their number is known at run time only."""
+    o = Options(**options)
     b, h, s, d = (size(n) for n in q.shape)
     k_heads, k_length, d_v = (size(n) for n in (k.shape[1], k.shape[2], v.shape[3]))
-    seen = k_length / 2 if causal else k_length
-    for limit in (window, chunk):
+    seen = k_length / 2 if o.causal else k_length
+    for limit in (o.window, o.chunk):
         seen = sympy.Min(seen, limit) if limit else seen
     item = sympy.Integer(q.element_size())
     out = b * h * s * d_v * item
@@ -1119,6 +1265,17 @@ def sizes(model: Model) -> Iterator[dict[str, Any]]:
             yield {**model.tokens, **heads, "window": window or None, "softcap": None, "hides": hides}
 
 
+def document_lengths(tokens: int) -> list[int]:
+    """Of documents that fill ``tokens``, drawn as other programs' benchmarks do: 512 ± 256 tokens each, the last one
+    what is left. Always the same ones.
+    """
+    draw = random.Random(0)
+    lengths: list[int] = []
+    while (left := tokens - sum(lengths)) > 0:
+        lengths.append(min(draw.randint(256, 768), left))
+    return lengths
+
+
 def inputs(
     new: New,
     *,
@@ -1130,9 +1287,12 @@ def inputs(
     window: int | None,
     softcap: float | None,
     hides: str = "",
+    chunk: int = 0,
+    sinks: bool = False,
 ) -> Inputs:
     """q [batch, heads, seq, head_dim], k and v [batch, kv_heads, seq, head_dim]. ``hides``: what else the mask hides:
-    "padding" at the end of the last sequence or, with "packing", the first document from the second.
+    "padding" at the end of the last sequence; with "packing", the first document from the second; with "documents",
+    those of :func:`document_lengths` from each other. ``chunk``: in tokens. ``sinks``: whether heads have them.
     """
     q, k, v = new.heads(batch, seq, head_dim, heads, kv_heads, kv_heads)
     options: dict[str, Any] = {"causal": True, "window": window or 0, "softcap": softcap or 0.0}
@@ -1141,8 +1301,14 @@ def inputs(
         padding = torch.ones(batch, seq, dtype=torch.int64, device=new.device)
         padding[-1:] = order < max(seq - seq // 4, 1)
         options["mask"] = attention_mask(padding, None)
+        _arrived(options["mask"][4])  # whoever copies it has it whole
     elif hides == "packing":
         options["mask"] = attention_mask(None, (order % max(seq // 2, 1)).expand(batch, seq).contiguous())
+    elif hides == "documents":
+        positions = torch.cat([torch.arange(n) for n in document_lengths(seq)]).to(new.device)
+        options["mask"] = attention_mask(None, positions.expand(batch, seq).contiguous())
+    options |= {"chunk": chunk} if chunk else {}
+    options |= {"sinks": new(heads)} if sinks else {}
     return Inputs((q, k, v), options, [q, k, v])
 
 
@@ -1158,7 +1324,12 @@ OP = register(
         sizes=sizes,
         inputs=inputs,
         stock=stock,
-        variants={"triton": (attention_kernels, supported), "sdpa": (attention_sdpa, sdpa_supported)},
-        default="auto",  # cuDNN where it takes the call
+        variants={
+            "triton": (attention_kernels, supported),
+            "sdpa": (attention_sdpa, sdpa_supported),
+            "varlen": (attention_varlen, varlen_supported),
+            "flex": (attention_flex, flex_supported),
+        },
+        default="auto",  # by ROUTES
     )
 )

@@ -240,6 +240,9 @@ class Rewrite:
     ``draws`` says what the op draws other random numbers for than what it replaces, if it does: the site is left where
     eager's are wanted.
 
+    ``known`` are values above the outputs whose making the rule has looked at itself: what writes to memory there is
+    no hindrance.
+
     The op stands where the last output stood; ``early``: where the first did, for outputs that are used before the
     last one is computed. What it reads must be there by then.
     """
@@ -258,6 +261,7 @@ class Rewrite:
     first: Rewrite | None = None
     prepare: Callable[..., tuple[Sequence[Any], dict[str, Any]]] | None = None
     draws: str = ""
+    known: frozenset[fx.Node] = frozenset()
 
 
 def use(kernel: str, *args: Any, **kwargs: Any) -> Rewrite | Reason:

@@ -1,5 +1,5 @@
-"""Attention: ``scaled_dot_product_attention``, or what is written out as a product, a softmax and a product, with keys
-and values repeated for their query heads and a dense mask.
+"""Attention: ``scaled_dot_product_attention``, ``flex_attention``, ``varlen_attn``, or what is written out as a
+product, a softmax and a product, with keys and values repeated for their query heads and a dense mask.
 
 The op takes the keys and values as they were before ``repeat_kv``, and the mask's structure
 (:mod:`fastft.patterns.masks`) in place of the mask, which nobody computes any more once its last user is replaced. A
@@ -7,6 +7,9 @@ mask that is not understood stays, as an operand.
 
 Written out, scores are scaled, capped (Gemma 2), masked by a sum, a fill or a choice, joined by sinks (gpt-oss), and
 their weights may be dropped: each of these at most once, in this order, as transformers' eager attention has them.
+
+Of FlexAttention, what its functions say is recovered (:mod:`fastft.patterns.flex`). There is no dense mask to fall back
+on: a call that is not recovered stays.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import fx
 
 from fastft.autotune.variants import run
 from fastft.kernels.attention import OP as ATTENTION
-from fastft.kernels.attention import attention, attention_mask
+from fastft.kernels.attention import attention, attention_mask, document_positions
 from fastft.patterns._match import (
     Bindings,
     Match,
@@ -42,6 +45,8 @@ from fastft.patterns._match import (
     through,
     value,
 )
+from fastft.patterns._see import in_place
+from fastft.patterns.flex import is_call, mask_of, proven, scores_of
 from fastft.patterns.masks import HIDES, Structure, number_of, recover, recover_added, recover_hidden
 
 
@@ -57,10 +62,24 @@ def rounded_attention(*qkv: torch.Tensor, variant: str = "", **options: Any) -> 
     return run(ATTENTION.name, variant, *args, **options)
 
 
+def _by_rows(q: torch.Tensor, *kv: torch.Tensor, **options: Any) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    return tuple(t.transpose(0, 1).unsqueeze(0) for t in (q, *kv)), options
+
+
+def packed_attention(*qkv: torch.Tensor, variant: str = "", **options: Any) -> torch.Tensor:
+    """:func:`attention` (or a variant of it) of q ``[tokens, Hq, D]``, k and v ``[tokens, Hk, D]``, documents one after
+    another, as PyTorch's ``varlen_attn`` takes them. Returns ``[tokens, Hq, Dv]``.
+    """
+    args, options = _by_rows(*qkv, **options)
+    return run(ATTENTION.name, variant, *args, **options).squeeze(0).transpose(0, 1)
+
+
 @dataclass(frozen=True)
 class Spelled:
     """Attention as it stands in the graph. ``mask`` shows keys where it is True ("shows"), hides them ("hides"), or is
     added to the scores ("adds"). ``below``: what hidden scores are set to, where they are set to something.
+    ``structure``: the mask's, where it is no tensor; then ``bias`` is what is added to the scores beside it, and
+    ``known`` what made the mask.
     """
 
     q: fx.Node
@@ -74,6 +93,9 @@ class Spelled:
     softcap: float = 0.0
     sinks: fx.Node | None = None
     dropout_p: float = 0.0
+    structure: Structure | None = None
+    bias: fx.Node | None = None
+    known: frozenset[fx.Node] = frozenset()
 
 
 def _sdpa(m: Match) -> Rewrite | Reason | None:
@@ -97,12 +119,13 @@ def _attention(m: Match, site: Spelled) -> Rewrite | Reason | None:
     options |= {"scale": site.scale} if site.scale is not None else {}
     options |= {"softcap": site.softcap} if site.softcap else {}
     options |= {"sinks": site.sinks} if site.sinks is not None else {}
+    options |= {"dense": site.bias} if site.bias is not None else {}
     always = dict(options)
     note = "full"
     if is_causal:
         options["causal"], note = True, "causal"
-    if mask is not None:
-        structure = _recover(site)
+    if mask is not None or site.structure is not None:
+        structure = _recover(site) if site.structure is None else site.structure
         unrecovered = structure if isinstance(structure, Reason) else None
         if isinstance(structure, Structure):
             note = str(structure)
@@ -120,6 +143,8 @@ def _attention(m: Match, site: Spelled) -> Rewrite | Reason | None:
             if unrecovered is None and (structure.padding is not None or structure.positions is not None):
                 options["mask"] = _shared(structure)
         if unrecovered is not None:
+            if mask is None:
+                return unrecovered
             options = {**always, "causal": is_causal, "dense": mask}
             if site.below > -math.inf and site.kind != "adds" and site.sinks is None:
                 options["blind"] = "filled"
@@ -130,8 +155,8 @@ def _attention(m: Match, site: Spelled) -> Rewrite | Reason | None:
             note = f"dense: {unrecovered.text}"
     if problem := _problem(m, q, k, v, {key: o for key, o in options.items() if key != "mask"}):
         return problem
-    if site.sinks is not None:
-        note += "; sinks"
+    note += "; bias" if site.bias is not None else ""
+    note += "; sinks" if site.sinks is not None else ""
     if not same_size(shape(q)[1], shape(k)[1]):
         note += f"; {shape(q)[1]} query heads on {shape(k)[1]}"
     target, prepare = attention, None
@@ -139,6 +164,7 @@ def _attention(m: Match, site: Spelled) -> Rewrite | Reason | None:
         options["to"] = dtype(m.anchor)
         target, prepare = rounded_attention, _rounded
     answer = Rewrite(target, (q, k, v), options, inside=m.inside, notes=note, kernel=ATTENTION, prepare=prepare)
+    answer.known = site.known
     answer.draws = f"attention's dropout of {site.dropout_p}" if site.dropout_p else ""
     return answer
 
@@ -466,9 +492,170 @@ def _written(m: Match) -> Rewrite | Reason | None:
     return _attention(m, m["site"])
 
 
+# ---------------------------------------------------------------- FlexAttention
+
+
+class Flex(Pattern):
+    """The first result of a call of FlexAttention, bound to ``call``; alone, or as transformers joins it with sinks:
+    times ``exp(l − logsumexp([l, sinks]))``, where l is the logarithm of the sum that the call returns too.
+    """
+
+    anchors = frozenset({"getitem", "mul"})
+
+    def match(self, found: Any, bound: Bindings) -> Iterator[Bindings]:
+        seen = see(found)
+        out: Any = found
+        out, factor = (found, None) if seen.op == "getitem" else seen.args
+        item = see(out)
+        if item.op != "getitem" or item.args[1] != 0 or not is_call(item.args[0]):
+            return
+        call, sinks = item.args[0], None
+        inside: set[fx.Node] = {found, out}
+        _drop_unread(call)
+        if factor is not None:
+            sinks = _renormalises(factor, call, shape(out)[1], inside)
+            if sinks is None:
+                return
+        inside |= {call, *(n for n in call.all_input_nodes if n.op == "get_attr")}
+        more = Bindings(bound.names, bound.inside | inside).bind("call", call)
+        if more is not None and (more := more.bind("sinks", sinks)) is not None:
+            yield more
+
+
+def _drop_unread(call: fx.Node) -> None:
+    """Erase the results of a call, and what is computed of them, that nobody reads: Dynamo leaves them."""
+    for user in list(call.users):
+        below = [user]
+        for node in below:
+            below += [u for u in node.users if u not in below]
+        if not any(n.op == "output" or in_place(n) for n in below):
+            for node in reversed(sorted(below)):
+                node.graph.erase_node(node)
+
+
+def _renormalises(factor: Any, call: fx.Node, heads: Any, inside: set[fx.Node]) -> fx.Node | None:
+    """The sinks ``[heads]`` of a factor ``exp(l − logsumexp([l, sinks]))``; None: it is another. Passed nodes go to
+    ``inside``.
+    """
+    walk = _Walk()
+    factor = walk.take(factor, "cast")
+    difference: Any = walk.take(see(factor).args[0], "cast") if see(factor).op == "exp" else None
+    if see(difference).op != "sub":
+        return None
+    walk.inside |= {factor, difference}
+    lse, total = see(difference).args
+    joined = see(walk.take(total, "cast"))
+    if joined.op != "logsumexp" or joined.args[1] not in (-1, 3, (-1,), [-1]) or not joined.args[2]:
+        return None
+    both = see(walk.take(joined.args[0], "cast"))
+    if both.op != "cat" or both.args[1] not in (-1, 3) or len(both.args[0]) != 2 or both.args[0][0] is not lse:
+        return None
+    walk.inside |= {walk.take(total, "cast"), walk.take(joined.args[0], "cast"), lse}
+    narrow = walk.take(lse, "cast", "unsqueeze")
+    # The call counts in powers of 2, but for the kernels of FlashAttention.
+    of_two = see(narrow)
+    if of_two.op == "mul" and isinstance(of_two.args[1], float) and math.isclose(of_two.args[1], math.log(2.0)):
+        walk.inside.add(narrow)
+        narrow = walk.take(of_two.args[0], "cast")
+    elif dict(call.args[6]).get("BACKEND") != "FLASH":  # type: ignore[arg-type]
+        return None
+    if see(narrow).op != "getitem" or see(narrow).args != (call, 1):
+        return None
+    inside |= walk.inside | {narrow}
+    return _per_head(both.args[0][1], heads)
+
+
+def _flex(m: Match) -> Rewrite | Reason | None:
+    call = m["call"]
+    q, k, v, _, _, scale, *_ = call.args
+    scores = scores_of(call)
+    if isinstance(scores, Reason):
+        return scores
+    if isinstance(scale, fx.Node):
+        return Reason("scale", f"attention's scale is an input of the graph ({scale.name}), not a constant")
+    structure = mask_of(call, scores)
+    if isinstance(structure, Reason):
+        return structure
+    site = Spelled(q, k, v, scale=scale * scores.scale, softcap=scores.softcap, sinks=m["sinks"])
+    return _attention(m, replace(site, structure=structure, bias=scores.bias, known=proven(call)))
+
+
+# ---------------------------------------------------------------- varlen_attn
+
+
+class Varlen(Pattern):
+    """The first result of PyTorch's ``varlen_attn``, bound to ``call``."""
+
+    anchors = frozenset({"getitem"})
+
+    def match(self, found: Any, bound: Bindings) -> Iterator[Bindings]:
+        call, index = see(found).args
+        if index != 0 or str(getattr(call, "target", "")).split(".")[:2] != ["torch_attn", "_varlen_attn"]:
+            return
+        _drop_unread(call)
+        more = Bindings(bound.names, bound.inside | {found, call}).bind("call", call)
+        if more is not None:
+            yield more
+
+
+def _varlen(m: Match) -> Rewrite | Reason | None:
+    call = m["call"]
+    names = [a.name for a in torch.ops.torch_attn._varlen_attn.default._schema.arguments]
+    given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    q, k, v, of_q, of_k = (given[name] for name in ("query", "key", "value", "cu_seq_q", "cu_seq_k"))
+    for name in ("seqused_k", "block_table"):
+        if given.get(name) is not None:
+            return Reason("mask", f"varlen_attn has {name}, which is for generating")
+    if of_q is not of_k:
+        return Reason("mask", "varlen_attn has documents of other lengths for queries than for keys")
+    left, right = given.get("window_size") or (-1, -1)
+    if right != 0 and not given.get("is_causal"):
+        return Reason("mask", "a window, chunk or packed mask that is not causal has no kernel")
+    if isinstance(left, fx.Node) or isinstance(given.get("scale"), fx.Node):
+        return Reason("mask", "varlen_attn's window or scale is an input of the graph, not a constant")
+    positions = _positions(of_q, shape(q)[0])
+    if positions is None:
+        return Reason("shape", f"no input of the graph says how many tokens there are ({shape(q)[0]})")
+    structure = Structure(causal=True, window=left + 1 if left >= 0 else 0, positions=positions)
+    options: dict[str, Any] = {"causal": True, "window": structure.window}
+    options |= {"scale": given["scale"]} if given.get("scale") is not None else {}
+    fakes, _ = _by_rows(*(value(t) for t in (q, k, v)))
+    if problem := ATTENTION.supported(*fakes, **options, positions=value(positions)):
+        return problem
+    options["mask"] = _shared(structure)
+    note = str(structure)
+    if not same_size(shape(q)[1], shape(k)[1]):
+        note += f"; {shape(q)[1]} query heads on {shape(k)[1]}"
+    return Rewrite(
+        packed_attention, (q, k, v), options, inside=m.inside, notes=note, kernel=ATTENTION, prepare=_by_rows
+    )
+
+
+def _positions(cu_seqlens: fx.Node, tokens: Any) -> fx.Node | None:
+    """The position_ids of documents that ``cu_seqlens`` are between, from the node that another layer has made, or from
+    a new one; None: the number of tokens is no constant, and no input of the graph.
+    """
+    graph = cu_seqlens.graph
+    length: Any = tokens
+    if not isinstance(tokens, int):
+        inputs = (n for n in graph.nodes if n.op == "placeholder" and not isinstance(value(n), torch.Tensor))
+        length = next((n for n in inputs if same_size(value(n), tokens)), None)
+        if length is None:
+            return None
+    args = (cu_seqlens, length)
+    node = next((u for u in cu_seqlens.users if u.target is document_positions and u.args == args), None)
+    if node is None:
+        with graph.inserting_after(_last_placeholder(graph, cu_seqlens)):
+            node = graph.call_function(document_positions, args)
+        with value(cu_seqlens).fake_mode:
+            node.meta["example_value"] = document_positions(value(cu_seqlens), tokens)
+    return node
+
+
 #: What other libraries leave in a graph for their own attention kernels.
 _FOREIGN = {
-    "flex_attention": "FlexAttention, which brings its own kernel; attn_implementation='sdpa' has one here",
+    "flex_attention": "FlexAttention, whose result is read in another way than its first one alone, or with sinks",
+    "varlen_attn": "PyTorch's varlen_attn, whose result is read in another way than its first one alone",
     "flash_attn": "FlashAttention's own op, which stays; attn_implementation='sdpa' has one here",
     "flash_attention": "FlashAttention's own op, which stays; attn_implementation='sdpa' has one here",
 }
@@ -501,6 +688,8 @@ TABLE = Table(
     "attention",
     (
         row(op("sdpa", Var("q"), Var("k"), Var("v")), _sdpa),  # softmax(mask(scale · q kᵀ)) v
+        row(Flex(), _flex),  # softmax(mask_mod(score_mod(scale · q kᵀ))) v
+        row(Varlen(), _varlen),  # the same of documents in a row, between cu_seqlens
         row(Written(), _written),  # the same, written out (gpt-oss, Gemma 2 with its cap)
     ),
     _seed,

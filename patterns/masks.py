@@ -9,7 +9,12 @@ What is written out by hand has other forms: a float mask that is added to the s
 below 0 where it is not (:func:`recover_added`), or scores that are overwritten where a boolean hides them
 (:func:`recover_hidden`).
 
-The symbols: a :class:`Coordinate` is an integer tensor that counts along one axis of the mask; :class:`Rows` is a
+FlexAttention's ``mask_mod`` says the same of scalars, one index for each axis: its graph is evaluated with its
+arguments as coordinates (:mod:`fastft.patterns.flex`), and so are the axes that ``vmap`` adds where a dense mask is
+made of it.
+
+The symbols: a :class:`Coordinate` is an integer tensor that counts along one axis of the mask; a :class:`Distance` is
+the difference of two; :class:`Rows` is a
 tensor with one row for each sequence of the batch; :class:`Gathered` is such a row laid along an axis of the mask; a
 :class:`Constant` is the same number everywhere; a :class:`Mask` is a conjunction of parts. Whatever else is met is
 :class:`Unknown`, and names what it was.
@@ -29,9 +34,12 @@ from torch import fx
 from fastft.kernels._op import Reason
 from fastft.patterns._see import dtype, rank, same_size, see, shape, through, value
 
-__all__ = ["HIDES", "Structure", "number_of", "recover", "recover_added", "recover_hidden"]
+__all__ = [
+    "BATCH", "HEAD", "HIDES", "KEY", "QUERY", "Coordinate", "Structure", "Symbol", "called", "evaluate", "number_of",
+    "recover", "recover_added", "recover_hidden", "structure_of",
+]  # fmt: skip
 
-BATCH, QUERY, KEY = -4, -2, -1  # axes of the mask, counted from the last as broadcasting does
+BATCH, HEAD, QUERY, KEY = -4, -3, -2, -1  # axes of the mask, counted from the last as broadcasting does
 
 
 #: From here on down a score has no weight beside any that is not hidden.
@@ -81,6 +89,14 @@ class Coordinate:
 
 
 @dataclass(frozen=True)
+class Distance:
+    """``a − b``, two coordinates of different axes."""
+
+    a: Coordinate
+    b: Coordinate
+
+
+@dataclass(frozen=True)
 class Rows:
     """A function of ``of``, ``[B, S]``:
 
@@ -118,39 +134,44 @@ class Unknown:
     what: str
 
 
-Symbol = Coordinate | Rows | Gathered | Constant | Mask | Unknown
+Symbol = Coordinate | Distance | Rows | Gathered | Constant | Mask | Unknown
 
 # ---------------------------------------------------------------- recovery
 
 
 def recover(mask: fx.Node) -> Structure | Reason:
     """The conjunction that ``mask`` computes, or a Reason that names the first thing that is not understood."""
-    return _structure(mask, _evaluate(mask, {}))
+    return structure_of(mask.name, evaluate(mask, {}))
 
 
 def recover_hidden(mask: fx.Node) -> Structure | Reason:
     """The same of a boolean that is True where a key is hidden."""
-    return _structure(mask, _shown(mask, {}))
+    return structure_of(mask.name, _shown(mask, {}))
 
 
 def recover_added(mask: fx.Node) -> Structure | Reason:
     """The same of a mask that is added to the scores: 0 where a key is seen, ``below`` (-1e4 or less) elsewhere."""
     below: set[float] = set()
-    structure = _structure(mask, _added(mask, {}, below))
+    structure = structure_of(mask.name, _added(mask, {}, below))
     if isinstance(structure, Structure) and below:
         structure = replace(structure, below=max(below))
     return structure
 
 
-def _structure(mask: fx.Node, found: Symbol) -> Structure | Reason:
-    if isinstance(found, Constant) and found.number:
-        return Structure()
-    if not isinstance(found, Mask):
-        what = found.what if isinstance(found, Unknown) else f"{mask.name} is no conjunction of known parts"
-        return Reason("mask", f"the mask's structure was not recovered: {what}")
+def structure_of(name: str, *symbols: Symbol) -> Structure | Reason:
+    """The conjunction that symbols say together, or a Reason that names the first thing that is not understood.
+    ``name``: of what they were evaluated from.
+    """
+    parts: frozenset[tuple[Any, ...]] = frozenset()
+    for found in symbols:
+        if isinstance(found, Mask):
+            parts |= found.parts
+        elif not (isinstance(found, Constant) and found.number):
+            what = found.what if isinstance(found, Unknown) else f"{name} is no conjunction of known parts"
+            return Reason("mask", f"the mask's structure was not recovered: {what}")
     structure = Structure()
     lefts: set[fx.Node | None] = set()
-    for name, *constants in sorted(found.parts, key=str):
+    for name, *constants in sorted(parts, key=str):
         if name == "causal":
             structure = replace(structure, causal=True)
         elif name == "window":  # of two windows the narrower one decides
@@ -173,8 +194,8 @@ def _structure(mask: fx.Node, found: Symbol) -> Structure | Reason:
     return structure
 
 
-def _evaluate(node: Any, memo: dict[fx.Node, Symbol]) -> Symbol:
-    """The symbol of a node or a number."""
+def evaluate(node: Any, memo: dict[fx.Node, Symbol]) -> Symbol:
+    """The symbol of a node or a number. ``memo``: of nodes that are known, to which others are added."""
     if not isinstance(node, fx.Node):
         return Constant(node) if isinstance(node, (int, bool)) else Unknown(f"{node!r} is no integer")
     if node not in memo:
@@ -195,7 +216,7 @@ def _symbol(node: fx.Node, memo: dict[fx.Node, Symbol]) -> Symbol:
     if rule is None:
         name = getattr(node.target, "__name__", node.target)
         return Unknown(f"{node.name} is an input" if node.op == "placeholder" else f"{node.name} = {name}(...)")
-    found = rule(node, lambda x: _evaluate(x, memo))
+    found = rule(node, lambda x: evaluate(x, memo))
     return (
         found if found is not None else Unknown(f"{node.name} = {getattr(node.target, '__name__', node.target)}(...)")
     )
@@ -205,7 +226,7 @@ _NOT = ("invert", "__invert__", "logical_not", "bitwise_not")
 _OPPOSITE = {"gt": "le", "ge": "lt", "lt": "ge", "le": "gt", "eq": "ne", "ne": "eq"}
 
 
-def _name(node: Any) -> str:
+def called(node: Any) -> str:
     """What a node calls: the function's or the method's name; empty for other nodes and for numbers."""
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return ""
@@ -214,21 +235,21 @@ def _name(node: Any) -> str:
 
 def _shown(node: Any, memo: dict[fx.Node, Symbol]) -> Symbol:
     """What a boolean that hides leaves: the symbol of ``~node``."""
-    name = _name(node)
+    name = called(node)
     bare = name.strip("_")
     if name in _NOT:
-        return _evaluate(node.args[0], memo)
+        return evaluate(node.args[0], memo)
     if bare == "eq" and not isinstance(node.args[1], fx.Node) and node.args[1] == 0:
-        seen = _evaluate(node.args[0], memo)
+        seen = evaluate(node.args[0], memo)
         if isinstance(seen, Mask) or (isinstance(seen, Rows) and seen.kind == "values"):
             return seen
     if bare in _OPPOSITE and dtype(node) == torch.bool:
-        return _compare(_OPPOSITE[bare])(node, lambda x: _evaluate(x, memo)) or Unknown(f"{node.name} = {name}(...)")
+        return _compare(_OPPOSITE[bare])(node, lambda x: evaluate(x, memo)) or Unknown(f"{node.name} = {name}(...)")
     if name in _MOVES:
         return _MOVES[name](node, lambda x: _shown(x, memo)) or Unknown(f"{node.name} = {name}(...)")
     if name == "triu" and _argument(node, 1, "diagonal", 0) == 1 and number_of(node.args[0]) == 1:
         return Mask(frozenset({("causal",)}))
-    found = _evaluate(node, memo)
+    found = evaluate(node, memo)
     if isinstance(found, Constant):
         return Constant(not found.number)
     return found if isinstance(found, Unknown) else Unknown(f"{node.name} hides what is not known to be a mask's rest")
@@ -236,14 +257,14 @@ def _shown(node: Any, memo: dict[fx.Node, Symbol]) -> Symbol:
 
 def _added(node: Any, memo: dict[fx.Node, Symbol], below: set[float]) -> Symbol:
     """What an additive mask shows. ``below`` collects the numbers that it hides by."""
-    unknown = Unknown(f"{node.name} = {_name(node) or node.op}(...)")
-    name = _name(node)
+    unknown = Unknown(f"{node.name} = {called(node) or node.op}(...)")
+    name = called(node)
     if name == "where" and len(node.args) == 3:
         condition, a, b = node.args
         a, b = number_of(a), number_of(b)
         if a == 0 and b is not None and b <= HIDES:
             below.add(b)
-            return _evaluate(condition, memo)
+            return evaluate(condition, memo)
         if b == 0 and a is not None and a <= HIDES:
             below.add(a)
             return _shown(condition, memo)
@@ -272,7 +293,7 @@ def number_of(node: Any) -> float | None:
     if isinstance(node, (int, float)):
         return float(node)
     node = through(node, "noop", "cast", "expand", "unsqueeze", "view")
-    name = _name(node)
+    name = called(node)
     if name in ("zeros", "zeros_like", "new_zeros"):
         return 0.0
     if name in ("ones", "ones_like", "new_ones"):
@@ -416,6 +437,27 @@ def _along(rows: Rows, axis: int, kind: torch.dtype | None) -> Symbol | None:
     return Gathered(rows, axis)
 
 
+def _aten_index(node: fx.Node, evaluate: Evaluate) -> Symbol | None:
+    """An index by tensors as ``vmap`` spells it."""
+    index: Any = node.args[1]
+    x = evaluate(node.args[0])
+    return x if isinstance(x, Constant) else _gather(x, [evaluate(i) for i in index], dtype(node.args[0]))
+
+
+def _mapped(node: fx.Node, evaluate: Evaluate) -> Symbol | None:
+    """What counts, mapped over by one of four ``vmap`` that are around each other: one for each axis of a mask."""
+    x, place, level = evaluate(node.args[0]), node.args[1], node.args[2]
+    counts = isinstance(x, Coordinate) and x.axis == -1 and rank(node.args[0]) == 1
+    return replace(x, axis=level - 5) if counts and place == 0 and level in (1, 2, 3, 4) else None  # type: ignore[arg-type, operator, union-attr]
+
+
+def _unmapped(node: fx.Node, evaluate: Evaluate) -> Symbol | None:
+    """Behind such a ``vmap``, the innermost of which ends first: the axes come back in their order."""
+    x, level, place = evaluate(node.args[0]), node.args[1], node.args[3]
+    whole = isinstance(x, (Mask, Constant)) and place == 0 and isinstance(level, int)
+    return x if whole and rank(node) == 5 - level else None  # type: ignore[operator]
+
+
 # ---------------------------------------------------------------- arithmetic
 
 
@@ -428,6 +470,8 @@ def _add(sign: int) -> Callable[[fx.Node, Evaluate], Symbol | None]:
             return Constant(a.number + sign * b.number)
         if not isinstance(a, Coordinate) or a.chunk:
             return None
+        if sign < 0 and isinstance(b, Coordinate) and not b.chunk and a.axis != b.axis:
+            return Distance(a, b)
         if isinstance(b, Constant):
             return replace(a, offset=a.offset + sign * b.number)
         if sign < 0 and isinstance(b, Gathered) and b.rows.kind == "left" and a.left is None:
@@ -500,6 +544,8 @@ def _compare(name: str) -> Callable[[fx.Node, Evaluate], Symbol | None]:
             return _equal(a, b, name == "eq") or _equal(b, a, name == "eq")
         if isinstance(a, Coordinate) and isinstance(b, Coordinate):
             return _ordered(name, a, b)
+        if isinstance(a, Distance) and isinstance(b, Constant):
+            return _ordered(name, a.a, replace(a.b, offset=a.b.offset + b.number))
         # A position is never negative: how transformers says "every key" of a mask that is not causal.
         if name == "ge" and isinstance(a, Coordinate) and not a.chunk and a.left is None and isinstance(b, Constant):
             return Constant(True) if b.number <= a.offset else None
@@ -576,6 +622,9 @@ _RULES: dict[str, Callable[[fx.Node, Evaluate], Symbol | None]] = {
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     "unsqueeze": _unsqueeze,
     "getitem": _index,
+    "index": _aten_index,
+    "_add_batch_dim": _mapped,
+    "_remove_batch_dim": _unmapped,
     **dict.fromkeys(("add", "__add__", "__radd__"), _add(1)),
     **dict.fromkeys(("sub", "__sub__"), _add(-1)),
     **dict.fromkeys(("floordiv", "floor_divide", "__floordiv__"), _floor_divide),

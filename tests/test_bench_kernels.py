@@ -335,6 +335,51 @@ def test_what_a_call_moves(op, forward, backward):
     assert (case.bytes_moved, case.backward_bytes) == (forward * one + weight, backward * one + weight)
 
 
+@pytest.mark.parametrize("s", shapes("attention", tag="attention"), ids=str)
+def test_attention_of_every_kind_is_the_same_everywhere(s):
+    """At the sizes of the list divided by 64: the op, what stock libraries run, and the pairs that are counted."""
+    small = {name: s[name] // 64 for name in ("batch", "seq", "window", "chunk") if s.get(name)}
+    dims = {**s.dims, **small, "batch": s["batch"], "heads": 4, "kv_heads": 2, "head_dim": 16}
+    case = kernels.attention(kernels.Shape("attention", s.model, dims))
+    op = kernels.OPS["attention"]
+    assert op.supported(*case.args, **case.kwargs) is None
+    exact = op.reference(*case.args, **case.kwargs)
+    plainly = specialists.plainly_causal(kernels.Shape("attention", s.model, dims))
+    assert (case.eager is None) == plainly == (not case.others)
+    runs = [op.call, *filter(None, (case.eager, case.traced))]
+    for run in runs if not plainly else [*runs, op.stock]:
+        torch.testing.assert_close(run(*case.args, **case.kwargs), exact, rtol=1e-4, atol=1e-5)
+    pairs = case.flops / (4 * 4 * 16)
+    all_pairs = dims["batch"] * dims["seq"] ** 2 / 2
+    assert (pairs == all_pairs) if plainly or s["softcap"] or s.get("sinks") else (0 < pairs < 1.1 * all_pairs)
+
+
+def test_lengths_of_flash_attention(monkeypatch):
+    """Sequences, documents and chunks of them begin where the op's mask says so."""
+    for row in shapes("attention", tag="attention"):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "to", lambda self, device, dtype=None: self.int())
+            found = specialists._varlen(row)
+        if row["softcap"] or row.get("sinks") or row.get("hides") == "padding":
+            assert found is None
+            continue
+        begins, longest, window = found
+        lengths = begins.diff()
+        assert int(begins[-1]) == row["batch"] * row["seq"] and int(lengths.max()) == longest
+        assert longest <= (row.get("chunk") or row["seq"]) and window == ((row["window"] or 0) - 1, 0)
+        assert (
+            len(lengths) == row["batch"] * (1 if not row.get("chunk") else row["seq"] // row["chunk"]) or row["hides"]
+        )
+
+
+def test_documents_are_of_512_tokens_or_about():
+    from fastft.kernels.attention import document_lengths
+
+    lengths = document_lengths(8192)
+    assert sum(lengths) == 8192 and lengths == document_lengths(8192)
+    assert all(256 <= n <= 768 for n in lengths[:-1]) and 400 < sum(lengths[:-1]) / len(lengths[:-1]) < 620
+
+
 def test_an_op_without_rows_of_its_own_has_those_of_its_file():
     assert {s.op for s in kernels.shapes_of(kernels.OPS["glu_packed"])} == {"glu"}
     assert {s.op for s in kernels.shapes_of(kernels.OPS["nf4_dequantize"])} == {"nf4"}

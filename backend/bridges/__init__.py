@@ -78,6 +78,14 @@ TABLE: tuple[Spec, ...] = (
         otherwise="DoRA breaks the graph in every adapted layer",
     ),
     Spec(
+        "transformers_flex",
+        modules=("transformers.masking_utils",),
+        library="transformers",
+        oldest="5.17",
+        does="FlexAttention's block mask is made in the model's graph, where making it would break the graph",
+        otherwise='with attn_implementation="flex_attention" the graph breaks at the mask, and its calls stay',
+    ),
+    Spec(
         "bnb_linear",
         modules=("bitsandbytes",),
         library="bitsandbytes",

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from functorch.compile import aot_function, make_boxed_func
 
 import fastft
 import fastft.kernels
@@ -64,7 +66,7 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_ours(op: str) -> None:
     found = {v.name: v for v in fastft.variants.list(op)}
-    more = {"attention": ["auto", "triton", "sdpa"]}
+    more = {"attention": ["auto", "triton", "sdpa", "varlen", "flex"]}
     more |= {name: ["triton", "accumulated"] for name in LINEARS}
     more |= {name: ["triton", "fused", "filtered"] for name in LOSSES}
     assert [*found] == [*more.get(op, ["triton"]), "reference"]
@@ -231,9 +233,9 @@ def test_triton_is_not_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_file, "_cudnn_takes", lambda *a: True)
     monkeypatch.setattr(attention_file, "use_triton", lambda q: True)
     q: Any = CUDA()
-    arguments = (q, q, q, None, None, None, None, None, None, True, 0, 0, 1.0, 0.0)
+    arguments = (q, q, q, *(None,) * 8, True, 0, 0, 1.0, 0.0)
     assert attention_file._Call(*arguments).backend == "cudnn"
-    assert attention_file._Call(*arguments, "triton").backend == "triton"
+    assert attention_file._Call(*arguments, route="triton").backend == "triton"
 
 
 def test_every_sample_of_attention_by_the_other_routes() -> None:
@@ -244,6 +246,106 @@ def test_every_sample_of_attention_by_the_other_routes() -> None:
                 torch.testing.assert_close(sample.outputs(variant.call), sample.outputs(OPS["attention"].reference))
                 ran += 1
         assert ran
+
+
+@pytest.fixture
+def flex_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention itself has no gradients there."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(attention_file, "FLEX_DEVICES", ("cpu",))
+    compiled = torch.compile(flex_attention.flex_attention, backend="aot_eager", dynamic=False)
+    monkeypatch.setattr(attention_file, "_compiled_flex", lambda: compiled)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flex_is_taken_where_it_is_asked_for(causal: bool, flex_on_a_cpu: None) -> None:
+    inputs = [torch.randn(1, 2, 20, 16) for _ in range(3)]
+    plain, _ = trained(Attention(causal), *inputs)
+    torch._dynamo.reset()
+    reporting.reset()
+    found, report = trained(Attention(causal), *inputs, variants={"attention": "flex"})
+    (site,) = report.sites
+    assert site.status == "replaced" and site.notes.endswith("variant flex")
+    torch.testing.assert_close(found, plain)
+
+
+def test_flex_has_blocks_of_each_sequence(flex_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where their masks differ; its maths on a CPU looks at no blocks."""
+    from torch.nn.attention import flex_attention
+
+    made: list[int | None] = []
+    stock = flex_attention.create_block_mask
+    monkeypatch.setattr(
+        flex_attention, "create_block_mask", lambda mod, batch, *rest: made.append(batch) or stock(mod, batch, *rest)
+    )
+    q = torch.randn(2, 1, 20, 16)
+    for options in ({}, {"padding": torch.ones(2, 20)}, {"positions": torch.arange(20).expand(2, -1)}):
+        attention_file.attention_flex(q, q, q, causal=True, **options)
+    assert made == [None, 2, 2]
+
+
+def test_flex_refuses_what_it_does_not_do() -> None:
+    q = torch.randn(1, 2, 20, 16)
+    padding = torch.ones(1, 20)
+    for options, code in (
+        ({"dense": torch.zeros(20, 20)}, "mask"),
+        ({"causal": True, "padding": padding, "blind": "filled"}, "mask"),
+        ({"causal": True, "mask": attention_file.attention_mask(padding, None), "blind": "added"}, "mask"),
+        ({"sinks": torch.zeros(2)}, "sinks"),
+        ({"dropout_p": 0.1}, "dropout"),
+        ({"causal": True}, "device"),
+    ):
+        reason = attention_file.flex_supported(q, q, q, **options)  # type: ignore[arg-type]
+        assert reason is not None and reason.code == code, reason
+    narrow = attention_file.flex_supported(q[..., :8], q[..., :8], q)
+    assert narrow is not None and narrow.code == "head_size"
+
+
+def _as_a_graph(*qkv: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """As AOTAutograd traces the call, which must leave FlexAttention's own in both of its graphs."""
+    graphs: list[str] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(" ".join(str(n.target) for n in gm.graph.nodes))
+        return make_boxed_func(gm.forward)
+
+    names = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor)]
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        return attention_file.attention_flex(q, k, v, **{**kwargs, **dict(zip(names, given, strict=True))})
+
+    traced = aot_function(call, fw_compiler=keep, bw_compiler=keep)
+    found: torch.Tensor = traced(*qkv, *(kwargs[name] for name in names))
+    torch.autograd.grad(found, qkv, torch.ones_like(found), retain_graph=True)
+    assert "flex_attention" in graphs[0] and "flex_attention_backward" in graphs[1]
+    return found
+
+
+@pytest.mark.parametrize("in_a_graph", [False, True])
+def test_flex_computes_what_the_op_does(in_a_graph: bool, flex_on_a_cpu: None) -> None:
+    """Every sample that it takes, by itself and as a call of the graph's."""
+    variant, ran = fastft.variants.get("attention", "flex"), 0
+    torch._dynamo.reset()
+    for sample in samples(OPS["attention"]):
+        q, k, v = (F.pad(t, (0, 16)) for t in sample.args)
+        scale = sample.kwargs.get("scale") or sample.args[0].shape[-1] ** -0.5
+        kwargs = {**sample.kwargs, "scale": scale, "blind": "zero"}
+        if kwargs.get("dense") is not None or kwargs.get("sinks") is not None or kwargs.get("dropout_p"):
+            assert variant.refuses(q, k, v, **kwargs) is not None
+            continue
+        assert variant.refuses(q, k, v, **kwargs) is None
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        found = (_as_a_graph if in_a_graph else variant.call)(*leaves, **kwargs)
+        wanted = OPS["attention"].reference(*leaves, **kwargs)
+        do = torch.randn_like(wanted)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        for a, b in zip(*(torch.autograd.grad(t, leaves, do) for t in (found, wanted)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        ran += 1
+    assert ran >= 5
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("op", sorted(set(OPS) - {"lora_linears", "nf4_dequantize"}))

@@ -837,3 +837,58 @@ def test_dora_stays_out() -> None:
     dora.DoraLinearLayer = DoraLinearLayer  # type: ignore[attr-defined]
     with pytest.raises(StayOut, match="empty _dora_cache"):
         peft_dora.apply(dora)
+
+
+# ------------------------------------------------------------------------------------------------- transformers_flex
+
+
+def _flex_model() -> torch.nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlamaConfig(**sizes, attn_implementation="flex_attention")
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("padded", [None, False, True])
+def test_flex_mask(ours: Recorder, padded: bool | None) -> None:
+    """One graph, whatever the padding; the mask hides what the stock one hides."""
+    from transformers import masking_utils
+
+    model, ids = _flex_model(), torch.arange(20).view(2, 10)
+    mask = None if padded is None else torch.ones(2, 10, dtype=torch.int64)
+    if mask is not None and padded:
+        mask[1, 7:] = 0
+    wanted = model(ids, attention_mask=mask).logits
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ours.graphs.clear()
+    found = torch.compile(model, backend="fastft")(ids, attention_mask=mask).logits
+    assert len(ours.graphs) == 1 and breaks() == 0
+    torch.testing.assert_close(found, wanted)
+    made = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["flex_attention"]
+    assert made is masking_utils.flex_attention_mask and made.__wrapped__ is not made
+
+
+def test_flex_mask_is_stock_elsewhere(ours: Recorder, other: Recorder) -> None:
+    torch.compile(_flex_model(), backend=other)(torch.arange(20).view(2, 10))
+    assert breaks() > 0 and len(other.graphs) > 1
+
+
+def test_flex_mask_stays_out() -> None:
+    from transformers import masking_utils
+
+    from fastft.bridges import transformers_flex
+
+    module = ModuleType("transformers.masking_utils")
+    stock = masking_utils.flex_attention_mask.__wrapped__
+    parts = {name: getattr(masking_utils, name) for name in transformers_flex._PARTS}
+    module.__dict__.update(parts, ALL_MASK_ATTENTION_FUNCTIONS={"flex_attention": stock})
+    module.flex_attention_mask = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+    with pytest.raises(StayOut, match="fast_all any more"):
+        transformers_flex.apply(module)
+    module.flex_attention_mask = stock  # type: ignore[attr-defined]
+    module.ALL_MASK_ATTENTION_FUNCTIONS = {"flex_attention": lambda: None}  # type: ignore[attr-defined]
+    with pytest.raises(StayOut, match="somebody else"):
+        transformers_flex.apply(module)

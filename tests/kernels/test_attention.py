@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -422,18 +423,40 @@ def test_tiles_outside_of_the_mask_are_not_visited(kind: str) -> None:
         assert torch.equal(a[:, :, seen], b[:, :, seen]), name
 
 
+def test_the_kind_of_mask_is_waited_for_once() -> None:
+    """Until it arrives, its memory holds what is right for every mask."""
+    kind = torch.tensor(module.HOLES | module.BLIND, dtype=torch.int8)
+    waited: list[int] = []
+
+    class Event:
+        def synchronize(self) -> None:
+            waited.append(int(kind.fill_(module.PLAIN)))
+
+    module._COMING[kind.data_ptr()] = Event()
+    assert [module._arrived(kind) for _ in range(3)] == [module.PLAIN] * 3 and waited == [module.PLAIN]
+
+
+def test_documents_alone_are_intervals() -> None:
+    """Whatever they are: nothing is looked at that only the device knows."""
+    for positions in (torch.arange(9)[None], torch.zeros(1, 9, dtype=torch.int64)):
+        assert int(module.attention_mask(None, positions.to(DEVICE))[4]) == module.INTERVALS
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["packing", "padding"])
 def test_nothing_waits_for_the_device(kind: str) -> None:
-    """Once the step's mask is known, no layer synchronises, forward or backward."""
+    """Neither looking at the step's mask nor any layer synchronises, forward or backward."""
     tensors, mask = inputs(Case(sq=300, sk=300, padding="left" * (kind == "padding"), packed=kind == "packing"), HALF)
-    found = module.attention_mask(mask["padding"], mask["positions"])
     do = torch.randn(2, 2, 300, 16, device=DEVICE, dtype=HALF)
-    options = {"causal": True, "mask": found, "dropout_p": 0.1}
-    once = run(lambda *t: attention(*t, **options), tensors, do)  # what is compiled, is
+
+    def layer(*t: torch.Tensor) -> torch.Tensor:
+        found = module.attention_mask(mask["padding"], mask["positions"])
+        return attention(*t, causal=True, mask=found, dropout_p=0.1)
+
+    once = run(layer, tensors, do)  # what is compiled, is
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = run(lambda *t: attention(*t, **options), tensors, do)
+        again = run(layer, tensors, do)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [t.shape for t in once] == [t.shape for t in again]
@@ -578,6 +601,138 @@ def test_plain_causal_is_cudnn_on_cuda() -> None:
     with profile(activities=[ProfilerActivity.CPU]) as prof:
         attention(*tensors, **mask)
     assert any("_scaled_dot_product_cudnn_attention" in e.key for e in prof.key_averages())
+
+
+# ----------------------------------------------------------------------------------------------------------- varlen
+
+VARLEN = [
+    Case(),
+    Case(window=7),
+    Case(packed=True, hq=4, hk=2),
+    Case(packed=True, window=9, scale=0.3),
+    Case(packed=True, chunk=12, sq=40, sk=40),
+]
+
+
+def _flash(q, k, v, cu, of_keys, longest, longest_key, p, causal, *, scale, window_size_left, window_size_right, **of):
+    """FlashAttention's maths, document by document: out ``[tokens, H, D]``, logsumexp ``[H, tokens]``; with ``do``,
+    dq, dk and dv.
+    """
+    assert cu is of_keys and longest == longest_key == int(cu.diff().max()) and p == 0.0
+    assert (window_size_left, window_size_right) == (-1, 0) if causal else window_size_left > 0 == window_size_right
+    group, found = q.shape[1] // k.shape[1], []
+    for a, b in itertools.pairwise(cu.tolist()):
+        one, keys, values = q[a:b], k[a:b].repeat_interleave(group, 1), v[a:b].repeat_interleave(group, 1)
+        distance = torch.arange(b - a)[:, None] - torch.arange(b - a)
+        seen = (distance >= 0) & (distance <= (b if window_size_left < 0 else window_size_left))
+        s = torch.einsum("qhd,khd->hqk", one, keys).mul(scale).masked_fill(~seen, -torch.inf)
+        weights = s.softmax(-1)
+        out = torch.einsum("hqk,khd->qhd", weights, values)
+        if not of:
+            found.append((out, s.logsumexp(-1).T))
+            continue
+        torch.testing.assert_close((of["out"][a:b], of["lse"][:, a:b]), (out, s.logsumexp(-1)))
+        do = of["do"][a:b]
+        dp = torch.einsum("qhd,khd->hqk", do, values)
+        ds = weights * (dp - (do * out).sum(-1).T.unsqueeze(-1)) * scale
+        dk, dv = torch.einsum("hqk,qhd->khd", ds, one), torch.einsum("hqk,qhd->khd", weights, do)
+        dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
+        found.append((torch.einsum("hqk,khd->qhd", ds, keys), dk, dv))
+    results = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    return results if of else (results[0], results[1].T.contiguous())
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """FlashAttention on a CPU; what was called of it."""
+    called: list[str] = []
+    monkeypatch.setattr(module, "_on_gpu", lambda q: True)
+
+    def forward(q, k, v, *lengths, **options):
+        called.append("forward")
+        *lengths, debug = lengths
+        assert debug is False
+        none = torch.empty(0)
+        return *_flash(q, k, v, *lengths, **options), none, none, none
+
+    def backward(do, q, k, v, out, lse, *lengths, **options):
+        called.append("backward")
+        *lengths, state, _ = lengths
+        assert state.dtype == torch.uint64 and state.shape == (2,)
+        return tuple(_flash(q, k, v, *lengths, **options, do=do, out=out, lse=lse))
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", forward, "CPU")
+        library.impl("_flash_attention_backward", backward, "CPU")
+        yield called
+
+
+@pytest.mark.skipif(CUDA, reason="there it is called itself")
+@pytest.mark.parametrize("case", VARLEN, ids=str)
+def test_varlen_is_called_as_it_is_to_be(case: Case, flash: list[str]) -> None:
+    tensors, mask = inputs(case, torch.float32)
+    do = torch.randn(case.b, case.hq, case.sq, case.dv)
+    ours = run(called(module.attention_varlen, mask), tensors, do)
+    exact = run(called(reference, mask), tensors, do)
+    for a, e in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    assert flash == ["forward", "backward"] and ours[0].transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.skipif(CUDA, reason="there it is called itself")
+def test_varlen_looks_once_at_a_mask(flash: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all layers that are given it, and again at another one in its place."""
+    monkeypatch.setattr(module, "_LAST", [lambda: None, 0, None])
+    (q, k, v), mask = inputs(Case(packed=True), torch.float32)
+    looks: list[int] = []
+    stock = torch.Tensor.nonzero
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda self, **kw: looks.append(1) or stock(self, **kw))
+    found = module.attention_mask(None, mask["positions"])
+    for _ in range(3):
+        module.attention_varlen(q, k, v, causal=True, mask=found)
+    assert len(looks) == 1
+    found[0].copy_(module.attention_mask(None, torch.arange(44).expand(2, -1))[0])
+    out = module.attention_varlen(q, k, v, causal=True, mask=found)
+    assert len(looks) == 2
+    torch.testing.assert_close(out, reference(q, k, v, causal=True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "code, change",
+    [
+        ("mask", {"causal": False}),
+        ("mask", {"chunk": 5}),
+        ("mask", {"padding": torch.ones(2, 44)}),
+        ("mask", {"mask": module.attention_mask(torch.ones(2, 44, device=DEVICE), None)}),
+        ("mask", {"dense": torch.zeros(44, 44)}),
+        ("softcap", {"softcap": 2.0}),
+        ("sinks", {"sinks": torch.zeros(2)}),
+        ("dropout", {"dropout_p": 0.1}),
+        ("dtype", {"dtype": torch.float32}),
+        ("head_size", {"d_v": 24}),
+        ("device", {}),
+    ],
+    ids=str,
+)
+def test_what_varlen_refuses(code: str, change: dict) -> None:
+    change = dict(change)
+    tensors, mask = inputs(Case(dv=change.pop("d_v", 16)), change.pop("dtype", torch.float16))
+    reason = module.varlen_supported(*(t.cpu() for t in tensors), **{**mask, **change})
+    assert reason is not None and reason.code == code, reason
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("case", [*VARLEN, *(c for c in LARGE if c.packed or c.window)], ids=str)
+def test_varlen_on_cuda(case: Case) -> None:
+    tensors, mask = inputs(case, HALF)
+    if called(module.varlen_supported, mask)(*tensors) is not None:
+        pytest.skip("not supported")
+    do = torch.randn(case.b, case.hq, case.sq, case.dv).to(DEVICE, HALF)
+    ours = run(called(module.attention_varlen, mask), tensors, do)
+    exact = run(called(reference, mask), [t.float() for t in tensors], do.float())
+    theirs = run(called(sdpa, mask), tensors, do)
+    for name, a, b, e in zip(("out", "dq", "dk", "dv"), ours, theirs, exact, strict=True):
+        assert_within(f"{name} ({case})", a, b, e, length=max(case.sk, case.d))
 
 
 @pytest.mark.slow
@@ -875,6 +1030,40 @@ MUTANTS = (
         "return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1",
         "return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) > 1",
         "tests/kernels/test_attention.py -k mask_op",
+    ),
+    Mutant(
+        "attention: the kind of mask is not waited for",
+        "kernels/attention.py",
+        "        event.synchronize()\n",
+        "        pass\n",
+        "tests/kernels/test_attention.py -k waited_for",
+    ),
+    Mutant(
+        "attention: documents are looked at",
+        "kernels/attention.py",
+        "    if padding is None:\n        return start, stop, end, keep, kind.fill_(INTERVALS)\n",
+        "",
+        "tests/kernels/test_attention.py -k documents_alone",
+    ),
+    *(
+        Mutant(
+            f"attention: varlen, {name}", "kernels/attention.py", old, new, "tests/kernels/test_attention.py -k varlen"
+        )
+        for name, old, new in (
+            ("the last mask's documents", "if _LAST[0]() is not call.start or _LAST[1] !=", "if False and _LAST[1] !="),
+            (
+                "a mask that was written to",
+                "is not call.start or _LAST[1] != call.start._version:",
+                "is not call.start:",
+            ),
+            ("a window one too wide", '"window_size_left": call.window - 1', '"window_size_left": call.window'),
+            (
+                "heads and sequences change places",
+                "stats.unflatten(1, (call.batch, -1)).transpose(0, 1)",
+                "stats.view(lse.shape)",
+            ),
+            ("padding", "    if o.padding is not None or (o.mask is", "    if False or (False and o.mask is"),
+        )
     ),
     Mutant(
         "attention: padding counts as a key",

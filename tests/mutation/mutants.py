@@ -156,7 +156,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "masks: what hides shows",
         "patterns/masks.py",
-        "return _evaluate(node.args[0], memo)\n    if bare",
+        "return evaluate(node.args[0], memo)\n    if bare",
         "return _shown(node.args[0], memo)\n    if bare",
         "tests/patterns/test_attention.py -k ways_to_mask",
     ),
@@ -768,6 +768,160 @@ MUTANTS: tuple[Mutant, ...] = (
         "    return with_grad(output, _LEAVES[key])\n",
         "    return None\n",
         "tests/backend/test_bridges.py -k hook",
+    ),
+    *(
+        Mutant(f"flex: {name}", f"patterns/{file}.py", old, new, f"tests/patterns/test_flex.py -k {which}")
+        for name, file, old, new, which in (
+            (
+                "blocks from anywhere",
+                "flex",
+                "        if not _made(node):\n            return unknown\n",
+                "        if not _made(node):\n            continue\n",
+                '"outside or own"',
+            ),
+            (
+                "blocks of another mask",
+                "flex",
+                "        if found != structure:\n",
+                "        if False:\n",
+                "another_mask",
+            ),
+            (
+                "blocks of one sequence",
+                "flex",
+                "        if each and not same_size(",
+                "        if False and not same_size(",
+                "one_sequence",
+            ),
+            (
+                "blocks that are written to",
+                "flex",
+                "        if any(in_place(user) and not _made(user) for user in node.users):\n",
+                "        if False:\n",
+                "own",
+            ),
+            (
+                "a mask in score_mod is forgotten",
+                "flex",
+                "    if scores.mask is None:\n        return structure\n",
+                "    if True:\n        return structure\n",
+                "scores",
+            ),
+            (
+                "a cap of any size",
+                "flex",
+                "if math.isclose(divided[0] * factor, 1.0, rel_tol=1e-6):",
+                "if True:",
+                "scores_that_are_left",
+            ),
+            (
+                "what score_mod multiplies by",
+                "flex",
+                "replace(found, scale=found.scale * factor)",
+                "found",
+                "scores",
+            ),
+            (
+                "a capped score may be scaled",
+                "flex",
+                "if divided is not None and not found.softcap and found.scale == 1.0 and factor > 0:",
+                "if divided is not None and not found.softcap and factor > 0:",
+                "scores_that_are_left",
+            ),
+            (
+                "blocks that nobody reads stay",
+                "flex",
+                "        if whole and all(",
+                "        if False and all(",
+                "masks",
+            ),
+            (
+                "the scale is its own",
+                "attention",
+                "scale=scale * scores.scale, softcap=scores.softcap",
+                "scale=scale, softcap=scores.softcap",
+                "scores",
+            ),
+            (
+                "sinks of a logarithm of base e",
+                "attention",
+                "math.isclose(of_two.args[1], math.log(2.0))",
+                "math.isclose(of_two.args[1], 1.0)",
+                "sinks",
+            ),
+            (
+                "a distance the other way",
+                "masks",
+                "            return Distance(a, b)\n",
+                "            return Distance(b, a)\n",
+                "masks",
+            ),
+        )
+    ),
+    *(
+        Mutant(f"varlen: {name}", f"{file}.py", old, new, "tests/patterns/test_attention.py -k varlen")
+        for name, file, old, new in (
+            (
+                "a window one too narrow",
+                "patterns/attention",
+                "window=left + 1 if left >= 0 else 0, positions=positions)",
+                "window=left if left >= 0 else 0, positions=positions)",
+            ),
+            ("keys of other documents", "patterns/attention", "    if of_q is not of_k:\n", "    if False:\n"),
+            (
+                "every window is causal",
+                "patterns/attention",
+                '    if right != 0 and not given.get("is_causal"):\n',
+                "    if False:\n",
+            ),
+            (
+                "positions of each layer",
+                "patterns/attention",
+                "if u.target is document_positions and u.args == args), None)",
+                "if False), None)",
+            ),
+            (
+                "the document before",
+                "kernels/attention",
+                "torch.searchsorted(cu_seqlens, order, right=True) - 1",
+                "torch.searchsorted(cu_seqlens, order) - 1",
+            ),
+        )
+    ),
+    *(
+        Mutant(
+            f"attention by flex: {name}", "kernels/attention.py", old, new, "tests/autotune/test_variants.py -k flex"
+        )
+        for name, old, new in (
+            (
+                "a window one too wide",
+                "seen & (j > i - o.window) if o.window",
+                "seen & (j >= i - o.window) if o.window",
+            ),
+            ("documents are forgotten", 'seen & (j >= known["start"][b, i])', "seen & (j >= 0)"),
+            ("padding is forgotten", 'seen & (known["keep"][b, j] != 0)', "seen & (j >= 0)"),
+            ("scores have no cap", "return o.softcap * torch.tanh(score / o.softcap) if", "return score if"),
+            ("one sequence's blocks for all", "batch = q.shape[0] if found else None", "batch = None"),
+            (
+                "means where nothing is seen",
+                'if o.blind != "zero" and (o.padding is not None or (o.mask is not None and o.mask[3] is not None)):',
+                "if False:",
+            ),
+        )
+    ),
+    Mutant(
+        "bridge transformers_flex: padding is forgotten",
+        "backend/bridges/transformers_flex.py",
+        "    if attention_mask is not None:\n",
+        "    if False:\n",
+        "tests/backend/test_bridges.py -k flex_mask",
+    ),
+    Mutant(
+        "rewriting: type_as reads what gives it the dtype",
+        "backend/rewrite.py",
+        '        stack += seen.args[:1] if seen.op == "cast" else node.all_input_nodes\n',
+        "        stack += node.all_input_nodes\n",
+        'tests/models/test_flex.py -k "plain and gemma2"',
     ),
     Mutant(
         "bridge peft_dora: also outside of tracing",

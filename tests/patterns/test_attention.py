@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
+from fastft import _torch_compat as compat
 from fastft.compare import assert_within
 from fastft.kernels.attention import attention, attention_mask
+from fastft.normalise import normalise
+from fastft.options import Options
 from fastft.patterns.attention import rounded_attention
+from fastft.rewrite import Rewritten, rewrite
 from tests.patterns._sites import check_site, exactly, rewritten
 
 B, HQ, HK, S, D = 2, 4, 2, 12, 8
@@ -455,16 +463,116 @@ def test_what_is_no_sink(what: str) -> None:
     torch.testing.assert_close(result, layer(*leaves(hk=HQ), more))
 
 
-def test_other_libraries_kernels_are_reported() -> None:
-    """FlexAttention's, and FlashAttention's as transformers calls it."""
-    from torch.nn.attention.flex_attention import flex_attention
+# ---------------------------------------------------------------- varlen_attn
 
-    (q, k, v) = (t.detach() for t in leaves(hk=HQ, d_v=D))
-    _, report, _ = rewritten(lambda q, k, v: flex_attention(q, k, v), q, k, v)
-    assert [s.reason for s in report.missed if "FlexAttention" in s.reason], report
+T, CU = 24, (0, 9, 10, 24)
+VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def rows(hk: int = HK) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(T, h, D, requires_grad=True) for h in (HQ, hk, hk)]
+
+
+def documents(q, k, v, cu, window=(-1, 0), scale=None, **kwargs):
+    """What varlen_attn means, document by document."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    found = []
+    edges = sorted({*cu.tolist(), len(q)})
+    for a, b in itertools.pairwise(edges):
+        distance = torch.arange(b - a)[:, None] - torch.arange(b - a)
+        shown = (distance >= 0) & (distance <= (window[0] if window[0] >= 0 else T))
+        found.append(
+            F.scaled_dot_product_attention(
+                *(t[a:b].transpose(0, 1) for t in (q, k, v)), attn_mask=shown, scale=scale
+            ).transpose(0, 1)
+        )
+    return torch.cat(found)
+
+
+def varlen(q, k, v, cu, window=(-1, 0), scale=None, longest=14, of_keys=None, **kwargs):
+    of_keys = cu if of_keys is None else of_keys
+    if "enable_gqa" in VARLEN_TAKES:  # torch 2.11 takes heads as they are
+        kwargs["enable_gqa"] = q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, cu, of_keys, longest, longest, window_size=window, scale=scale, **kwargs)
+
+
+@pytest.mark.parametrize("cu", [CU, (0, T), (0, 5, 5, T), (0, 7, 20)], ids=["three", "one", "an empty one", "a rest"])
+@pytest.mark.parametrize("options", [{}, {"window": (4, 0)}, {"scale": 0.3}], ids=str)
+def test_varlen(cu: tuple[int, ...], options: dict[str, Any]) -> None:
+    args, of = rows(), torch.tensor(cu, dtype=torch.int32)
+    result, report, _ = rewritten(lambda q, k, v, cu: varlen(q, k, v, cu, **options), *args, of)
+    assert report.counts == {"attention": 1} and not report.missed, str(report)
+    assert notes(lambda q, k, v, cu: varlen(q, k, v, cu, **options), *args, of).startswith("causal & ")
+    wanted = documents(*args, of, **options)
+    torch.testing.assert_close(result, wanted)
+    do = torch.randn_like(wanted)
+    for a, b in zip(*(torch.autograd.grad(t, args, do) for t in (result, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert report.sites[0].work.flops and not report.sites[0].work.problem
+
+
+def test_layers_of_varlen_look_once() -> None:
+    def layers(q, k, v, cu):
+        return varlen(varlen(q, k, v, cu), k, v, cu)
+
+    _, report, graph = rewritten(layers, *rows(), torch.tensor(CU, dtype=torch.int32))
+    assert report.counts == {"attention": 2}
+    assert sum(n.target is attention_mask for n in graph.graph.nodes) == 1
+
+
+def test_varlen_of_any_length_and_number() -> None:
+    """Two graphs, one of these sizes and one of all."""
+    graphs: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        normalise(gm)
+        graphs.append(rewrite(gm, Options.of({}), compat.fake_mode_of(gm)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v, cu: varlen(q, k, v, cu), backend=backend, fullgraph=True)
+    for of in (CU, (0, 3, 20), (0, 1, 2, 3, 4, 21), (0, 19)):
+        q, k, v = (t[: of[-1]] for t in rows())
+        cu = torch.tensor(of, dtype=torch.int32)
+        torch.testing.assert_close(compiled(q, k, v, cu), documents(q, k, v, cu))
+    assert len(graphs) == 2 and all(not g.sites[0].reason for g in graphs), [g.sites for g in graphs]
+    torch._dynamo.reset()
+
+
+def test_varlen_that_is_left() -> None:
+    cu = torch.tensor(CU, dtype=torch.int32)
+    for change, code in (
+        ({"window": (-1, -1)}, "mask"),
+        ({"window": (2, 2)}, "mask"),
+        ({"of_keys": cu.clone()}, "mask"),
+        ({"seqused_k": torch.ones(3, dtype=torch.int32)}, "mask"),
+    ):
+        if "seqused_k" in change and "seqused_k" not in VARLEN_TAKES:
+            continue  # torch 2.11
+        graphs: list[Rewritten] = []
+
+        def backend(gm: torch.fx.GraphModule, inputs: list[Any], graphs: list[Rewritten] = graphs) -> Any:
+            graphs.append(rewrite(gm, Options.of({}), compat.fake_mode_of(gm)))
+            return lambda *inputs: (torch.zeros(T, HQ, D),)  # there is no such kernel for a CPU
+
+        torch._dynamo.reset()
+        torch.compile(functools.partial(varlen, **change), backend=backend, fullgraph=True)(
+            *map(torch.detach, rows()), cu
+        )
+        (found,) = graphs[0].sites
+        assert found.reason.startswith(f"{code}:") and found.status == "missed", found
+    torch._dynamo.reset()
+
+
+def test_other_libraries_kernels_are_reported() -> None:
+    """FlashAttention's, as transformers calls it, stays where it is."""
+    q, k, v = (t.detach() for t in leaves(hk=HQ, d_v=D))
     with torch.library._scoped_library("flash_attn_test", "DEF") as library:
         library.define("_flash_attn_forward(Tensor q, Tensor k, Tensor v) -> Tensor")
         library.impl("_flash_attn_forward", lambda q, k, v: q + k + v, "CompositeImplicitAutograd")
         op = torch.ops.flash_attn_test._flash_attn_forward
-        _, report, _ = rewritten(lambda q, k, v: op(q, k, v), q, k, v)
+        result, report, graph = rewritten(lambda q, k, v: op(q, k, v), q, k, v)
     assert [s.reason for s in report.missed if "FlashAttention" in s.reason], report
+    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [op] and not report.counts
+    assert torch.equal(result, q + k + v)
