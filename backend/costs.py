@@ -9,6 +9,7 @@ guard.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastft import _torch_compat as compat
 from fastft.fallback import said
+from fastft.kernels import lora_mlp
 from fastft.kernels._op import OPS, Cost, Op
 from fastft.kernels.linear_cross_entropy import chunk_rows
 from fastft.reporting import Work
@@ -202,16 +204,50 @@ def _raw_linear(result: Any, *, x: Any, quant: Any, adapters: Any, b: Any, **_: 
     return Cost(*(sum(getattr(c, of) for c in each) for of in ("flops", "bytes_moved", "bytes_kept")))
 
 
+def _raw_stack(result: Any, *, x: Any, weight: Any, quant: Any, shape: Any, a: Any, **_: Any) -> Cost:
+    pairs = list(zip(shape[::2], shape[1::2], strict=True))
+    return _formula("lora_stack")(x, weight, a, quant=quant, shape=pairs)
+
+
+def _raw_mlp(result: Any, *, x: Any, weight: Any, quant: Any, shape: Any, adapters: Any, b: Any, **_: Any) -> Cost:
+    """What an MLP by slices computes."""
+    return _mlp(x, weight, quant, shape, adapters, b, parts=3)
+
+
+def _raw_mlp_again(
+    result: Any, *, x: Any, weight: Any, quant: Any, shape: Any, adapters: Any, b: Any, **_: Any
+) -> Cost:
+    """What the backward of an MLP by slices computes again."""
+    return _mlp(x, weight, quant, shape, adapters, b, parts=2)
+
+
+def _mlp(x: Any, weight: Any, quant: Any, shape: Any, adapters: Any, b: Any, parts: int) -> Cost:
+    ranks = iter([up.shape[1] for up in b])
+    each = [sum(islice(ranks, count)) for count in adapters]
+    return lora_mlp.cost_of(
+        x.numel() // x.shape[-1],
+        lora_mlp.widths(weight, quant, shape),
+        each,
+        x.dtype.itemsize,
+        bool(quant),
+        parts=parts,
+    )
+
+
 def _raw_down(result: Any, **_: Any) -> Cost:
     """Counted by the formula of ``lora_linear``."""
     return Cost(sympy.Integer(0), sympy.Integer(0), sympy.Integer(0))
 
 
-#: Raw calls of the forward that multiply matrices. Others move memory: their operands and results.
+#: Raw calls of the forward that multiply matrices, and one that computes a forward again. Others move memory: their
+#: operands and results.
 RAW: dict[str, Callable[..., Cost]] = {
     "fastft::attention": _raw_attention,
     "fastft::lora_linear": _raw_linear,
     "fastft::lora_linear_down": _raw_down,
+    "fastft::lora_stack": _raw_stack,
+    "fastft::lora_mlp": _raw_mlp,
+    "fastft::lora_mlp_backward": _raw_mlp_again,
 }
 
 
@@ -256,6 +292,18 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
             item = given["dtype"].itemsize if "dtype" in given else given["x"].element_size()
             pairs = list(zip(given["shape"][::2], given["shape"][1::2], strict=True))
             return lambda size: max(size(n) * size(k) for n, k in pairs) * item
+    if name in ("fastft::lora_stack", "fastft::lora_stack_backward"):
+        given = fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"])
+        if given["quant"]:  # all of them below each other
+            item, widths, k = given.get("dwide", given["x"]).element_size(), given["shape"][::2], given["shape"][1]
+            return lambda size: sum(map(size, widths)) * size(k) * item
+    if name in ("fastft::lora_mlp", "fastft::lora_mlp_backward"):
+        given = fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"])
+        x, rows, widths = given["x"], given["rows"], lora_mlp.widths(given["weight"], given["quant"], given["shape"])
+        copied = bool(given["quant"]) or any(w.dtype != x.dtype for w in given["weight"])
+        more = sum(t.shape[0] for t in given["a"]), x.element_size(), copied, given.get("need_weight")
+        lead = x.shape[:-1]
+        return lambda size: lora_mlp.scratch_bytes(math.prod(map(size, lead)), rows, list(map(size, widths)), *more)
     return lambda size: 0
 
 

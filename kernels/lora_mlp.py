@@ -60,14 +60,30 @@ def tokens_of_slice(tokens: int, intermediate: int, itemsize: int) -> int:
 
 
 def scratch_bytes(
-    tokens: int, rows: int, widths: tuple[int, int, int], rank: int, itemsize: int, *, copied: bool, backward: bool
+    tokens: int,
+    rows: int,
+    widths: Sequence[int],
+    rank: int,
+    itemsize: int,
+    copied: bool,
+    need_weight: Sequence[bool] | None,
 ) -> int:
     """The most bytes that a pass holds at one time besides its operands and results. ``widths``: N, K and H. ``rank``:
-    of all adapters. ``copied``: whether weights are not used as they are.
+    of all adapters. ``copied``: whether weights are not used as they are. ``need_weight``: of the backward, None for
+    the forward.
     """
     n, k, h = widths
-    of_slice = min(tokens, rows) * ((WIDE if backward else WIDE_FORWARD) * n + k + h + 3 * rank) * itemsize
-    return of_slice + copied * n * (2 * k + h) * itemsize
+    wide = (WIDE_FORWARD if need_weight is None else WIDE) * n
+    of_slice = min(tokens, rows) * (wide + k + h + 2 * rank) * itemsize
+    trained = [size for size, needed in zip((n * k, n * k, n * h), need_weight or (), strict=False) if needed]
+    sums = 4 * (sum(trained) + max(trained, default=0))  # in fp32, with one slice's own
+    return of_slice + copied * n * (2 * k + h) * itemsize + sums
+
+
+def widths(weight: Sequence[Any], quant: Sequence[Any], shape: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """N, K and H of gate, up and down, as the raw ops take them."""
+    (n, k), h = (shape[:2], shape[4]) if quant else (weight[0].shape, weight[2].shape[0])
+    return n, k, h
 
 
 # ---------------------------------------------------------------- reference
@@ -257,7 +273,7 @@ def _forward(
 
 
 def _forward_fake(x: torch.Tensor, weight: Tensors, quant: Tensors, shape: Sequence[int], *rest: Any) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], shape[4] if quant else weight[2].shape[0]))
+    return x.new_empty((*x.shape[:-1], widths(weight, quant, shape)[2]))
 
 
 def _backward(
@@ -332,16 +348,16 @@ def _backward_fake(
     need_a: Sequence[bool],
     need_b: Sequence[bool],
 ) -> list[torch.Tensor]:
-    def new(size: Any, dtype: torch.dtype, needed: bool) -> torch.Tensor:
-        return x.new_empty(size if needed else 0, dtype=dtype)
+    def new(of: Any, dtype: torch.dtype, needed: bool) -> torch.Tensor:
+        return x.new_empty(of if needed else 0, dtype=dtype if needed else x.dtype)
 
     out = [x.new_empty(x.shape if need_x else 0)]
-    widths = shape[::2] if quant else [w.shape[0] for w in weight]
-    for w, n, need_w, need_s in zip(weight, widths, need_weight, need_sum, strict=True):
+    n, _, h = widths(weight, quant, shape)
+    for w, out_features, need_w, need_s in zip(weight, (n, n, h), need_weight, need_sum, strict=True):
         single = torch.promote_types(x.dtype, torch.float32)
-        out += [new(w.shape, w.dtype if need_w else x.dtype, need_w), new(n, single if need_s else x.dtype, need_s)]
+        out += [new(w.shape, w.dtype, need_w), new(out_features, single, need_s)]
     for thin, needed in zip(zip(a, b, strict=True), zip(need_a, need_b, strict=True), strict=True):
-        out += [new(t.shape, t.dtype if need else x.dtype, need) for t, need in zip(thin, needed, strict=True)]
+        out += [new(t.shape, t.dtype, need) for t, need in zip(thin, needed, strict=True)]
     return out
 
 

@@ -42,7 +42,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def instead(self: Memory, cut: Any) -> Any:
             wanted = list(levels) * cut.count if len(levels) == 1 else list(levels)
-            return cut.at(wanted)[0], self._plan(cut, wanted)
+            return cut.at(wanted).halves, self._plan(cut, wanted)
 
         monkeypatch.setattr(Memory, "_planned", instead if levels else planned)
 
@@ -375,7 +375,7 @@ def test_a_deep_graph_is_cut_twice(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(memory, "layouts", lambda kinds: [[level] * len(kinds) for level in MEASURED])
             problems.append(problem_of(self, cut))
         del cuts[made:]
-        kept = cut.at([KEEP] * cut.count)[1]
+        kept = cut.at([KEEP] * cut.count).walk
         assert set(kept.turns.values()) == set(range(cut.count + 1))
         return problems[0]
 
