@@ -91,8 +91,8 @@ class Plan:
 
     def to_dict(self, sizes: Sizes) -> dict[str, Any]:
         """For the report: bytes, and seconds that recomputation adds to a step; ``sliced``: layers whose MLP is
-        computed a slice of tokens at a time. ``measured``, on a GPU: the most that the process had allocated there, from its
-        second step on.
+        computed a slice of tokens at a time. ``measured``, on a GPU: the most that the process had allocated there,
+        from its second step on.
         """
         return {
             "levels": {level: self.levels.count(level) for level in planner.LEVELS if level in self.levels},
