@@ -157,9 +157,13 @@ def _mlp(down: fx.Node) -> _MLP | Reason | None:
         kind, thin = of_glu["kind"], first.args[0].meta["val"].dtype
     elif act.target is _ops.glu.default and all(n.target is operator.getitem for n in act.args[:2]):
         wide, kind = tuple(act.args[:2]), act.args[2]
-        first, order = wide[0].args[0], tuple(n.args[1] for n in wide)
-        if first.target is not _ops.lora_linear.default or wide[1].args[0] is not first or len(first.args[1]) != 2:
+        first, other = (n.args[0] for n in wide)
+        if any(call.target is not _ops.lora_linear.default for call in (first, other)):
             return None
+        if first is not other or len(first.args[1]) != 2:
+            apart = (found for call in (first, other) if isinstance(found := _linears(call), Reason))
+            return next(apart, Reason("layers", "gate and up are not two results of one op"))
+        order = tuple(n.args[1] for n in wide)
         found = _linears(first)
         if isinstance(found, Reason):
             return found
@@ -225,6 +229,10 @@ def _way_back(mlp: _MLP) -> _Back | Reason | None:
     middle = _reader(mlp.wide[0], _ops.lora_glu_backward if mlp.stacked else _ops.glu_backward)
     if middle is None:
         return None
+    layers = (_ops.lora_linear, _ops.lora_linear_down, _ops.lora_linear_backward)
+    others = [user for user in mlp.act.users if user.target not in [op.default for op in layers]]
+    if others:
+        return Reason("escapes", f"{mlp.act.name} is also read by {others[0].name}")
     dact: Any = middle.args[0]
     last: Any = dact.args[0] if dact.target is operator.getitem and dact.args[1] == 0 else None
     apart = Reason("backward", "the gradients of its layers do not follow each other")

@@ -46,9 +46,9 @@ Optionals = Sequence["torch.Tensor | None"]
 
 #: Numbers as wide as the MLP that the backward of a slice holds at one time, and the forward.
 WIDE, WIDE_FORWARD = 5, 3
-#: What these may take, in bytes, and the fewest and the most tokens that a slice has: with 2,048, a product that gives
-#: [tokens, 4096] still fills an H100 twice (256 tiles, 132 multiprocessors); 8,192 gain nothing more.
-SLICE_BYTES, FEWEST, MOST = 2**30, 2048, 8192
+#: What these may take, in bytes, and the fewest and the most tokens that a slice has: with 1,024 a product that gives
+#: [tokens, 4096] still fills an H100 (128 tiles of 128 × 256, 132 multiprocessors); 8,192 gain nothing more.
+SLICE_BYTES, FEWEST, MOST = 2**30, 1024, 8192
 
 
 def tokens_of_slice(tokens: int, intermediate: int, itemsize: int) -> int:
