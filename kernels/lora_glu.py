@@ -503,7 +503,7 @@ def inputs(
     seq: int,
     intermediate: int,
     activation: str,
-    rank: int = 16,
+    rank: int,
     adapter: str = "x",
 ) -> Inputs:
     """wide [batch, seq, 2·intermediate + 2·rank, rounded up], and the B of two adapters."""

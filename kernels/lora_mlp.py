@@ -622,7 +622,7 @@ def inputs(
     hidden: int,
     intermediate: int,
     activation: str,
-    rank: int = 16,
+    rank: int,
     nf4_weight: bool = False,
     adapter: str | None = "x",
 ) -> Inputs:

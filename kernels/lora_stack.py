@@ -301,7 +301,7 @@ def inputs(
     seq: int,
     hidden: int,
     intermediate: int,
-    rank: int = 16,
+    rank: int,
     nf4_weight: bool = False,
     adapter: str = "x",
 ) -> Inputs:
