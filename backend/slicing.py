@@ -57,6 +57,8 @@ def slice_mlps(
         if region not in wanted or node not in forward or node.target is not _ops.lora_linear.default:
             continue
         mlp = _mlp(node)
+        if isinstance(mlp, _MLP) and {regions.get(n.name) for n in (mlp.first, *mlp.h, mlp.act)} != {region}:
+            mlp = Reason("checkpoint", "its layers are not all in the same checkpointed region")
         back = _way_back(mlp) if isinstance(mlp, _MLP) else mlp
         if isinstance(back, Reason):
             done.left[region] = back

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
 
 import fastft
-from fastft import costs
+from fastft import costs, planner
 from fastft.kernels import lora_mlp
 from fastft.memory import Memory
 from fastft.planner import ALL, ALL_OFFLOADED, ATTENTION, CHEAP, KEEP, MLP
@@ -90,6 +91,8 @@ def test_families(at: Any, family: str, lora: float | None, level: str) -> None:
     report = fastft.report()
     assert report.errors == [] and not report.missed, str(report)
     assert the_plan()["sliced"] == families.LAYERS
+    plain = 0 if lora is not None else 2 + (family == "gemma2")  # the stream is added to the others' down
+    assert report.counts.get("mlp_linears", 0) == plain * families.LAYERS
     assert f"the MLP by slices of 8 tokens in {families.LAYERS}" in report.plan["memory"]
     # Gemma's norm after the MLP reads its result in the backward.
     again = 1 + (family == "gemma2")
@@ -167,11 +170,13 @@ def test_few_tokens_are_one_piece(at: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Layer(nn.Module):
-    """A layer with an MLP. ``up_first``: up is computed before gate. ``shared``: somebody else reads the activation."""
+    """A layer with an MLP. ``up_first``: up is computed before gate. ``shared``: somebody else reads the activation.
+    ``apart``: down alone is checkpointed.
+    """
 
-    def __init__(self, up_first: bool = False, shared: bool = False, bias: bool = False) -> None:
+    def __init__(self, up_first: bool = False, shared: bool = False, bias: bool = False, apart: bool = False) -> None:
         super().__init__()
-        self.up_first, self.shared = up_first, shared
+        self.up_first, self.shared, self.apart = up_first, shared, apart
         self.gate, self.up = (nn.Linear(32, WIDE, bias=bias) for _ in range(2))
         self.down = nn.Linear(WIDE, 32, bias=bias)
 
@@ -181,7 +186,8 @@ class Layer(nn.Module):
         else:
             gate, up = self.gate(x), self.up(x)
         act = nn.functional.silu(gate) * up
-        return x + self.down(act).tanh() + (act.mean() if self.shared else 0)
+        y = checkpoint(self.down, act, use_reentrant=False) if self.apart else self.down(act)
+        return x + y.tanh() + (act.mean() if self.shared else 0)
 
 
 class Layers(nn.Module):
@@ -233,6 +239,14 @@ def test_an_activation_that_others_read_is_one_piece(at: Any) -> None:
     assert the_plan()["sliced"] == 0 and " is also read by " in fastft.report().plan["memory"]
 
 
+def test_an_mlp_in_two_regions_is_one_piece(at: Any) -> None:
+    network, x = Layers(apart=True), torch.randn(2, 24, 32)
+    eager = trained(network, x)
+    at(ALL)
+    check_equal(trained(network, x, compiled(network, memory="fast")), eager)
+    assert the_plan()["sliced"] == 0 and "(checkpoint: " in fastft.report().plan["memory"], fastft.report().plan
+
+
 def test_batches_of_other_sizes(at: Any) -> None:
     """The number of slices is that of the batch; also of one that is shorter than a slice."""
     network = Layers()
@@ -247,7 +261,7 @@ def test_batches_of_other_sizes(at: Any) -> None:
     assert len(fastft.report().memory) == 1 and the_plan()["sliced"] == 3
 
 
-def test_slices_are_for_what_does_not_fit_without() -> None:
+def test_slices_are_for_what_does_not_fit_without(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = Layers(), torch.randn(64, 64, 32)
 
     def planned(budget: Any) -> dict[str, Any]:
@@ -263,6 +277,12 @@ def test_slices_are_for_what_does_not_fit_without() -> None:
     assert whole["sliced"] == 0 and lean["predicted"] < whole["predicted"]
     assert planned(lean["predicted"])["predicted"] <= lean["predicted"]
     assert planned(4 * whole["predicted"])["sliced"] == 0
+    # All layers are recomputed, and that fits in one piece.
+    monkeypatch.setattr(planner, "fastest", lambda problem, *_: [ALL] * len(problem.regions))
+    kept = planned("auto")["predicted"]
+    assert whole["predicted"] < kept
+    fits = planned(kept - 1)
+    assert fits["levels"] == {ALL: 3} and fits["sliced"] == 0
 
 
 def test_explain_says_it() -> None:
@@ -279,9 +299,7 @@ def test_what_is_computed_again_takes_its_time(at: Any) -> None:
         at(ALL, sliced)
         trained(network, x, compiled(network, memory="fast"))
         found[sliced] = the_plan()["seconds"]
-    assert found[True] == pytest.approx(found[False], rel=1.0)
-    flops = 3 * 2 * 4096 * 32 * 2 * WIDE
-    assert found[True] >= flops / 750e12
+    assert found[False] / 2 <= found[True] <= 2 * found[False]
 
 
 @pytest.mark.slow

@@ -538,18 +538,4 @@ MUTANTS = (
         "return one_each and plain and frozen and all(",
         "tests/kernels/test_lora_mlp.py -k matches_reference",
     ),
-    Mutant(
-        "dense_once: a copy of another weight",
-        "kernels/lora_linear.py",
-        "    key = (n, k, dtype, *(t.data_ptr() for t in of))\n",
-        "    key = (n, k, dtype)\n",
-        "tests/kernels/test_lora_mlp.py -k nf4_weights",
-    ),
-    Mutant(
-        "dense_once: a copy for every slice",
-        "kernels/lora_linear.py",
-        "        made[key] = out\n    yield made[key]",
-        "        yield out\n        return\n    yield made[key]",
-        "tests/kernels/test_lora_mlp.py -k dense_once",
-    ),
 )
