@@ -275,8 +275,9 @@ class Walk:
             if node.op == "output":
                 continue
             made = _tensor(node) if _root(node) is node and node in names else None
-            steps[node] = _Step([] if made is None else [names[node]], [], scratch(node))
+            steps[node] = _Step([], [], scratch(node))
             if made is not None:
+                steps[_source(node)].makes.append(names[node])  # an item is there when its call ends
                 last[names[node]] = node
                 self.tensors.setdefault(names[node], made)
             for operand in map(_root, node.all_input_nodes):

@@ -483,6 +483,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_slicing.py -k takes_its_time",
     ),
     Mutant(
+        "partitioner: results come when their operands have gone",
+        "backend/partitioner.py",
+        "                steps[_source(node)].makes.append(names[node])",
+        "                steps[node].makes.append(names[node])",
+        "tests/backend/test_memory.py -k beside_its_operands",
+    ),
+    Mutant(
         "costs: the backward of slices computes down again",
         "backend/costs.py",
         "    return _mlp(x, weight, quant, shape, adapters, b, parts=2)",
