@@ -197,14 +197,14 @@ class _Layers(NamedTuple):
 
 def _activated(
     x: torch.Tensor, layers: _Layers, kind: str, stacked: bool, lora_dtype: torch.dtype
-) -> tuple[torch.Tensor, tuple[Any, ...]]:
+) -> tuple[torch.Tensor, list[Any]]:
     """f(g) u of a slice, and what the backward reads to come back from there."""
     if stacked:
         wide = lora_stack._forward(x, *layers.stored, layers.a)
-        return lora_glu._forward(wide, layers.b, layers.scaling, kind), (wide,)
+        return lora_glu._forward(wide, layers.b, layers.scaling, kind), [wide]
     h = layers.down(x, lora_dtype)
     gate, up = layers.forward(x, h, None)
-    return glu._forward(gate, up, kind), (gate, up, h)
+    return glu._forward(gate, up, kind), [gate, up, h]
 
 
 def _back(
@@ -301,28 +301,47 @@ def _backward(
 ) -> list[torch.Tensor]:
     """[∂x, for each layer ∂W and Σₜ g (fp32), for each adapter ∂A, ∂B]; what is not needed is an empty tensor."""
     needs = _Needs(need_x, need_weight, need_sum, need_a, need_b)
-    dx, *sums = _backward_fake(dy, x, weight, quant, shape, blocks, bias, adapters, a, b, *[None] * 6, *needs)
+    dtypes = [dtype for w in weight for dtype in (w.dtype, None)]
+    dtypes += [t.dtype for pair in zip(a, b, strict=True) for t in pair]
     # Of fp32 adapters the bodies give gradients in fp32, and what they multiply with is rounded as ever.
     a, b = ([t.to(torch.promote_types(t.dtype, torch.float32)) for t in thin] for thin in (a, b))
-    layers = _Layers(weight, quant, shape, blocks, bias, adapters, a, b, b_bias, scaling)
-    (gate_up, of_gate_up), (down, of_down) = layers.apart(needs)
-    xs, gs, dxs = lora._rows(x), lora._rows(dy), lora._rows(dx) if need_x else dx
+    parts = list(_Layers(weight, quant, shape, blocks, bias, adapters, a, b, b_bias, scaling).apart(needs))
+    xs, gs = lora._rows(x), lora._rows(dy)
+    dx = xs.new_empty(xs.shape if need_x else 0)
     totals: list[torch.Tensor] = []
     with _passing(xs.shape[0], rows):
         for part in _slices(xs.shape[0], rows):
-            act, kept = _activated(xs[part], gate_up, kind, stacked, lora_dtype)
-            waiting = list(kept)
-            del kept
-            dact, base, thin = down.backward([gs[part]], act, down.down(act, lora_dtype), lora_dtype, of_down)
-            del act  # what comes next is the most that there is at one time
-            of_x, *before = _back(dact, waiting, xs[part], gate_up, kind, stacked, lora_dtype, of_gate_up)
+            of_x, found = _back_of_slice(gs[part], xs[part], parts, kind, stacked, lora_dtype)
             if need_x:
-                dxs[part] = of_x
-            found = [*before[0], *base, *before[1], *thin]
+                dx[part] = of_x
             totals = [total.add_(t) for total, t in zip(totals, found, strict=True)] if totals else found
+            del of_x, found  # the next slice's take their place
     if not totals:
-        return [dx, *(t.zero_() for t in sums)]
-    return [dx, *(total.to(t.dtype) if t.numel() else t for total, t in zip(totals, sums, strict=True))]
+        given = (dy, x, weight, quant, shape, blocks, bias, adapters, a, b, b_bias, scaling, kind, stacked, lora_dtype)
+        totals = [t.zero_() for t in _backward_fake(*given, rows, *needs)[1:]]
+    wanted = [n for lists in (needs[1:3], needs[3:]) for pair in zip(*lists, strict=True) for n in pair]
+    sums = [
+        x.new_empty(0) if not need else total if dtype is None else total.to(dtype)
+        for total, need, dtype in zip(totals, wanted, dtypes, strict=True)
+    ]
+    return [dx.view(x.shape) if need_x else dx, *sums]
+
+
+def _back_of_slice(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    parts: Sequence[tuple[_Layers, _Needs]],
+    kind: str,
+    stacked: bool,
+    lora_dtype: torch.dtype,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A slice's ∂x, and what it adds to the sums over tokens, in the order of the results."""
+    (gate_up, of_gate_up), (down, of_down) = parts
+    act, kept = _activated(x, gate_up, kind, stacked, lora_dtype)
+    dact, base, thin = down.backward([dy], act, down.down(act, lora_dtype), lora_dtype, of_down)
+    del act  # what comes next is the most that there is at one time
+    dx, first_base, first_thin = _back(dact, kept, x, gate_up, kind, stacked, lora_dtype, of_gate_up)
+    return dx, [*first_base, *base, *first_thin, *thin]
 
 
 def _backward_fake(
