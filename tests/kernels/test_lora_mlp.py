@@ -17,6 +17,7 @@ from fastft.compare import assert_within
 from fastft.kernels import lora_linear as lora
 from fastft.kernels import lora_mlp as module
 from fastft.kernels import nf4
+from fastft.kernels._op import INTERPRET
 from fastft.kernels.glu import glu
 from fastft.kernels.lora_glu import lora_glu
 from fastft.kernels.lora_mlp import OP, lora_mlp
@@ -240,6 +241,13 @@ def test_no_tokens(form, device):
     assert y.shape == (0, 5, H) and not any(g.any() for g in grads)
 
 
+@pytest.fixture
+def seen(monkeypatch):
+    """What the op's bodies call is seen by dispatch modes, too."""
+    monkeypatch.setattr(module, "_raw", module._forward)
+    monkeypatch.setattr(module, "_raw_backward", module._backward)
+
+
 class Widths(TorchDispatchMode):
     """The widths of all tensors of ``rows`` rows or more that have the memory for them."""
 
@@ -258,13 +266,13 @@ class Widths(TorchDispatchMode):
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("quant", [None, "double"])
-def test_nothing_as_wide_as_the_mlp_is_there_for_all_tokens(form, quant, monkeypatch):
+def test_nothing_as_wide_as_the_mlp_is_there_for_all_tokens(form, quant, seen, monkeypatch):
     """Of all tokens there are x, y, and their gradients; the layers' own ops make others."""
     monkeypatch.setattr("tests.kernels.test_lora_mlp.N", 320)
     args, more = make(**form, lead=(400,), quant=quant, train=quant is None)
     with Widths(400) as widths:  # more rows than any matrix has
         run(lora_mlp, args, {**more, "rows": 64}, torch.randn(400, H))
-    assert widths.found <= {1, K, H}  # 1: a view of x
+    assert max(widths.found) == max(K, H)
     with Widths(400) as widths:
         run(apart, args, more, torch.randn(400, H))
     assert widths.found & {320, 640, 656}
@@ -294,15 +302,16 @@ def test_weights_are_dense_once_a_pass(form, monkeypatch):
     assert lora.release_scratch() > 0  # a single slice has no use for copies of its own
 
 
-def test_scratch_is_what_is_made():
-    """Bytes at one time, of slices, as the planner has them: an upper bound, and no more than a half above."""
+def test_scratch_is_what_is_made(seen):
+    """Bytes at one time, as the planner has them. The bodies in PyTorch make more than the kernels."""
     for form, quant in itertools.product(("one adapter each", "none"), (None, "double")):
-        args, more = make(**FORMS[form], lead=(512,), quant=quant, dtype=BF16)
+        args, more = make(**FORMS[form], lead=(512,), quant=quant)
         y = lora_mlp(*args, **more, rows=256)
-        found = _most(lambda: torch.autograd.grad(y, leaves_of(args, more), torch.ones_like(y)))  # noqa: B023
-        said = module.scratch_bytes(512, 256, (N, K, H), 15, 2, quant is not None, [False] * 3)
-        outputs = sum(t.numel() * t.element_size() for t in leaves_of(args, more))
-        assert found - outputs <= 1.1 * said, (form, quant, found - outputs, said)
+        grads: list[torch.Tensor] = []
+        found = _most(lambda: grads.extend(torch.autograd.grad(y, leaves_of(args, more), torch.ones_like(y))))  # noqa: B023
+        said = module.scratch_bytes(512, 256, (N, K, H), 15, 4, quant is not None, [False] * 3)
+        found -= sum(t.numel() * t.element_size() for t in (y, *grads))
+        assert said / 2 < found <= said * (1.15 if INTERPRET else 2), (form, quant, found, said)
 
 
 def _most(call) -> int:
@@ -348,6 +357,18 @@ def test_supported():
     assert code(*packed, **options) == "quantization"
     with pytest.raises(ValueError, match="lora_mlp: slices of 0 tokens; 1 or more is supported"):
         lora_mlp(*args, rows=0)
+
+
+def test_what_is_stacked():
+    """Gate and up with an adapter each, frozen and without a bias, all in one dtype."""
+    weight, one, up = [torch.ones(4, 4)] * 2, [[torch.ones(2, 4)]] * 2, [[torch.ones(4, 2)]] * 2
+    assert module.stacks(weight, [None] * 2, one, up, [[None]] * 2, True)
+    assert not module.stacks(weight, [None] * 2, one, up, [[None]] * 2, False)
+    assert not module.stacks(weight, [None, torch.ones(4)], one, up, [[None]] * 2, True)
+    assert not module.stacks(weight, [None] * 2, one, up, [[None], [torch.ones(4)]], True)
+    assert not module.stacks([w.clone().requires_grad_() for w in weight], [None] * 2, one, up, [[None]] * 2, True)
+    assert not module.stacks(weight, [None] * 2, [one[0], []], [up[0], []], [[None], []], True)
+    assert not module.stacks(weight, [None] * 2, one, [[torch.ones(4, 65)]] * 2, [[None]] * 2, True)
 
 
 def test_cost():
@@ -535,6 +556,6 @@ MUTANTS = (
         "kernels/lora_mlp.py",
         "return one_each and plain and frozen and same_dtype and all(",
         "return one_each and plain and frozen and all(",
-        "tests/kernels/test_lora_mlp.py -k matches_reference",
+        "tests/kernels/test_lora_mlp.py -k what_is_stacked",
     ),
 )
