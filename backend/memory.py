@@ -301,11 +301,11 @@ class _Cut:
         self.joint, self.outputs, self.static, self.sizes = joint, outputs, static, sizes
         self.regions = regions_of(joint, outputs)
         self.count = max(self.regions.values(), default=-1) + 1
-        self.found: dict[tuple[str | bool, ...], _Halves] = {}
+        self.found: dict[tuple[bool, tuple[str, ...]], _Halves] = {}
 
     def at(self, levels: Sequence[str], sliced: bool = True) -> _Halves:
         """``sliced``: MLPs that are recomputed are computed by slices."""
-        key = (sliced, *levels)
+        key = sliced, tuple(levels)
         if key not in self.found:
             joint = compat.copy_joint(self.joint)
             slices = Slices(dict(self.regions))

@@ -54,7 +54,7 @@ def slice_mlps(
     done = Slices(dict(regions))
     for node in list(joint.graph.nodes):
         region = regions.get(node.name)
-        if region not in wanted or node not in forward or node.target is not _ops.lora_linear.default:
+        if region is None or region not in wanted or node not in forward or node.target is not _ops.lora_linear.default:
             continue
         mlp = _mlp(node)
         if isinstance(mlp, _MLP) and {regions.get(n.name) for n in (mlp.first, *mlp.h, mlp.act)} != {region}:
@@ -101,9 +101,9 @@ class _MLP:
     """
 
     x: fx.Node
-    layers: tuple[_Layer, _Layer, _Layer]
+    layers: Sequence[_Layer]
     first: fx.Node
-    order: tuple[int, int]
+    order: tuple[int, ...]
     wide: tuple[fx.Node, ...]
     act: fx.Node
     kind: str
@@ -123,7 +123,7 @@ def _named(node: fx.Node) -> dict[str, Any]:
     return dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
 
 
-def _stored(given: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+def _stored(given: Mapping[str, Any]) -> Iterator[tuple[Any, Any, Any, Any]]:
     """Of each layer of a call, its weight and how that is stored."""
     each = len(given["quant"]) // len(given["weight"])
     for i, weight in enumerate(given["weight"]):
@@ -142,15 +142,16 @@ def _linears(call: fx.Node) -> tuple[list[_Layer], tuple[fx.Node, ...], torch.dt
     layers, start = [], 0
     for stored, bias, count in zip(_stored(given), given["bias"], given["adapters"], strict=True):
         mine = slice(start, start := start + count)
-        of_each = (thin.get("a", ())[mine], *(given[name][mine] for name in ("b", "b_bias", "scaling")))
-        layers.append(_Layer(*stored, bias, *of_each))
+        b, b_bias, scaling = (given[name][mine] for name in ("b", "b_bias", "scaling"))
+        layers.append(_Layer(*stored, bias, thin.get("a", ())[mine], b, b_bias, scaling))
     return layers, () if h is None else (h,), thin.get("lora_dtype")
 
 
 def _mlp(down: fx.Node) -> _MLP | Reason | None:
     """The chain that ends with ``down``; why it cannot be taken by slices; None where it is none."""
     act: Any = down.args[0]
-    order, h = (0, 1), ()
+    order: tuple[int, ...] = (0, 1)
+    h: tuple[fx.Node, ...] = ()
     if act.target is _ops.lora_glu.default and act.args[0].target is _ops.lora_stack.default:
         wide, (first, *_) = (act.args[0],), act.args
         of_stack, of_glu = _named(first), _named(act)
@@ -178,7 +179,7 @@ def _mlp(down: fx.Node) -> _MLP | Reason | None:
     if isinstance(found, Reason):
         return found
     (last,), of_down, dtype = found
-    layers = (*(both[i] for i in order), last)
+    layers = [*(both[i] for i in order), last]
     if thin is not None and dtype is not None and thin != dtype:
         return Reason("dtype", f"the adapters of gate and up multiply in {thin}, down's in {dtype}")
     if len({len(layer.quant) for layer in layers}) > 1:
@@ -283,7 +284,7 @@ def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, rows: int) -> tuple[fx.Nod
         new = _call(graph, _ops.lora_mlp.default, (mlp.x, *layers, mlp.residual, *how), mlp.down)
     each = range(len(mlp.layers))
     thin = [(role, j) for role, layer in enumerate(mlp.layers) for j in range(len(layer.a))]
-    lists = [[(name, role) for role in each] for name in ("weight", "sum")]
+    lists: list[list[_Slot]] = [[(name, role) for role in each] for name in ("weight", "sum")]
     lists += [[(name, *which) for which in thin] for name in ("a", "b")]
     needs = ("x",) in back.read, *([slot in back.read for slot in slots] for slots in lists)
     order: list[_Slot] = [("x",)]

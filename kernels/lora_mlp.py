@@ -176,8 +176,8 @@ class _Layers(NamedTuple):
 
     def forward(self, x: torch.Tensor, h: torch.Tensor | None, residual: torch.Tensor | None) -> list[torch.Tensor]:
         """Each layer's result."""
-        more = (self.bias, h, self.adapters, self.b, self.b_bias, self.scaling, residual)
-        return lora._forward(x, *self.stored, *more, x.dtype)
+        own = (self.b, self.b_bias, self.scaling)
+        return lora._forward(x, *self.stored, self.bias, h, self.adapters, *own, residual, x.dtype)
 
     def backward(
         self, dy: Tensors, x: torch.Tensor, h: torch.Tensor | None, lora_dtype: torch.dtype, needs: _Needs
@@ -515,7 +515,8 @@ def lora_mlp(
     each["b_bias"] = [
         list(of["b_bias"]) or [None] * len(downs) for (_, of), downs in zip(layers, each["a"], strict=True)
     ]
-    stacked = stacks(*(each[name][:2] for name in ("weight", "bias", "a", "b", "b_bias")), lora_dtype == dtype)
+    two = {name: each[name][:2] for name in ("weight", "bias", "a", "b", "b_bias")}
+    stacked = stacks(**two, same_dtype=lora_dtype == dtype)
     a, b, b_bias = each["a"], each["b"], each["b_bias"]
     quant = [t for _, of in layers for t in of["quant"]]
     c = lora._Constants(

@@ -422,8 +422,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "slicing: gate is what comes first in the call",
         "backend/slicing.py",
-        "    layers = (*(both[i] for i in order), last)\n",
-        "    layers = (*both, last)\n",
+        "    layers = [*(both[i] for i in order), last]\n",
+        "    layers = [*both, last]\n",
         "tests/backend/test_slicing.py -k plain_layers",
     ),
     Mutant(
