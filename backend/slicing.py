@@ -314,4 +314,6 @@ def _call(graph: fx.Graph, op: Any, args: tuple[Any, ...], old: fx.Node) -> fx.N
     node.meta = dict(old.meta)
     with values[0].fake_mode:
         node.meta["val"] = op(*values)
+    if "eager_input_vals" in old.meta:  # by which Inductor keeps the operands' strides
+        node.meta["eager_input_vals"] = values, {}
     return node
