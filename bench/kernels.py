@@ -204,7 +204,8 @@ def _lora_mlp(s: Shape, nf4_weight: bool) -> Case:
     costs = {"bytes_moved": read + out, "flops": flops, "backward_bytes": read + 2 * out}
     # Gate and up again, and back through all three.
     costs["backward_flops"] = flops * 5 / 3
-    return Case(made.args, made.wanted, dict(made.kwargs), **costs, others={"(all tokens at once)": whole})
+    eager = OPS["lora_mlp"].reference if nf4_weight else None  # stock code has another form of NF4 weights
+    return Case(made.args, made.wanted, dict(made.kwargs), **costs, eager=eager, others={"(all tokens at once)": whole})
 
 
 def lora_mlp(s: Shape) -> Case:
