@@ -171,6 +171,8 @@ def _mlp(down: fx.Node) -> _MLP | Reason | None:
         if isinstance(found, Reason):
             return found
         both, h, thin = found
+    elif act.target is _ops.glu_packed.default:
+        return Reason("packed", "gate and up are one layer")
     else:
         return None
     if sorted(order) != [0, 1]:
@@ -260,6 +262,9 @@ def _way_back(mlp: _MLP) -> _Back | Reason | None:
         if not mlp.stacked and list(given["dy"]) != [between.get(i) for i in (mlp.order.index(0), mlp.order.index(1))]:
             return apart
         found |= {slot: item for i, slot in slots if (item := _items(first).get(i)) is not None}
+    linears = [call for call in (last, first) if call is not None and call.target is last.target]
+    if not all(_named(call)["together"] for call in linears):
+        return Reason("variant", "a variant was chosen for its layers: what computes them by slices is another op")
     calls = {mlp.first, *mlp.wide, mlp.act, *mlp.h, mlp.down, last, dact, middle, *grads, first}
     for value in (*mlp.wide, mlp.act, *mlp.h, dact, *grads):
         others = [user for user in value.users if user not in calls]

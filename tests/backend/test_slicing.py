@@ -169,6 +169,18 @@ def test_few_tokens_are_one_piece(at: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert the_plan()["sliced"] == 0 and "MLP" not in fastft.report().plan["memory"].split("predicted")[0]
 
 
+def test_a_variant_that_was_chosen_stays(at: Any) -> None:
+    at(ALL)
+    run(families.build("llama3", lora=0.0), variants={"lora_linears": "accumulated"})
+    assert the_plan()["sliced"] == 0 and "(variant: " in fastft.report().plan["memory"], fastft.report().plan
+
+
+def test_packed_gate_and_up_stay_in_one_piece(at: Any) -> None:
+    at(ALL)
+    run(families.build("phi4", lora=0.0))
+    assert the_plan()["sliced"] == 0 and "(packed: " in fastft.report().plan["memory"], fastft.report().plan
+
+
 class Layer(nn.Module):
     """A layer with an MLP. ``up_first``: up is computed before gate. ``shared``: somebody else reads the activation.
     ``apart``: down alone is checkpointed.

@@ -448,6 +448,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_slicing.py -k dropout",
     ),
     Mutant(
+        "slicing: over a variant of the layers",
+        "backend/slicing.py",
+        '    if not all(_named(call)["together"] for call in linears):\n',
+        "    if False:\n",
+        "tests/backend/test_slicing.py -k variant",
+    ),
+    Mutant(
         "slicing: one slice",
         "backend/slicing.py",
         "            if tokens > rows:\n",
