@@ -188,7 +188,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def test_raw_calls_have_their_ops_formulas() -> None:
     q, k = meta(2, 8, 64, 16), meta(2, 4, 64, 16)
-    mask = (*(None,) * 6, True, 0, 0, 0.25, 0.0)
+    mask = (*(None,) * 8, True, 0, 0, 0.25, 0.0)
     attention = called(torch.ops.fastft.attention.default, q, k, k, *mask, result=(q, q))
     work = costs.raw_work(attention, int, {})
     assert (work.flops, work.problem) == (2 * 2 * 8 * 64 * 32 * 32, "")

@@ -646,7 +646,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "costs: ops of one dtype are all alike",
         "backend/costs.py",
-        "        return tuple(map(_size, x.shape)), x.dtype\n",
+        "        return tuple(map(size, x.shape)), x.dtype\n",
         "        return x.dtype\n",
         "tests/backend/test_page.py -k sums",
     ),
