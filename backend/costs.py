@@ -9,6 +9,7 @@ guard.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from fastft import _torch_compat as compat
 from fastft.fallback import said
 from fastft.kernels import _linear_cross_entropy_fused as fused
-from fastft.kernels import lora_linear
+from fastft.kernels import lora_linear, lora_mlp
 from fastft.kernels._op import OPS, Cost, Op
 from fastft.kernels.linear_cross_entropy import chunk_rows
 from fastft.reporting import Work
@@ -208,9 +209,34 @@ def _raw_linear(result: Any, *, x: Any, quant: Any, adapters: Any, b: Any, **_: 
     return Cost(*(sum(getattr(c, of) for c in each) for of in ("flops", "bytes_moved", "bytes_kept")))
 
 
-def _raw_stack(result: Any, *, x: Any, quant: Any, **_: Any) -> Cost:
-    tokens, K = x.numel() // x.shape[-1], x.shape[-1]
-    return _formula("lora_linear")(tokens, result.shape[-1], K, 0, x.dtype.itemsize, bool(quant))
+def _raw_stack(result: Any, *, x: Any, weight: Any, quant: Any, shape: Any, a: Any, **_: Any) -> Cost:
+    pairs = list(zip(shape[::2], shape[1::2], strict=True))
+    return _formula("lora_stack")(x, weight, a, quant=quant, shape=pairs)
+
+
+def _raw_mlp(result: Any, *, x: Any, weight: Any, quant: Any, shape: Any, adapters: Any, b: Any, **_: Any) -> Cost:
+    """What an MLP by slices computes."""
+    return _mlp(x, weight, quant, shape, adapters, b, parts=3)
+
+
+def _raw_mlp_again(
+    result: Any, *, x: Any, weight: Any, quant: Any, shape: Any, adapters: Any, b: Any, **_: Any
+) -> Cost:
+    """What the backward of an MLP by slices computes again."""
+    return _mlp(x, weight, quant, shape, adapters, b, parts=2)
+
+
+def _mlp(x: Any, weight: Any, quant: Any, shape: Any, adapters: Any, b: Any, parts: int) -> Cost:
+    ranks = iter([up.shape[1] for up in b])
+    each = [sum(islice(ranks, count)) for count in adapters]
+    return lora_mlp.cost_of(
+        x.numel() // x.shape[-1],
+        lora_mlp.widths(weight, quant, shape),
+        each,
+        x.dtype.itemsize,
+        bool(quant),
+        parts=parts,
+    )
 
 
 def _raw_down(result: Any, **_: Any) -> Cost:
@@ -218,12 +244,15 @@ def _raw_down(result: Any, **_: Any) -> Cost:
     return Cost(sympy.Integer(0), sympy.Integer(0), sympy.Integer(0))
 
 
-#: Raw calls of the forward that multiply matrices. Others move memory: their operands and results.
+#: Raw calls of the forward that multiply matrices, and one that computes a forward again. Others move memory: their
+#: operands and results.
 RAW: dict[str, Callable[..., Cost]] = {
     "fastft::attention": _raw_attention,
     "fastft::lora_linear": _raw_linear,
     "fastft::lora_linear_down": _raw_down,
     "fastft::lora_stack": _raw_stack,
+    "fastft::lora_mlp": _raw_mlp,
+    "fastft::lora_mlp_backward": _raw_mlp_again,
 }
 
 
@@ -266,6 +295,12 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
         if given["way"] != "chunks":
             return lambda size: fused.scratch(size(tokens), size(width), name.endswith("_backward"))
         return lambda size: chunk_rows(size(tokens), size(vocab), item) * size(vocab) * item
+    if name.startswith("fastft::lora_mlp"):
+        x, rows, widths = given["x"], given["rows"], lora_mlp.widths(given["weight"], given["quant"], given["shape"])
+        copied = bool(given["quant"]) or any(w.dtype != x.dtype for w in given["weight"])
+        more = sum(t.shape[0] for t in given["a"]), x.element_size(), copied, given.get("need_weight")
+        lead = x.shape[:-1]
+        return lambda size: lora_mlp.scratch_bytes(math.prod(map(size, lead)), rows, list(map(size, widths)), *more)
     if not name.startswith(("fastft::lora_linear", "fastft::lora_stack")) or not given.get("quant"):
         return lambda size: 0
     widths, k = given["shape"][::2], given["shape"][1]

@@ -13,7 +13,8 @@ The peak that is predicted is the sum of
   compiled again finds it allocated;
 * the most bytes of the graph's own tensors that live at one time in its forward and backward, gradients among them, as
   the two halves run node by node (:class:`fastft.partitioner.Walk`);
-* the largest buffer that an op of ours makes for itself: the loss's logits of one chunk, or one dequantised weight.
+* the largest buffer that an op of ours makes for itself: the loss's logits of one chunk, one dequantised weight, or
+  what an MLP makes of one slice of tokens.
 
 Not in it: the allocator's fragmentation, and that Inductor never makes some tensors that the graph has.
 """
@@ -23,9 +24,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -36,9 +38,10 @@ from fastft import costs, offload, planner
 from fastft.fallback import Attempt
 from fastft.judging import random_state, set_random_state
 from fastft.options import MEMORY, Options, bytes_of
-from fastft.partitioner import Sizes, Walk, kinds_of, regions_of, tag
+from fastft.partitioner import Sizes, Walk, forward_of, kinds_of, number_at, regions_of, tag
 from fastft.planner import ALL, ATTENTION, CHEAP, GIB, KEEP, MLP, OFFLOADED, Choice, Problem
 from fastft.reporting import Report
+from fastft.slicing import Slices, slice_mlps
 
 log = logging.getLogger("fastft")
 
@@ -60,6 +63,8 @@ CLOSE = 0.02
 
 #: Levels that are measured; the others follow from them.
 MEASURED = (KEEP, CHEAP, MLP, ATTENTION, ALL)
+#: Levels whose MLP is computed by slices of tokens: those that recompute it in any case.
+SLICED = (MLP, ATTENTION, ALL)
 
 Halves = tuple[fx.GraphModule, fx.GraphModule]
 
@@ -72,6 +77,7 @@ class Plan:
 
     levels: list[str]
     walk: Walk
+    slices: Slices
     before: int
     budget: int | None
     seconds: float
@@ -86,11 +92,13 @@ class Plan:
         return self.peaks[key]
 
     def to_dict(self, sizes: Sizes) -> dict[str, Any]:
-        """For the report: bytes, and seconds that recomputation adds to a step. ``measured``, on a GPU: the most that
-        the process had allocated there, from its second step on.
+        """For the report: bytes, and seconds that recomputation adds to a step; ``sliced``: layers whose MLP is
+        computed a slice of tokens at a time. ``measured``, on a GPU: the most that the process had allocated there,
+        from its second step on.
         """
         return {
             "levels": {level: self.levels.count(level) for level in planner.LEVELS if level in self.levels},
+            "sliced": len(self.slices.tokens),
             "budget": self.budget,
             "predicted": self.peak(sizes),
             "kept": sum(self.walk.kept(sizes)),
@@ -150,7 +158,7 @@ class Memory:
 
     def partition(self, joint: fx.GraphModule, outputs: int, static: list[int] | None) -> Halves:
         """Cut a joint graph by the best plan for ``sizes``, or, where planning fails, as the user's checkpoints say."""
-        cut = _Cut(joint, outputs, static)
+        cut = _Cut(joint, outputs, static, self.sizes)
         with (
             _no_collection(),
             Attempt("planning memory", "layers are recomputed in full", self.done.errors, self.options.strict),
@@ -160,7 +168,7 @@ class Memory:
             offload.POOL.limit = max(offload.POOL.limit, self.host)
             self._report(plan)
             return halves
-        return cut.at([ALL] * cut.count)[0]
+        return cut.at([ALL] * cut.count, sliced=False).halves
 
     def _planned(self, cut: _Cut) -> tuple[Halves, Plan]:
         wanted, budget = self.options.memory, min((b for b in (self.budget, self.limit) if b is not None), default=None)
@@ -178,7 +186,12 @@ class Memory:
                     over += self._plan(cut, found).peak(self.sizes) - budget
                     found = None
             levels, least = found or self._leanest(cut, problem), found is None
-        return cut.at(levels)[0], replace(self._plan(cut, levels), leanest=least)
+        plan = self._plan(cut, levels)
+        whole = self._plan(cut, levels, sliced=False) if plan.slices.tokens else plan
+        # Slices are for what does not fit, or to be lean, without them.
+        most = plan.peak(self.sizes) if least or budget is None else budget
+        sliced = whole is plan or whole.peak(self.sizes) > most
+        return cut.at(levels, sliced).halves, replace(plan if sliced else whole, leanest=least)
 
     def _leanest(self, cut: _Cut, problem: Problem) -> list[str]:
         """The formula's choice. In a shallow graph, where its cut needs more: the leanest of that and of layers all
@@ -191,16 +204,16 @@ class Memory:
         levels = planner.leanest(problem, self.host)
         alike = [[level] * cut.count for level in (ATTENTION, ALL, *OFFLOADED)]
         close = peak(levels) - problem.peak(levels) <= CLOSE * (peak(levels) - problem.before)
-        if close or (ALL,) * cut.count not in cut.found:
+        if close or (True, (ALL,) * cut.count) not in cut.found:
             return levels
         allowed = [of for of in alike if of[0] in problem.regions[0] and problem.host(of) <= self.host]
         return min(levels, planner.leanest(problem), *allowed, key=lambda of: (peak(of), problem.seconds(of)))
 
-    def _plan(self, cut: _Cut, levels: list[str]) -> Plan:
-        walk = cut.at(levels)[1]
+    def _plan(self, cut: _Cut, levels: list[str], sliced: bool = True) -> Plan:
+        _, walk, slices = cut.at(levels, sliced)
         there = walk.given(self.sizes) if self.device is None else torch.cuda.memory_allocated(self.device)
         states = 0 if self.done.recompiles else ADAM_BYTES * walk.trained(self.sizes)
-        return Plan(levels, walk, there + states, self.budget, sum(walk.seconds(self.sizes, self.rates)))
+        return Plan(levels, walk, slices, there + states, self.budget, sum(walk.seconds(self.sizes, self.rates)))
 
     def _problem(self, cut: _Cut) -> Problem:
         """Every region's choices, from the graph cut with the regions at the levels that :func:`layouts` gives."""
@@ -253,7 +266,7 @@ class Memory:
         if plan.budget is not None and row["predicted"] > plan.budget:
             budget += ", which no plan keeps"
         text = (
-            f"{self.options.memory}: {planner.said(plan.levels) or 'no layers'}; predicted peak "
+            f"{self.options.memory}: {planner.said(plan.levels) or 'no layers'}{_said(plan.slices)}; predicted peak "
             f"{row['predicted'] / GIB:.2f} GiB{budget}; recomputation {plan.seconds * 1e3:.1f} ms a step at the rates "
             f"of {self.rates.name}" + (f"; {row['host'] / GIB:.2f} GiB on the host" if row["host"] else "")
         )
@@ -291,28 +304,51 @@ class _Region:
         return found
 
 
-class _Cut:
-    """One joint graph, and what it was cut into, by the regions' levels."""
+class _Halves(NamedTuple):
+    """A cut graph, how it runs, and what of it is computed by slices of tokens."""
 
-    def __init__(self, joint: fx.GraphModule, outputs: int, static: list[int] | None) -> None:
-        self.joint, self.outputs, self.static = joint, outputs, static
+    halves: Halves
+    walk: Walk
+    slices: Slices
+
+
+class _Cut:
+    """One joint graph, and what it was cut into, by the regions' levels, for a batch of ``sizes``."""
+
+    def __init__(self, joint: fx.GraphModule, outputs: int, static: list[int] | None, sizes: Sizes) -> None:
+        self.joint, self.outputs, self.static, self.sizes = joint, outputs, static, sizes
         self.regions = regions_of(joint, outputs)
         self.count = max(self.regions.values(), default=-1) + 1
-        self.found: dict[tuple[str, ...], tuple[Halves, Walk]] = {}
+        self.found: dict[tuple[bool, tuple[str, ...]], _Halves] = {}
 
-    def at(self, levels: Sequence[str]) -> tuple[Halves, Walk]:
-        key = tuple(levels)
+    def at(self, levels: Sequence[str], sliced: bool = True) -> _Halves:
+        """``sliced``: MLPs that are recomputed are computed by slices."""
+        key = sliced, tuple(levels)
         if key not in self.found:
             joint = compat.copy_joint(self.joint)
-            tag(joint, self.outputs, self.regions, [OFFLOADED.get(level, level) for level in levels])
+            slices = Slices(dict(self.regions))
+            wanted = {r for r, level in enumerate(levels) if sliced and OFFLOADED.get(level, level) in SLICED}
+            if wanted:
+                forward = forward_of(joint, self.outputs)
+                slices = slice_mlps(joint, forward, self.regions, wanted, lambda n: number_at(n, self.sizes))
+            regions = slices.regions
+            tag(joint, self.outputs, regions, [OFFLOADED.get(level, level) for level in levels])
             halves = compat.partition(joint, self.outputs, self.static)
-            walk = Walk(*halves, self.outputs, self.regions)
+            walk = Walk(*halves, self.outputs, regions, slices.again)
             moved = {name: r for name, r in walk.movable.items() if levels[r] in OFFLOADED}
             if moved:
-                offload.offload(*halves, moved, self.regions, walk.turns)
-                walk = Walk(*halves, self.outputs, self.regions)
-            self.found[key] = halves, walk
+                offload.offload(*halves, moved, regions, walk.turns)
+                walk = Walk(*halves, self.outputs, regions, slices.again)
+            self.found[key] = _Halves(halves, walk, slices)
         return self.found[key]
+
+
+def _said(slices: Slices) -> str:
+    """What the report says of slices: of how many tokens they are, in how many layers; why not in others."""
+    found = [f"the MLP by slices of {rows:,} tokens in {n}" for rows, n in Counter(slices.tokens.values()).items()]
+    left = Counter(f"{reason.code}: {reason.text}" for reason in slices.left.values())
+    found += [f"the MLP in one piece in {n} ({why})" for why, n in left.items()]
+    return "".join(f"; {text}" for text in found)
 
 
 @contextlib.contextmanager

@@ -199,11 +199,18 @@ class _Step:
 class Walk:
     """Both halves of a cut graph as one list of steps: what lives when, for batches of any size.
 
-    ``saved``: tensor → region that keeps it for its backward, None for what belongs to no region. ``again``: what the
-    backward computes again.
+    ``again``: nodes of the backward that compute something of the forward again by themselves, and for which region.
+    ``saved``: tensor → region that keeps it for its backward, None for what belongs to no region.
     """
 
-    def __init__(self, forward: fx.GraphModule, backward: fx.GraphModule, outputs: int, regions: Regions) -> None:
+    def __init__(
+        self,
+        forward: fx.GraphModule,
+        backward: fx.GraphModule,
+        outputs: int,
+        regions: Regions,
+        again: Mapping[str, int] | None = None,
+    ) -> None:
         self.count, self.regions = max(regions.values(), default=-1) + 1, regions
         self.tensors: dict[str, torch.Tensor] = {}
         results = results_of(forward)
@@ -227,7 +234,7 @@ class Walk:
         self._turns(half)
         #: Backward node → region whose turn it is.
         self.turns = {node.name: step.region for node, step in half}
-        self.made = [n for n in forward.graph.nodes if n.name in regions]
+        self.made = [(n, regions[n.name]) for n in forward.graph.nodes if n.name in regions]
         #: Saved tensors that can be offloaded, with the regions that read them.
         self.movable = {
             name: region
@@ -238,7 +245,10 @@ class Walk:
         self.halfway = len(steps)
         #: What the backward makes and returns.
         self.returned = {names[root] for n in gradients if isinstance(n, fx.Node) and (root := _root(n)) in names}
-        self.again = [n for n in backward.graph.nodes if n.op == "call_function" and n.name in regions]
+        #: What the backward computes again, and for which region.
+        computed = {**regions, **(again or {})}
+        calls = [n for n in backward.graph.nodes if n.op == "call_function"]
+        self.again = [(n, computed[n.name]) for n in calls if n.name in computed]
         self.inputs = [t for n in forward.graph.nodes if n.op == "placeholder" and (t := _tensor(n)) is not None]
         self.gradients = [t for n in gradients if (t := _tensor(n)) is not None]
 
@@ -265,8 +275,9 @@ class Walk:
             if node.op == "output":
                 continue
             made = _tensor(node) if _root(node) is node and node in names else None
-            steps[node] = _Step([] if made is None else [names[node]], [], scratch(node))
+            steps[node] = _Step([], [], scratch(node))
             if made is not None:
+                steps[_source(node)].makes.append(names[node])  # an item is there when its call ends
                 last[names[node]] = node
                 self.tensors.setdefault(names[node], made)
             for operand in map(_root, node.all_input_nodes):
@@ -366,8 +377,8 @@ class Walk:
         """What each region computes in the forward."""
         return self._seconds(self.made, sizes, rates)
 
-    def _seconds(self, nodes: Iterable[fx.Node], sizes: Sizes, rates: Rates) -> list[float]:
+    def _seconds(self, nodes: Iterable[tuple[fx.Node, int]], sizes: Sizes, rates: Rates) -> list[float]:
         found, memo = [0.0] * self.count, Memo()
-        for node in nodes:
-            found[self.regions[node.name]] += rates.seconds(raw_work(node, lambda n: number_at(n, sizes), memo))
+        for node, region in nodes:
+            found[region] += rates.seconds(raw_work(node, lambda n: number_at(n, sizes), memo))
         return found

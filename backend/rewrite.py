@@ -77,6 +77,8 @@ def rewrite(
         done.sites.append(site)
     fuel = Fuel(options.fuel)
     for table in tables():
+        if table.planned and options.memory is None:
+            continue
         with Attempt(f"table {table.name}", "the rest of its sites stay as they were", done.errors, options.strict):
             _apply(gm, table, options, fuel, fake_mode, done)
         if table is loss.LOSS and options.lazy_logits and table.name not in options.disable:

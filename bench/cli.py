@@ -1,7 +1,9 @@
-"""``fastft bench``: kernels, training steps, the gates (two result files; one and its targets), the report.
+"""``fastft bench``: kernels, training steps, the longest context, the gates (two result files; one and its targets),
+the report.
 
     fastft bench kernels --shapes-tag real --out kernels.json
     fastft bench train compare --impls eager,unsloth,fastft --out all.json
+    fastft bench context --tokens 400000 --host 110GiB --out context.json
     fastft bench compare old.json new.json
     fastft bench targets kernels.json
     fastft bench report kernels.json all.json --html report.html
@@ -52,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--empty-caches", action="store_true", help="first calls compile everything")
     kernels.add_argument("--out", type=Path, default=None, help="JSON file, written anew after every case")
     commands.add_parser("train", help="training steps: bench/train.py run | compare | checkpoint", add_help=False)
+    commands.add_parser("context", help="the longest context that trains: bench/context.py", add_help=False)
     compare = commands.add_parser("compare", help="exit status 1 if anything of ours got slower or larger, or is gone")
     compare.add_argument("old", type=Path)
     compare.add_argument("new", type=Path)
@@ -184,10 +187,10 @@ def _print(grid: Grid) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 (a kernel failed, no run worked, a regression, a missed target), 2 for what a user can mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"]:
-        from bench import train
+    if argv[:1] in (["train"], ["context"]):
+        from bench import context, train
 
-        return train.main(argv[1:])
+        return {"train": train, "context": context}[argv[0]].main(argv[1:])
     parser = _parser()
     a, more = parser.parse_known_args(argv)
     if a.command == "kernels":

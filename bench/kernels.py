@@ -186,6 +186,36 @@ def lora_stack_nf4(s: Shape) -> Case:
     return _lora_stack(s, nf4_weight=True)
 
 
+def _lora_mlp(s: Shape, nf4_weight: bool) -> Case:
+    """Beside the same layers' own ops, which take all tokens at once, and keep for the backward what is as wide as the
+    MLP: a backward by slices computes gate and up again.
+    """
+    made = OPS["lora_mlp"].inputs(New(DTYPE, DEVICE, int(torch.randint(2**62, ()))), **s.dims, nf4_weight=nf4_weight)
+
+    def whole(x: Any, kind: str, weight: Any, bias: Any, a: Any, b: Any, scaling: Any, **more: Any) -> Any:
+        two, last = ({name: of[part] for name, of in more.items()} for part in (slice(0, 2), 2))
+        wide = OPS["lora_stack"].call(x, weight[:2], [down for (down,) in a[:2]], **two)
+        act = OPS["lora_glu"].call(wide, [up for (up,) in b[:2]], [scale for (scale,) in scaling[:2]], kind)
+        return OPS["lora_linear"].call(act, weight[2], None, a[2], b[2], scaling[2], **last)
+
+    tokens = s["batch"] * s["seq"]
+    read, out = _bytes(*made.tensors()), _bytes(made.args[0])
+    flops = 6.0 * tokens * (s["hidden"] * s["intermediate"] + s["rank"] * (s["hidden"] + s["intermediate"]))
+    costs = {"bytes_moved": read + out, "flops": flops, "backward_bytes": read + 2 * out}
+    # Gate and up again, and back through all three.
+    costs["backward_flops"] = flops * 5 / 3
+    eager = OPS["lora_mlp"].reference if nf4_weight else None  # stock code has another form of NF4 weights
+    return Case(made.args, made.wanted, dict(made.kwargs), **costs, eager=eager, others={"(all tokens at once)": whole})
+
+
+def lora_mlp(s: Shape) -> Case:
+    return _lora_mlp(s, nf4_weight=False)
+
+
+def lora_mlp_nf4(s: Shape) -> Case:
+    return _lora_mlp(s, nf4_weight=True)
+
+
 def _quantised(out_features: int, in_features: int) -> tuple[torch.Tensor, Any]:
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = _random(out_features, in_features, scale=in_features**-0.5)
@@ -323,6 +353,7 @@ MAKERS: dict[str, tuple[Callable[[Shape], Case], ...]] = {
     "lora_linears": (lora_linears, lora_linears_nf4),
     "lora_glu": (lora_glu,),
     "lora_stack": (lora_stack, lora_stack_nf4),
+    "lora_mlp": (lora_mlp, lora_mlp_nf4),
     "nf4_dequantize": (nf4_dequantize,),
     "linear_cross_entropy": (linear_cross_entropy,),
     "linear_log_prob": (linear_log_prob,),

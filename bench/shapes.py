@@ -270,6 +270,7 @@ def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterato
         of_mlp = dict(intermediate=config["intermediate_size"], activation=_activation(config))
         yield shape("lora_glu", **tokens, **of_mlp, rank=16)
         yield shape("lora_stack", **tokens, hidden=hidden, intermediate=config["intermediate_size"], rank=16)
+        yield shape("lora_mlp", **tokens, hidden=hidden, **of_mlp, rank=16)
     if family == "nemotron":
         yield shape("squared_relu", **tokens, intermediate=config["intermediate_size"])
     fraction = config.get("rope_parameters", {}).get("partial_rotary_factor", 1.0)
@@ -341,6 +342,7 @@ def _tests() -> Iterator[Shape]:
             yield shape("glu", batch=batch, seq=seq, intermediate=intermediate, activation=activation)
             yield shape("lora_glu", batch=batch, seq=seq, intermediate=intermediate, activation=activation, rank=5)
         yield shape("lora_stack", batch=batch, seq=seq, hidden=64, intermediate=intermediate, rank=5)
+        yield shape("lora_mlp", batch=batch, seq=seq, hidden=64, intermediate=64, activation="silu", rank=5)
         yield shape("squared_relu", batch=batch, seq=seq, intermediate=intermediate)
     for batch, seq, heads, kv_heads, head_dim, rotary_dim in (
         (1, 1, 1, 1, 16, 16),

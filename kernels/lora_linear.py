@@ -44,11 +44,12 @@ which asks for a copy of the gᵢ, and is done where that costs less than what i
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import itertools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -294,6 +295,40 @@ def _scratch_rows(like: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> Ite
         yield held[: n * k].view(n, k)
 
 
+_once: contextvars.ContextVar[dict[Any, torch.Tensor] | None] = contextvars.ContextVar("once", default=None)
+
+
+@contextlib.contextmanager
+def dense_once() -> Iterator[None]:
+    """In here a dense copy of the same tensors is made once, in memory of its own, which is free again behind it: for
+    bodies of ops that multiply with the same weights many times.
+    """
+    token = _once.set({})
+    try:
+        yield
+    finally:
+        _once.reset(token)
+
+
+@contextlib.contextmanager
+def _copied(
+    of: Tensors, n: int, k: int, dtype: torch.dtype, fill: Callable[[torch.Tensor], None]
+) -> Iterator[torch.Tensor]:
+    """A dense [n, k] matrix that ``fill`` makes of the tensors ``of``: in the scratch, or once (:func:`dense_once`)."""
+    made = _once.get()
+    if made is None:
+        with _scratch_rows(of[0], n, k, dtype) as out:
+            fill(out)
+            yield out
+        return
+    key = (n, k, dtype, *(t.data_ptr() for t in of))
+    if key not in made:
+        out = torch.empty(n, k, dtype=dtype, device=of[0].device)
+        fill(out)
+        made[key] = out
+    yield made[key]
+
+
 def _fill(out: torch.Tensor, weight: torch.Tensor, quant: Tensors, blocksize: int, blocksize2: int) -> None:
     """Write a weight to ``out``, [N, K]."""
     if quant:
@@ -311,8 +346,7 @@ def _dense(
         yield weight
         return
     n, k = shape if quant else weight.shape
-    with _scratch_rows(weight, n, k, dtype) as out:
-        _fill(out, weight, quant, blocksize, blocksize2)
+    with _copied([weight], n, k, dtype, lambda out: _fill(out, weight, quant, blocksize, blocksize2)) as out:
         yield out
 
 
@@ -335,12 +369,15 @@ def _stacked(
     widths, k = shape[::2] if quant else [w.shape[0] for w in weight], shape[1] if quant else weight[0].shape[1]
     sizes, of_each = [m.shape[0] for m in below], len(quant) // len(weight)
     full, rank = sum(widths), sum(sizes)
-    with _scratch_rows(weight[0], full + whole(rank), k, dtype) as out:
+
+    def fill(out: torch.Tensor) -> None:
         for i, part in enumerate(out[:full].split(list(widths))):
             _fill(part, weight[i], quant[i * of_each : (i + 1) * of_each], blocks[2 * i], blocks[2 * i + 1])
         if below:
             torch._foreach_copy_(list(out[full : full + rank].split(sizes)), list(below))
             out[full + rank :].zero_()
+
+    with _copied([*weight, *below], full + whole(rank), k, dtype, fill) as out:
         yield out
 
 

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from fastft.patterns._match import Table
 
 # The loss takes the head's linear with it, LoRA takes the NF4 linear below it, rotary and attention look through
-# repeated and transposed heads; linear layers take the residual stream up and are joined, activations take up what
-# adapters add to gate and up, and norms hand the stream on, when each of them is ours, as must be the norms and the
-# rotary of heads that become one op. A file that is not named here comes last.
+# repeated and transposed heads; linear layers take the residual stream up, become ours where they are plain ones of an
+# MLP whose activation is, and are joined, activations take up what adapters add to gate and up, and norms hand the
+# stream on, when each of them is ours, as must be the norms and the rotary of heads that become one op. A file that is
+# not named here comes last.
 _ORDER = (
     *("loss", "attention", "rotary", "norm", "mlp", "lora", "nf4"),
-    *("residual", "joint_linears", "lora_glu", "norm_rotary", "residual_norm"),
+    *("residual", "mlp_linears", "joint_linears", "lora_glu", "norm_rotary", "residual_norm"),
 )
 
 

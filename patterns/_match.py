@@ -323,12 +323,14 @@ class Table:
     """The rules for one family of sites.
 
     ``seed`` tells of a node that is still in the graph afterwards whether it looks like such a site: the report lists
-    it as missed. It answers with what was seen ("rsqrt of a mean of squares"), or None.
+    it as missed. It answers with what was seen ("rsqrt of a mean of squares"), or None. ``planned``: its rules are of
+    use, and tried, only where memory is planned.
     """
 
     name: str
     rows: tuple[Rule, ...]
     seed: Callable[[fx.Node], str | None]
+    planned: bool = False
 
     def rules_for(self, canonical: str) -> list[Rule]:
         return [r for r in self.rows if r.pattern.anchors is None or canonical in r.pattern.anchors]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastft.kernels
-from bench import train
+from bench import context, train
 from bench.shapes import MODELS, PRIMARY, SHAPES, linears, shapes
 
 transformers = pytest.importorskip("transformers")
@@ -234,3 +234,66 @@ def test_arguments(capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(["compare", "--impls", "eager,nobody"])
     assert stopped.value.code == 2 and "'nobody'; it is one of" in capsys.readouterr().err
+
+
+# -- the longest context
+
+
+@pytest.mark.parametrize(
+    ("asked", "bisect", "most", "wanted", "tried"),
+    [
+        ([4096, 8192], 0, 10**6, 8192, [4096, 8192]),
+        ([8192, 4096, 65536, 131072], 0, 9000, 8192, [4096, 8192, 65536]),
+        ([8192, 65536], 2, 40000, 36864, [8192, 65536, 36864, 51200]),
+        ([8192], 3, 3000, 2048, [8192, 4096, 2048, 3072]),
+        ([2048, 3072], 3, 2500, 2048, [2048, 3072]),
+        ([2048], 1, 10, None, [2048, 1024]),
+    ],
+)
+def test_lengths_are_tried_until_one_does_not_fit(asked, bisect, most, wanted, tried):
+    found = []
+
+    def fits(tokens: int) -> bool:
+        found.append(tokens)
+        return tokens <= most
+
+    assert context.lengths(asked, bisect, fits) == wanted and found == tried
+
+
+def test_context(checkpoints, tmp_path, monkeypatch):
+    """A row for each length, with the plan for it; out of memory ends it."""
+    steps = context.Context._steps
+
+    def short(self, tokens):
+        if tokens > 32:
+            raise torch.OutOfMemoryError("no room\nfor it")
+        return steps(self, tokens)
+
+    monkeypatch.setattr(context.Context, "_steps", short)
+    out = tmp_path / "context.json"
+    given = ["--model", "tiny", "--quant", "bf16", "--rank", "4", "--tokens", "24,48", "--host", "1GiB"]
+    more = ["--options", "residual=eager", "--checkpoints", str(checkpoints), "--out", str(out), "--cap", "1GiB"]
+    assert context.main([*given, *more]) == 0
+    result = json.loads(out.read_text())
+    first, second = result["rows"]
+    assert result["longest"] == 24 and result["cap_bytes"] == 2**30 and result["options"]["memory"] == "lean"
+    assert first["status"] == "ok" and len(first["loss"]) == len(first["step_s"]) == 1
+    assert first["plans"][0]["said"].startswith("lean: ") and first["plans"][0]["errors"] == []
+    assert second["status"] == "out of memory" and second["error"] == "no room" and second["loss"] == []
+    assert first["host_peak_bytes"] > 2**20
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--tokens", "many"], "many"),
+        (["--tokens", "1"], "2 tokens or more"),
+        (["--tokens", "8", "--cap", "8 Gb"], "option cap is '8 Gb'"),
+        (["--tokens", "8", "--impl", "nobody"], "'nobody'; it is one of"),
+        (["--tokens", "8", "--steps", "0"], "--steps is 0"),
+    ],
+)
+def test_context_that_cannot_be(given, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        context.main(given)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -395,7 +395,7 @@ def test_every_op_has_real_sizes():
         real = shapes(op, tag="real")
         assert len(real) == REAL_SIZES >= 6, op
         assert len({tuple(v for k, v in s.dims.items() if k != "eps") for s in real}) == REAL_SIZES, op
-    assert sum("primary" in s.tags for s in SHAPES) < 140  # what runs by default stays small
+    assert sum("primary" in s.tags for s in SHAPES) < 150  # what runs by default stays small
 
 
 def test_a_run_that_is_stopped_has_something_of_every_op():

@@ -4,6 +4,7 @@ for batches of any size, and out of memory is no end.
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastft import _torch_compat as compat
 from fastft import memory, offload, reporting
 from fastft.memory import MEASURED, Memory, Planned, layouts
 from fastft.options import OptionError, Options, bytes_of
+from fastft.partitioner import Walk
 from fastft.planner import ALL, ALL_OFFLOADED, ATTENTION, ATTENTION_OFFLOADED, CHEAP, KEEP, MLP, OFFLOADED
 from tests.models import _families as families
 from tests.models._training import Step, check_equal, compiled, step
@@ -42,7 +44,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def instead(self: Memory, cut: Any) -> Any:
             wanted = list(levels) * cut.count if len(levels) == 1 else list(levels)
-            return cut.at(wanted)[0], self._plan(cut, wanted)
+            return cut.at(wanted).halves, self._plan(cut, wanted)
 
         monkeypatch.setattr(Memory, "_planned", instead if levels else planned)
 
@@ -246,6 +248,33 @@ def test_a_layers_input_is_all_that_is_kept_of_it(at: Any) -> None:
     assert the_plan()["kept"] - kept == out_and_lse
 
 
+def test_results_of_a_call_are_there_beside_its_operands() -> None:
+    """Those of a call with several results, too, of which the graph has items."""
+    one = torch.empty(8, 16, device="meta")
+
+    def half(*inputs: str) -> tuple[torch.fx.GraphModule, Any]:
+        made = torch.fx.GraphModule({}, torch.fx.Graph())
+
+        def call(target: Any, *args: Any, several: bool = False) -> torch.fx.Node:
+            node = made.graph.call_function(target, args)
+            node.meta["val"] = (one, one) if several else one
+            return node
+
+        nodes = [made.graph.placeholder(name) for name in inputs]
+        for node in nodes:
+            node.meta["val"] = one
+        return made, (nodes, call)
+
+    forward, ((x,), call) = half("primals_1")
+    gate, up = call(torch.ops.aten.neg.default, x), call(torch.ops.aten.abs.default, x)
+    forward.graph.output((call(torch.ops.aten.mul.Tensor, gate, up), gate, up))
+    backward, ((gate, up, dy), call) = half(gate.name, up.name, "tangents_1")
+    both = call(torch.ops.fastft.glu_backward.default, dy, gate, up, "silu", True, True, several=True)
+    grads = [call(operator.getitem, both, i) for i in range(2)]
+    backward.graph.output((call(torch.ops.aten.add.Tensor, *grads),))
+    assert Walk(forward, backward, 1, {}).peak({}) == 6 * 8 * 16 * 4  # with the forward's result, which the caller has
+
+
 # ------------------------------------------------------------------------------------------------------------ budgets
 
 
@@ -374,7 +403,7 @@ def test_a_deep_graph_is_cut_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(memory, "layouts", lambda kinds: [[level] * len(kinds) for level in MEASURED])
             problems.append(problem_of(self, cut))
-        kept = cut.at([KEEP] * cut.count)[1]
+        kept = cut.at([KEEP] * cut.count).walk
         del cuts[made:]
         cut.found = found
         assert set(kept.turns.values()) == set(range(cut.count + 1))

@@ -21,6 +21,7 @@ import torch
 
 from fastft.compare import assert_bitwise, assert_within
 from fastft.kernels import (
+    _side_by_side,
     attention,
     glu,
     layer_norm,
@@ -28,6 +29,7 @@ from fastft.kernels import (
     load,
     lora_glu,
     lora_linear,
+    lora_mlp,
     lora_stack,
     nf4,
     norm_rotary,
@@ -335,6 +337,39 @@ def test_lora_stack(large):
     of = lambda x, a, c: lora_stack.reference(x, weight, [a, c])  # noqa: E731
     shared = [new(16, k, scale=k**-0.5) for _ in widths]
     check(call, of, [new(tokens, k)], shared, picked(tokens, N), same_bits=False)
+
+
+@pytest.mark.parametrize("large", ["x", "y"])
+def test_lora_mlp(large):
+    """Slices of x, or of y, that begin behind element 2³¹."""
+    k, n, h = (N, 96, 32) if large == "x" else (32, 96, N)
+    tokens = LIMIT // N + 37
+    sizes = ((n, k), (n, k), (h, n))
+    weight = [new(*size, scale=size[1] ** -0.5) for size in sizes]
+
+    def mlp(fn: Any, **more: Any) -> Callable[..., torch.Tensor]:
+        def run(x: torch.Tensor, *thin: torch.Tensor) -> torch.Tensor:
+            dense = [w.to(x.dtype) for w in weight]
+            return fn(x, "silu", dense, [], [[a] for a in thin[:3]], [[b] for b in thin[3:]], [[0.5]] * 3, **more)
+
+        return run
+
+    shared = [new(16, size[1], scale=size[1] ** -0.5) for size in sizes] + [
+        new(size[0], 16, scale=0.25) for size in sizes
+    ]
+    rows = tokens // 5 + 1
+    call, of = mlp(lora_mlp.lora_mlp, rows=rows), mlp(lora_mlp.reference)
+    check(call, of, [new(tokens, k)], shared, picked(tokens, N), same_bits=False)
+
+
+def test_copies_side_by_side():
+    """As the backward of q, k and v over NF4 weights makes them."""
+    tokens, widths = LIMIT // N + 37, (N // 2, N // 4, N // 4)
+    sources = [new(tokens, n) for n in widths]
+    out = torch.empty(tokens, N + 8, dtype=BF16, device=DEVICE)
+    _side_by_side.side_by_side(out, sources)
+    for rows in picked(tokens, N).tolist():
+        assert_bitwise(f"row {rows}", out[rows, :N], torch.cat([s[rows] for s in sources]))
 
 
 # --------------------------------------------------------------------------------------------------------------- loss

@@ -105,9 +105,11 @@ def test_error_rule(name: str, share: int, device: str, record_property: Callabl
             got = compare(f"{name} value {i}", ours, same, true, length=length)
             # What cancels (dq of a query that sees one key) is as exact as what it is made of.
             cancelled = float((ours.detach() - true.detach()).norm()) <= rounding(ours.dtype, length) * largest
-            # PyTorch's error in a few numbers may be small by chance: there each of a product's roundings counts. And
-            # attention's δ is that of the rounded output, as in every flash attention; the reference's is exact.
-            chance = 3 * rounding(ours.dtype) if true.numel() < 64 or name == "attention" else 0.0
+            # PyTorch's error in a few numbers may be small by chance: there each of a product's roundings counts (an
+            # MLP has three in a row). And attention's δ is that of the rounded output, as in every flash attention; the
+            # reference's is exact.
+            few, roundings = true.numel() < 64, 9 if name == "lora_mlp" else 3
+            chance = roundings * rounding(ours.dtype) if few or name == "attention" else 0.0
             # Means over a few numbers say little: bias and direction are for the tests of known cases.
             assert got.error <= got.bound + chance or cancelled, got
 

@@ -1005,4 +1005,18 @@ MUTANTS = (
         "sums += [more.to(wide) for j in mine",
         "tests/kernels/test_lora_linear.py -k test_shapes",
     ),
+    Mutant(
+        "dense_once: a copy of another weight",
+        "kernels/lora_linear.py",
+        "    key = (n, k, dtype, *(t.data_ptr() for t in of))\n",
+        "    key = (n, k, dtype)\n",
+        "tests/kernels/test_lora_mlp.py -k nf4_weights",
+    ),
+    Mutant(
+        "dense_once: a copy for every slice",
+        "kernels/lora_linear.py",
+        "        made[key] = out\n    yield made[key]",
+        "        yield out\n        return\n    yield made[key]",
+        "tests/kernels/test_lora_mlp.py -k dense_once",
+    ),
 )
