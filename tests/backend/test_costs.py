@@ -225,7 +225,7 @@ def forward_work(op: Any, n: int) -> Iterator[tuple[Work, Work]]:
 def test_raw_calls_compute_what_the_formula_says(name: str) -> None:
     """Products count as such in a joint graph too: of an op without, twice the size is no more work for each byte."""
     op = load()[name]
-    products = name.startswith(("attention", "lora_linear", "lora_stack"))
+    products = name.startswith(("attention", "lora_linear", "lora_mlp", "lora_stack"))
     for (raw, work), (_, large) in zip(forward_work(op, 1), forward_work(op, 4), strict=True):
         assert not raw.problem and not work.problem and raw.bytes_moved > 0
         if products:  # a rank takes whole columns
