@@ -443,6 +443,12 @@ def test_joint_nf4(name, quant, device):
     check_joint(DTYPES[name], device, layers=({"quant": quant}, {"quant": quant, "n": 8, "ranks": ()}))
 
 
+def joined(widths, k, adapted):
+    """Whether dx of NF4 layers [width, k] is one product."""
+    dy, shape = [torch.empty(0)] * len(widths), [n for width in widths for n in (width, k)]
+    return module.one_product(dy, shape, [not adapted], torch.float32, torch.float32, together=True, need_x=True)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["fp32", "bf16", "autocast", "fp16"])
 @pytest.mark.parametrize("widths", [(8, 24, 16), (96, 200)], ids=["side by side", "one by one"])
@@ -450,7 +456,7 @@ def test_joint_nf4_backward(name, widths, device):
     """dx in one product of gradients that are copied next to each other, or layer after layer; a rank that is no
     multiple of 8, and a scaling each.
     """
-    assert module._side_by_side(widths, 64, True) == (len(widths) == 3)
+    assert joined(widths, 64, True) == (len(widths) == 3)
     layers = [{"quant": "double", "n": n, "ranks": (3,) * (i + 1)} for i, n in enumerate(widths)]
     check_joint(DTYPES[name], device, layers=layers, strided=True)
     check_joint(DTYPES[name], device, layers=layers, scaling=1.0)
@@ -458,10 +464,10 @@ def test_joint_nf4_backward(name, widths, device):
 
 def test_side_by_side_where_it_spares_more_than_it_costs():
     llama = {"q, k, v": (4096, 1024, 1024), "o": (4096,), "gate, up": (14336, 14336)}
-    assert {name: module._side_by_side(widths, 4096, True) for name, widths in llama.items()} == {
+    assert {name: joined(widths, 4096, True) for name, widths in llama.items()} == {
         "q, k, v": True, "o": False, "gate, up": False,
     }  # fmt: skip
-    assert module._side_by_side((4096,), 14336, True) and not module._side_by_side((4096,), 14336, False)
+    assert joined((4096,), 14336, True) and not joined((4096,), 14336, False)
 
 
 @pytest.mark.parametrize("device", DEVICES)

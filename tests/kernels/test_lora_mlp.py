@@ -170,6 +170,7 @@ def compare(args, more, dtype, rows, dy):
         assert_within(f"value {i}", found, stock, truth, length=max(N, K, H, 65))
 
 
+@pytest.mark.skipif(INTERPRET, reason="PyTorch adds the slices up, and 512 of them are slow here")
 @pytest.mark.parametrize("form", ["one adapter each", "biases"])
 def test_sums_are_in_fp32(form, device):
     """Of 512 slices whose sums grow to 2⁹ times what each adds: in bf16 the last ones would add nothing."""
@@ -430,7 +431,10 @@ def _case(d: Draw) -> Sample:
     scaling = [[d(st.sampled_from((1.0, 0.7071))) for _ in each] for each in ranks]
     alone = bias[2] is None and not ranks[2]
     residual = d.maybe(lambda: d.tensor(*lead, h)) if alone else None
-    more = {"residual": residual, "rows": d(st.sampled_from((1, 3, 100)))}
+    rows = max(
+        1, lead[0] * lead[1] // d(st.sampled_from((1, 2, 3)))
+    )  # few: each is slow in the interpreter
+    more = {"residual": residual, "rows": rows}
     kind = d(st.sampled_from(("silu", "gelu", "gelu_tanh")))
     return Sample("", (d.tensor(*lead, k), kind, weight, bias, a, b, scaling), {**state, **more})
 
