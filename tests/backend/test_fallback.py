@@ -211,6 +211,7 @@ DRILLS: dict[str, Drill] = {
     "rule …: its variant": Drill(replaced("fastft.rewrite._take_variant"), norms=0),
     "rule …: making its rewrite": Drill(second_only("_relax_views")),
     "finding returned logits": Drill(after("fastft.rewrite._leave_out")),
+    "taking out blocks that nobody reads": Drill(replaced("fastft.patterns.flex.forget_blocks")),
     "adding up work": Drill(replaced("fastft.rewrite._add_work")),
     "making lazy logits": Drill(replaced("fastft.outputs.lazy_logits")),
     "verifying": Drill(replaced("fastft.compiler.FirstStep"), options=EAGER | {"verify": "first_step"}),

@@ -958,8 +958,8 @@ MUTANTS = (
     Mutant(
         "lora_linear: side by side, whatever it costs",
         "kernels/lora_linear.py",
-        "return sum(widths) < k * (len(widths) - 1 + adapted)",
-        "return True",
+        "and sum(shape[::2]) < shape[1] * (len(dy) - 1 + adapted)",
+        "",
         "tests/kernels/test_lora_linear.py -k side_by_side_where",
     ),
     Mutant(
@@ -979,15 +979,15 @@ MUTANTS = (
     Mutant(
         "lora_linear: layer after layer in place of side by side",
         "kernels/lora_linear.py",
-        "    wide = None\n    if together and quant and need_x",
-        "    wide = None\n    if False and need_x",
+        "    if quant and one_product(gs,",
+        "    if False and one_product(gs,",
         "tests/kernels/test_lora_linear.py -k nf4_is_rounded_once",
     ),
     Mutant(
         "lora_linear: the variant is the op",
         "kernels/lora_linear.py",
-        "    if together and quant and need_x and",
-        "    if quant and need_x and",
+        "return together and need_x and",
+        "return need_x and",
         "tests/kernels/test_lora_linear.py -k accumulated",
     ),
     Mutant(

@@ -431,9 +431,7 @@ def _case(d: Draw) -> Sample:
     scaling = [[d(st.sampled_from((1.0, 0.7071))) for _ in each] for each in ranks]
     alone = bias[2] is None and not ranks[2]
     residual = d.maybe(lambda: d.tensor(*lead, h)) if alone else None
-    rows = max(
-        1, lead[0] * lead[1] // d(st.sampled_from((1, 2, 3)))
-    )  # few: each is slow in the interpreter
+    rows = max(1, lead[0] * lead[1] // d(st.sampled_from((1, 2, 3))))  # few: each is slow in the interpreter
     more = {"residual": residual, "rows": rows}
     kind = d(st.sampled_from(("silu", "gelu", "gelu_tanh")))
     return Sample("", (d.tensor(*lead, k), kind, weight, bias, a, b, scaling), {**state, **more})
