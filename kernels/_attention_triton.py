@@ -56,15 +56,16 @@ def _load(at, mask, MASKED: tl.constexpr):
 
 
 @jit
-def _kept(x, seed, rows, cols, head, DROP: tl.constexpr, KEPT: tl.constexpr):
-    """``x / (1 − p)`` where dropout keeps a query and a key of a head, else 0: the same for whoever asks.
+def _kept(x, seed, rows, cols, head, DROP: tl.constexpr):
+    """``x`` where dropout keeps a query and a key of a head, else 0: the same for whoever asks.
 
-    ``DROP``: p in units of 2⁻³¹; ``KEPT``: 1 / (1 − p). Philox counts keys, queries and heads, and needs no order of
-    asking; seven rounds of it pass every test that ten do.
+    ``DROP``: p in units of 2⁻³¹. Philox counts keys, queries and heads, and needs no order of asking; seven rounds of
+    it pass every test that ten do. The factor 1 / (1 − p), ``KEPT``, is for sums in fp32: weights times it would be
+    rounded for their product, the large ones of a query that sees few keys all to the same side.
     """
     zero = rows * 0 + cols * 0
     drawn, _, _, _ = tl.philox(seed, cols + zero, rows + zero, tl.cast(head, tl.int32) + zero, zero, 7)
-    return tl.where((drawn >> 1).to(tl.int32) >= DROP, x * KEPT, 0.0)
+    return tl.where((drawn >> 1).to(tl.int32) >= DROP, x, 0.0)
 
 
 @jit
@@ -96,7 +97,7 @@ def _forward_tiles(
     acc, m_i, l_i, q, rows, first, lo, hi, k_ptr, v_ptr, keep_ptr, dense_ptr, seed, head, scale, Sk,
     k_s, v_s, dense_n, d, dv, D: tl.constexpr, DV: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
-    DROP: tl.constexpr, KEPT: tl.constexpr,
+    DROP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add keys lo..hi to a tile of queries. ``EDGE``: some pairs in there are outside the mask or the sequence."""
@@ -129,7 +130,7 @@ def _forward_tiles(
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         if DROP > 0:  # of what is added up, not of the sum that it is divided by
-            p = _kept(p, seed, rows[:, None], cols[None, :], head, DROP, KEPT)
+            p = _kept(p, seed, rows[:, None], cols[None, :], head, DROP)
         acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         m_i = m_new
     return acc, m_i, l_i
@@ -195,24 +196,24 @@ def _forward_kernel(
         acc, m_i, l_i = _forward_tiles(
             acc, m_i, l_i, q, rows, first, lo, tl.minimum(inner, hi),
             k_ptr, v_ptr, keep_ptr, dense_rows, seed, head, scale, Sk,
-            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, DROP, KEPT,
+            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, DROP,
             BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
         )  # fmt: skip
     acc, m_i, l_i = _forward_tiles(
         acc, m_i, l_i, q, rows, first, inner, outer, k_ptr, v_ptr, keep_ptr, dense_rows, seed, head, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False, DROP, KEPT,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False, DROP,
         BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
     )  # fmt: skip
     acc, m_i, l_i = _forward_tiles(
         acc, m_i, l_i, q, rows, first, tl.maximum(inner, outer), hi,
         k_ptr, v_ptr, keep_ptr, dense_rows, seed, head, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, DROP, KEPT,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, DROP,
         BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
     )  # fmt: skip
 
     # A query that saw no key: out = 0, and L = +∞ makes its p, and so its gradients, 0 in the backward.
     blind = l_i == 0.0
-    acc = acc / tl.where(blind, 1.0, l_i)[:, None]
+    acc = acc / tl.where(blind, 1.0, l_i)[:, None] * KEPT
     lse = tl.where(blind, float("inf"), m_i + tl.log2(tl.where(blind, 1.0, l_i)))
     tl.store(lse_ptr + head.to(tl.int64) * Sq + rows, lse, mask=valid)
     out_at = out_ptr + b * o_b + h * o_h + at[:, None] * o_s + dv[None, :]
@@ -277,7 +278,7 @@ def _dq_tiles(
             s = tl.where(seen, s, float("-inf"))
         dp = tl.dot(do, v, input_precision=PRECISION)
         if DROP > 0:
-            dp = _kept(dp, seed, rows[:, None], cols[None, :], head, DROP, KEPT)
+            dp = _kept(dp, seed, rows[:, None], cols[None, :], head, DROP) * KEPT
         ds = _weights(s, lse[:, None], Sk, DENSE) * (dp - delta[:, None])
         if SOFTCAP > 0:
             ds *= 1 - tanh * tanh
@@ -401,9 +402,9 @@ def _dkdv_tiles(
         p = _weights(s, lse[None, :], Sk, DENSE)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if DROP > 0:
-            dropped = _kept(p, seed, rows[None, :], cols[:, None], head, DROP, KEPT)
+            dropped = _kept(p, seed, rows[None, :], cols[:, None], head, DROP)
             dv += tl.dot(dropped.to(do.dtype), do, input_precision=PRECISION)
-            dp = _kept(dp, seed, rows[None, :], cols[:, None], head, DROP, KEPT)
+            dp = _kept(dp, seed, rows[None, :], cols[:, None], head, DROP) * KEPT
         else:
             dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
@@ -489,6 +490,7 @@ def _dkdv_kernel(
             D, DV, CAUSAL, SOFTCAP, DENSE, True, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
         )  # fmt: skip
     dk *= scale
+    dv *= KEPT
     # A hidden key reached no output: what was summed for it is not its gradient.
     if HAS_END:
         dk = tl.where((cols < end)[:, None], dk, 0.0)
