@@ -7,6 +7,7 @@ the edges look at the mask.
 
 from __future__ import annotations
 
+from fastft.kernels._maths import tanh
 from fastft.kernels._triton import jit, tl
 
 # ---------------------------------------------------------------- device functions
@@ -39,11 +40,11 @@ def _past_query(k, stop_ptr, Sq, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_
 
 
 @jit
-def _softcap(s, scale, SOFTCAP: tl.constexpr):
+def _softcap(s, scale, SOFTCAP: tl.constexpr, ROUNDED: tl.constexpr):
     """Raw products → scaled (and capped) scores in units of log₂e, and tanh(s / softcap)."""
     if SOFTCAP > 0:
-        tanh = 2 * tl.sigmoid(s * (scale * (2 / SOFTCAP))) - 1
-        return tanh * (SOFTCAP * 1.4426950408889634), tanh
+        t = tanh(s * (scale / SOFTCAP), ROUNDED)
+        return t * (SOFTCAP * 1.4426950408889634), t
     return s * (scale * 1.4426950408889634), s
 
 
@@ -97,10 +98,12 @@ def _forward_tiles(
     acc, m_i, l_i, q, rows, first, lo, hi, k_ptr, v_ptr, keep_ptr, dense_ptr, seed, head, scale, Sk,
     k_s, v_s, dense_n, d, dv, D: tl.constexpr, DV: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
-    DROP: tl.constexpr,
+    DROP: tl.constexpr, BOUNDED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add keys lo..hi to a tile of queries. ``EDGE``: some pairs in there are outside the mask or the sequence."""
+    """Add keys lo..hi to a tile of queries. ``EDGE``: some pairs in there are outside the mask or the sequence.
+    ``BOUNDED``: exp of no score, nor a sum of such, is too large or too small for fp32 or for v's dtype.
+    """
     for n in range(lo, hi, BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
         inside = cols < Sk
@@ -109,7 +112,7 @@ def _forward_tiles(
         v_at = v_ptr + n64 * v_s + (dv[None, :] + tl.arange(0, BLOCK_N)[:, None] * v_s)
         k = _load(k_at, inside[None, :] & (d < D)[:, None], EDGE or BLOCK_D != D)
         v = _load(v_at, inside[:, None] & (dv < DV)[None, :], EDGE or BLOCK_DV != DV)
-        s, _ = _softcap(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
+        s, _ = _softcap(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP, q.dtype == tl.bfloat16)
         if DENSE:
             s = _dense_mask(
                 s,
@@ -123,16 +126,20 @@ def _forward_tiles(
             if CAUSAL:
                 seen = seen & (cols[None, :] <= rows[:, None])
             s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m_i - m_safe)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
+        if BOUNDED:  # by themselves, then, and not below their maximum
+            p = tl.exp2(s)
+            l_i += tl.sum(p, 1)
+        else:
+            m_new = tl.maximum(m_i, tl.max(s, 1))
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.exp2(s - m_safe[:, None])
+            alpha = tl.exp2(m_i - m_safe)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None]
+            m_i = m_new
         if DROP > 0:  # of what is added up, not of the sum that it is divided by
             p = _kept(p, seed, rows[:, None], cols[None, :], head, DROP)
         acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        m_i = m_new
     return acc, m_i, l_i
 
 
@@ -144,10 +151,10 @@ def _forward_kernel(
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
     HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    DROP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
+    EDGES: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
     if CAUSAL:  # the longest rows first
@@ -186,28 +193,28 @@ def _forward_kernel(
         m_i = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
         l_i = tl.full([BLOCK_M], 1.0, tl.float32)
     else:
-        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        m_i = tl.full([BLOCK_M], 0.0 if BOUNDED else float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
     # Keys in three runs: tiles on the left edge of the interval, those that every query sees whole, those on the right.
-    if BOUNDED:
+    if EDGES:
         lo = tl.maximum(_first_key(m0, start_ptr, WINDOW, CHUNK, HAS_START), 0) // BLOCK_N * BLOCK_N
         last = _first_key(tl.minimum(m0 + BLOCK_M, Sq) - 1, start_ptr, WINDOW, CHUNK, HAS_START)
         inner = tl.cdiv(tl.maximum(last, 0), BLOCK_N) * BLOCK_N
         acc, m_i, l_i = _forward_tiles(
             acc, m_i, l_i, q, rows, first, lo, tl.minimum(inner, hi),
             k_ptr, v_ptr, keep_ptr, dense_rows, seed, head, scale, Sk,
-            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, DROP,
+            k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, DROP, BOUNDED,
             BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
         )  # fmt: skip
     acc, m_i, l_i = _forward_tiles(
         acc, m_i, l_i, q, rows, first, inner, outer, k_ptr, v_ptr, keep_ptr, dense_rows, seed, head, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False, DROP,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, False, DROP, BOUNDED,
         BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
     )  # fmt: skip
     acc, m_i, l_i = _forward_tiles(
         acc, m_i, l_i, q, rows, first, tl.maximum(inner, outer), hi,
         k_ptr, v_ptr, keep_ptr, dense_rows, seed, head, scale, Sk,
-        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, DROP,
+        k_s, v_s, dense_n, d, dv, D, DV, CAUSAL, SOFTCAP, HAS_PADDING, DENSE, True, DROP, BOUNDED,
         BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
     )  # fmt: skip
 
@@ -262,7 +269,7 @@ def _dq_tiles(
         v_at = v_ptr + n64 * v_s + (dv[:, None] + tl.arange(0, BLOCK_N)[None, :] * v_s)
         k = _load(k_at, inside[None, :] & (d < D)[:, None], EDGE or BLOCK_D != D)
         v = _load(v_at, inside[None, :] & (dv < DV)[:, None], EDGE or BLOCK_DV != DV)
-        s, tanh = _softcap(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)
+        s, t = _softcap(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP, q.dtype == tl.bfloat16)
         if DENSE:
             s = _dense_mask(
                 s,
@@ -281,7 +288,7 @@ def _dq_tiles(
             dp = _kept(dp, seed, rows[:, None], cols[None, :], head, DROP) * KEPT
         ds = _weights(s, lse[:, None], Sk, DENSE) * (dp - delta[:, None])
         if SOFTCAP > 0:
-            ds *= 1 - tanh * tanh
+            ds *= 1 - t * t
         dq += tl.dot(ds.to(k.dtype), tl.trans(k), input_precision=PRECISION)
     return dq
 
@@ -299,7 +306,7 @@ def _dq_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries: walks over keys as the forward does."""
-    BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
+    EDGES: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
     if CAUSAL:
@@ -339,7 +346,7 @@ def _dq_kernel(
         hi = tl.minimum(Sk, m0 + BLOCK_M)
         outer = tl.minimum(Sk, m0 + 1) // BLOCK_N * BLOCK_N
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if BOUNDED:
+    if EDGES:
         lo = tl.maximum(_first_key(m0, start_ptr, WINDOW, CHUNK, HAS_START), 0) // BLOCK_N * BLOCK_N
         last = _first_key(tl.minimum(m0 + BLOCK_M, Sq) - 1, start_ptr, WINDOW, CHUNK, HAS_START)
         inner = tl.cdiv(tl.maximum(last, 0), BLOCK_N) * BLOCK_N
@@ -387,7 +394,7 @@ def _dkdv_tiles(
         else:
             lse = tl.load(lse_ptr + rows)
             delta = tl.load(delta_ptr + rows)
-        s, tanh = _softcap(tl.dot(k, q, input_precision=PRECISION), scale, SOFTCAP)
+        s, t = _softcap(tl.dot(k, q, input_precision=PRECISION), scale, SOFTCAP, q.dtype == tl.bfloat16)
         if DENSE:
             s = _dense_mask(
                 s,
@@ -409,7 +416,7 @@ def _dkdv_tiles(
             dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         if SOFTCAP > 0:
-            ds *= 1 - tanh * tanh
+            ds *= 1 - t * t
         dk += tl.dot(ds.to(q.dtype), tl.trans(q), input_precision=PRECISION)
     return dk, dv
 
@@ -427,7 +434,7 @@ def _dkdv_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys: walks over the queries that see them, in every query head of the group."""
-    BOUNDED: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
+    EDGES: tl.constexpr = HAS_START or WINDOW > 0 or CHUNK > 0
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
     heads = Hq // GROUP
@@ -453,7 +460,7 @@ def _dkdv_kernel(
     inner = 0
     hi = Sq
     outer = Sq // BLOCK_M * BLOCK_M
-    if BOUNDED:
+    if EDGES:
         hi = tl.minimum(Sq, _past_query(tl.minimum(n0 + BLOCK_N, Sk) - 1, stop_ptr, Sq, WINDOW, CHUNK, HAS_START))
         outer = tl.minimum(Sq, _past_query(n0, stop_ptr, Sq, WINDOW, CHUNK, HAS_START)) // BLOCK_M * BLOCK_M
     if HAS_END:

@@ -462,12 +462,17 @@ class _Call:
             self.causal, self.window, self.chunk, start, end, self.holes, dense, bool(self.softcap),
             bool(self.dropout_p),
         )  # fmt: skip
-        sinks = {"HAS_SINKS": self.sinks is not None} if kernel == "forward" else {}
+        forward = {}
+        if kernel == "forward":
+            forward["HAS_SINKS"] = self.sinks is not None
+            # e^±60, times many keys and a large v, is in reach of fp32 and of bf16; e^±10 of fp16.
+            capped = 0 < self.softcap <= (10 if q.dtype == torch.float16 else 60)
+            forward["BOUNDED"] = capped and self.sinks is None and dense != 2
         return {
             "D": self.d, "DV": self.d_v, "GROUP": self.group,
             "CAUSAL": self.causal, "WINDOW": self.window, "CHUNK": self.chunk,
             "HAS_START": start, "HAS_END": end, "HAS_PADDING": self.holes, "DENSE": dense, "SOFTCAP": self.softcap,
-            **sinks, "DROP": _threshold(self.dropout_p), "KEPT": 1 / (1 - self.dropout_p),
+            **forward, "DROP": _threshold(self.dropout_p), "KEPT": 1 / (1 - self.dropout_p),
             "BLOCK_D": d, "BLOCK_DV": d_v, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
             **tiles,
         }  # fmt: skip

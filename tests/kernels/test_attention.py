@@ -347,6 +347,22 @@ def test_mask_op(padding: str, packed: bool, chunk: int) -> None:
     assert torch.equal(stop[:, :, None] > order, (order[:, None] >= start[:, None, :]))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "dtype, softcap", [(HALF, 60.0), (torch.float16, 10.0), (torch.float16, 50.0), (torch.float32, 60.0)]
+)
+def test_scores_that_all_reach_their_cap(dtype: torch.dtype, softcap: float, sign: int) -> None:
+    """Their exponentials, taken without a maximum, are sums that neither overflow nor vanish."""
+    q, v = torch.ones(1, 2, 40, 16, device=DEVICE, dtype=dtype), torch.randn(1, 2, 40, 16, device=DEVICE).to(dtype)
+    tensors, mask = [60 * q, 60.0 * sign * q, v], {"causal": True, "softcap": softcap}
+    do = torch.randn(1, 2, 40, 16, device=DEVICE).to(dtype)
+    ours = run(called(attention, mask), tensors, do)
+    same, exact = (run(called(reference, mask), [t.to(d) for t in tensors], do.to(d)) for d in (dtype, torch.float64))
+    for name, a, s, e in list(zip(("out", "dq", "dk", "dv"), ours, same, exact, strict=True))[:: 3]:
+        assert_within(f"{name} ({dtype})", a, s, e, length=40)
+    assert all(t.isfinite().all() for t in ours)
+
+
 def test_strides_of_inputs_and_gradients() -> None:
     """Heads first, sliced out of a fused projection, an expanded gradient, a frozen q."""
     torch.manual_seed(0)
@@ -1009,6 +1025,14 @@ MUTANTS = (
         "        hq = h * GROUP + g\n",
         "        hq = h * GROUP\n",
         'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: fp16 holds exponentials of any cap",
+        "kernels/attention.py",
+        "(10 if q.dtype == torch.float16 else 60)",
+        "60",
+        'tests/kernels/test_attention.py -k "reach_their_cap"',
         interpret=True,
     ),
     Mutant(
