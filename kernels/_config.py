@@ -154,7 +154,7 @@ class Space:
 
 
 #: Files that decide what is launched, and how, beside a kernel's own.
-HELPERS = tuple(Path(__file__).parent / name for name in ("_config.py", "_rows.py", "_triton.py"))
+HELPERS = tuple(Path(__file__).parent / name for name in ("_config.py", "_maths.py", "_rows.py", "_triton.py"))
 
 
 @functools.cache
