@@ -279,7 +279,7 @@ def _tiles(kernel: str, d: int, dtype: torch.dtype, roomy: bool) -> dict[str, in
     elif d > 128:
         m, n, warps, stages = {"forward": (128, 64, 8, 2), "dq": (64, 32, 4, 2), "dkdv": (64, 64, 8, 1)}[kernel]
     elif d > 64:
-        m, n, warps, stages = {"forward": (128, 64, 8, 3), "dq": (64, 64, 4, 2), "dkdv": (32, 128, 8, 3)}[kernel]
+        m, n, warps, stages = {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dkdv": (32, 64, 4, 3)}[kernel]
     else:
         m, n, warps, stages = {"forward": (128, 64, 8, 3), "dq": (64, 64, 4, 3), "dkdv": (64, 64, 4, 3)}[kernel]
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}

@@ -59,6 +59,7 @@ import torch.nn.functional as F
 from fastft.kernels import nf4
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register
+from fastft.kernels._products import mm, mm_single
 from fastft.kernels._side_by_side import side_by_side
 
 Tensors = Sequence[torch.Tensor]
@@ -183,27 +184,20 @@ def _splits(half: torch.Tensor) -> bool:
     return half.is_cuda and half.dtype == torch.bfloat16
 
 
-def _mm_single(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right of two half-precision matrices, in fp32."""
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left.float(), right.float())
-
-
 def _matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """left @ right in ``dtype``, accumulated in fp32. One side may be half precision and the other, thin one fp32."""
     if left.dtype == right.dtype == dtype:
-        return torch.mm(left, right)
+        return mm(left, right)
     single = torch.float32
     if left.numel() == 0 or right.numel() == 0:
         return left.new_zeros((left.shape[0], right.shape[1]), dtype=dtype)
     if left.is_cuda and left.dtype == right.dtype and left.element_size() == 2:
-        return _mm_single(left, right).to(dtype)
+        return mm_single(left, right).to(dtype)
     if _splits(left) and right.dtype == single:
-        wide = _mm_single(left, torch.cat(_bf16_parts(right, 3), 1))
+        wide = mm_single(left, torch.cat(_bf16_parts(right, 3), 1))
         return wide.view(left.shape[0], 3, -1).sum(1).to(dtype)
     if _splits(right) and left.dtype == single:
-        tall = _mm_single(torch.cat(_bf16_parts(left, 3), 0), right)
+        tall = mm_single(torch.cat(_bf16_parts(left, 3), 0), right)
         return tall.view(3, -1, right.shape[1]).sum(0).to(dtype)
     # The larger matrix is walked in slabs along its outer dimension, so that its fp32 form never exists as a whole.
     wanted = torch.promote_types(torch.promote_types(left.dtype, right.dtype), single)

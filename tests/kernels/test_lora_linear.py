@@ -887,8 +887,8 @@ MUTANTS = (
     Mutant(
         "lora_linear: fp32 through one bf16 part",
         "kernels/lora_linear.py",
-        "wide = _mm_single(left, torch.cat(_bf16_parts(right, 3), 1))",
-        "wide = _mm_single(left, torch.cat(_bf16_parts(right, 1) + [torch.zeros_like(right, "
+        "wide = mm_single(left, torch.cat(_bf16_parts(right, 3), 1))",
+        "wide = mm_single(left, torch.cat(_bf16_parts(right, 1) + [torch.zeros_like(right, "
         "dtype=torch.bfloat16)] * 2, 1))",
         "tests/kernels/test_lora_linear.py -k bf16_parts_on_any",
     ),

@@ -1,0 +1,71 @@
+"""Sums over tokens have every token in them, however many there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastft.kernels._op import INTERPRET
+from fastft.kernels._products import BLOCK, mm, mm_single
+from tests.mutation._mutant import Mutant
+
+HALF = torch.float16 if INTERPRET else torch.bfloat16
+#: Results as an adapter's gradients are, and terms of which cuBLAS (CUDA 13.0, H100) leaves out the last; others.
+SIZES = [
+    *((m, n, 8193) for m, n in ((16, 4096), (64, 4096), (4096, 16))),
+    *((m, n, 16385) for m, n in ((16, 1024), (1024, 16))),
+    *((m, n, 104861) for m, n in ((16, 16), (32, 16), (64, 64))),
+    (16, 128, 98305),
+    (16, 4096, 8192),
+    (16, 96, 5000),
+    (16, 96, 1000),
+    (16, 96, 0),
+    (2048, 2048, 1100),
+]
+
+
+@pytest.mark.parametrize("product", [mm_single, mm])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("m, n, k", SIZES, ids=str)
+def test_every_term_is_in_the_sum(m, n, k, strided, product, device):
+    """The last terms alone, counted: exactly."""
+    last = min(BLOCK - 1, k)
+    left = torch.ones(k, m + 8 * strided, dtype=HALF, device=device)[:, 8 * strided :].t()
+    right = torch.zeros(k, n, dtype=HALF, device=device)
+    right[k - last :] = 1
+    out = product(left, right)
+    assert out.dtype == (torch.float32 if product is mm_single else HALF)
+    assert out.shape == (m, n) and bool((out == last).all())
+
+
+@pytest.mark.parametrize("k", [1100, 8193, 8192])
+def test_a_product_is_rounded_once(k, device):
+    torch.manual_seed(0)
+    left, right = torch.randn(k, 16, device=device).to(HALF).t(), torch.randn(k, 48, device=device).to(HALF)
+    exact = left.double() @ right.double()
+    single = mm_single(left, right)
+    torch.testing.assert_close(single.double(), exact, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(mm(left, right).double(), exact, rtol=torch.finfo(HALF).eps, atol=1e-3)
+
+
+def test_other_dtypes_are_pytorchs(device):
+    left, right = (torch.randn(2000, n, dtype=torch.float64, device=device) for n in (3, 5))
+    assert torch.equal(mm(left.t(), right), torch.mm(left.t(), right))
+
+
+MUTANTS = (
+    Mutant(
+        "products: the rest of a block is forgotten",
+        "kernels/_products.py",
+        "out.add_(_single(left[:, whole:], right[whole:]))",
+        "out",
+        "tests/kernels/test_products.py -k every_term",
+    ),
+    Mutant(
+        "products: of half precision in two roundings",
+        "kernels/_products.py",
+        "        return mm_single(left, right).to(left.dtype)\n",
+        "        return torch.mm(left[:, :-1], right[:-1]) + torch.mm(left[:, -1:], right[-1:])\n",
+        "tests/kernels/test_products.py -k rounded_once",
+    ),
+)
