@@ -24,6 +24,7 @@ from fastft import _torch_compat as compat
 from fastft.fallback import said
 from fastft.kernels import _linear_cross_entropy_fused as fused
 from fastft.kernels import lora_linear, lora_mlp
+from fastft.kernels._dense_weights import whole
 from fastft.kernels._op import OPS, Cost, Op
 from fastft.kernels.linear_cross_entropy import chunk_rows
 from fastft.reporting import Work
@@ -317,7 +318,7 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
     else:
         item = (given["x"] if name == "fastft::lora_stack" else given["dwide"]).element_size()
     # All weights and matrices A below each other, and the gradients of all layers next to each other.
-    return lambda size: (sum(map(size, widths)) + lora_linear.whole(sum(below))) * (size(k) + size(rows)) * item
+    return lambda size: (sum(map(size, widths)) + whole(sum(below))) * (size(k) + size(rows)) * item
 
 
 def _named(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:

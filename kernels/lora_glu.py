@@ -34,8 +34,10 @@ import torch
 
 from fastft.kernels import lora_linear as lora
 from fastft.kernels._config import Config, Space, crowded, padded
+from fastft.kernels._dense_weights import whole
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
+from fastft.kernels._products import matmul, times
 from fastft.kernels._rows import rows_of, size, tile_at
 from fastft.kernels._triton import jit, tl, triton
 from fastft.kernels.glu import KINDS, _activate, _activate_torch
@@ -382,8 +384,8 @@ def _backward(
     dbs = [wide.new_empty(0) for _ in b]
     for i, (g, h, up, scale) in enumerate(zip(dgates, hs, b, scaling, strict=True)):
         if need_b[i]:
-            db = lora._matmul(g.t(), h, torch.promote_types(up.dtype, torch.float32))
-            dbs[i] = lora._times(scale, db).to(up.dtype)
+            db = matmul(g.t(), h, torch.promote_types(up.dtype, torch.float32))
+            dbs[i] = times(scale, db).to(up.dtype)
     return [dwide if need_wide else wide.new_empty(0), *dbs]
 
 
@@ -507,7 +509,7 @@ def inputs(
     adapter: str = "x",
 ) -> Inputs:
     """wide [batch, seq, 2·intermediate + 2·rank, rounded up], and the B of two adapters."""
-    wide = new(batch, seq, 2 * intermediate + lora.whole(2 * rank), grad=True)
+    wide = new(batch, seq, 2 * intermediate + whole(2 * rank), grad=True)
     b = [_b(new, adapter, intermediate, rank, scale=rank**-0.5) for _ in range(2)]
     return Inputs((wide, b, [2.0, 2.0], activation), wanted=[wide, *b])
 

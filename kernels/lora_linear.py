@@ -43,13 +43,10 @@ which asks for a copy of the gᵢ, and is done where that costs less than what i
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import itertools
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -57,20 +54,16 @@ import torch
 import torch.nn.functional as F
 
 from fastft.kernels import nf4
+from fastft.kernels._dense_weights import each_dense, quant_args, stacked, whole
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register
-from fastft.kernels._products import mm, mm_single
+from fastft.kernels._products import add_thin, beta_for, matmul, matmul_into, times
 from fastft.kernels._side_by_side import side_by_side
 
 Tensors = Sequence[torch.Tensor]
 Optionals = Sequence["torch.Tensor | None"]
 
 # ---------------------------------------------------------------------------------------------------------- reference
-
-
-def _quant_args(quant: Tensors) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """``quant`` as :func:`~fastft.kernels.nf4.nf4_dequantize` takes it: absmax, its code, its offset, its scales."""
-    return (quant[0], *quant[1:]) if len(quant) == 4 else (quant[0], None, None, None)  # type: ignore[return-value]
 
 
 def lora_linear_reference(
@@ -96,7 +89,7 @@ def lora_linear_reference(
     dtype = dtype or x.dtype
     lora_dtype, out_dtype = lora_dtype or dtype, out_dtype or dtype
     if quant:
-        scales = _quant_args(quant)
+        scales = quant_args(quant)
         weight = nf4.nf4_dequantize_reference(weight, *scales, blocksize, blocksize2, shape, dtype)
     y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     for i in range(len(a)):
@@ -164,225 +157,6 @@ def _by_layer(
     return [((w, *(row.pop(name) for name in positional)), row) for w, row in zip(weight, rows, strict=True)]
 
 
-# ---------------------------------------------------------------------------------------------------- matrix products
-
-#: Numbers of a half-precision matrix that are cast to fp32 at a time, where no GEMM takes it as it is (64 MiB of fp32).
-SLAB = 1 << 24
-
-
-def _bf16_parts(x: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """bf16 tensors whose sum is the fp32 ``x``, to 8 · ``count`` bits."""
-    parts, rest = [], x
-    for _ in range(count - 1):
-        parts.append(rest.to(torch.bfloat16))
-        rest = rest - parts[-1]
-    return [*parts, rest.to(torch.bfloat16)]
-
-
-def _splits(half: torch.Tensor) -> bool:
-    """Whether an fp32 matrix that meets ``half`` goes through its GEMM in bf16 parts."""
-    return half.is_cuda and half.dtype == torch.bfloat16
-
-
-def _matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """left @ right in ``dtype``, accumulated in fp32. One side may be half precision and the other, thin one fp32."""
-    if left.dtype == right.dtype == dtype:
-        return mm(left, right)
-    single = torch.float32
-    if left.numel() == 0 or right.numel() == 0:
-        return left.new_zeros((left.shape[0], right.shape[1]), dtype=dtype)
-    if left.is_cuda and left.dtype == right.dtype and left.element_size() == 2:
-        return mm_single(left, right).to(dtype)
-    if _splits(left) and right.dtype == single:
-        wide = mm_single(left, torch.cat(_bf16_parts(right, 3), 1))
-        return wide.view(left.shape[0], 3, -1).sum(1).to(dtype)
-    if _splits(right) and left.dtype == single:
-        tall = mm_single(torch.cat(_bf16_parts(left, 3), 0), right)
-        return tall.view(3, -1, right.shape[1]).sum(0).to(dtype)
-    # The larger matrix is walked in slabs along its outer dimension, so that its fp32 form never exists as a whole.
-    wanted = torch.promote_types(torch.promote_types(left.dtype, right.dtype), single)
-    out = left.new_empty((left.shape[0], right.shape[1]), dtype=dtype)
-    step = max(1, SLAB // max(1, left.shape[1]))
-    if left.numel() >= right.numel():
-        right = right.to(wanted)
-        for i in range(0, left.shape[0], step):
-            out[i : i + step] = torch.mm(left[i : i + step].to(wanted), right)
-    else:
-        left = left.to(wanted)
-        for i in range(0, right.shape[1], step):
-            out[:, i : i + step] = torch.mm(left, right[:, i : i + step].to(wanted))
-    return out
-
-
-def _times(scale: float, x: torch.Tensor) -> torch.Tensor:
-    """scale · x, in place. A scaling of 1, which alpha = r gives, launches nothing."""
-    return x if scale == 1 else x.mul_(scale)
-
-
-def _matmul_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """out[:] = left @ right; ``out`` may be columns of a larger matrix."""
-    if left.dtype == right.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(_matmul(left, right, out.dtype))
-
-
-#: The β of a product that is added to half-precision numbers on a GPU: 1, to every digit that they have. At a β of
-#: exactly 1 cuBLAS rounds the product to their dtype before it adds (kernels named ``nvjet_…_badd``: 1.4 times the
-#: error of one rounding); at any other it adds in fp32 (``…_bx``), in the same time. Measured on an H100, CUDA 13.0.
-BETA = 1 + 2**-23
-
-
-def _beta(y: torch.Tensor) -> float:
-    """β for a product that is added to y."""
-    return BETA if y.is_cuda and y.element_size() == 2 else 1
-
-
-def _add_thin(y: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float, *, first: bool = False) -> torch.Tensor:
-    """y += scale · h @ up, in place, with one rounding to y's dtype at the end. h [T, r], up [r, N], y [T, N].
-
-    ``first``: y holds nothing yet, and becomes the product.
-    """
-    beta = 0 if first else _beta(y)
-    if y.dtype == h.dtype == up.dtype:
-        return y.addmm_(h, up, beta=beta, alpha=scale)
-    if _splits(y) and h.dtype == up.dtype == torch.float32:
-        # (h₁ + h₂)(u₁ + u₂) without h₂u₂: 16 bits of each factor, for a sum that is then rounded to 8.
-        (h1, h2), (up1, up2) = _bf16_parts(h, 2), _bf16_parts(up, 2)
-        return y.addmm_(torch.cat((h1, h1, h2), 1), torch.cat((up1, up2, up1), 0), beta=beta, alpha=scale)
-    wanted = torch.promote_types(torch.promote_types(h.dtype, up.dtype), y.dtype)
-    h, up = h.to(wanted), up.to(wanted)
-    if y.dtype == wanted:
-        return y.addmm_(h, up, beta=beta, alpha=scale)
-    step = max(1, SLAB // max(1, y.shape[1]))
-    for i in range(0, y.shape[0], step):
-        y[i : i + step] = torch.addmm(y[i : i + step].to(wanted), h[i : i + step], up, beta=beta, alpha=scale)
-    return y
-
-
-# ------------------------------------------------------------------------------------------------------------ weights
-
-_scratch: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
-_scratch_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def _scratch_rows(like: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """A dense [n, k] matrix in the scratch of ``like``'s device, to be filled and read before anything else is.
-
-    There is one scratch for each device, dtype and stream; it grows to the largest weight and stays. The lock keeps the
-    copy and the GEMM that reads it next to each other in the stream when two threads launch into it.
-    """
-    stream, fresh = 0, False
-    if like.is_cuda:
-        stream = torch.cuda.current_stream(like.device).cuda_stream
-        # A captured graph owns the memory it was captured with: it may not share the scratch with what runs outside.
-        fresh = torch.cuda.is_current_stream_capturing()
-    with _scratch_lock:
-        key = (like.device, dtype, stream)
-        held = None if fresh else _scratch.pop(key, None)
-        if held is None or held.numel() < n * k:
-            held = None  # the old one goes before the new one comes
-            held = torch.empty(n * k, dtype=dtype, device=like.device)
-        if not fresh:
-            _scratch[key] = held
-        yield held[: n * k].view(n, k)
-
-
-_once: contextvars.ContextVar[dict[Any, torch.Tensor] | None] = contextvars.ContextVar("once", default=None)
-
-
-@contextlib.contextmanager
-def dense_once() -> Iterator[None]:
-    """In here a dense copy of the same tensors is made once, in memory of its own, which is free again behind it: for
-    bodies of ops that multiply with the same weights many times.
-    """
-    token = _once.set({})
-    try:
-        yield
-    finally:
-        _once.reset(token)
-
-
-@contextlib.contextmanager
-def _copied(
-    of: Tensors, n: int, k: int, dtype: torch.dtype, fill: Callable[[torch.Tensor], None]
-) -> Iterator[torch.Tensor]:
-    """A dense [n, k] matrix that ``fill`` makes of the tensors ``of``: in the scratch, or once (:func:`dense_once`)."""
-    made = _once.get()
-    if made is None:
-        with _scratch_rows(of[0], n, k, dtype) as out:
-            fill(out)
-            yield out
-        return
-    key = (n, k, dtype, *(t.data_ptr() for t in of))
-    if key not in made:
-        out = torch.empty(n, k, dtype=dtype, device=of[0].device)
-        fill(out)
-        made[key] = out
-    yield made[key]
-
-
-def _fill(out: torch.Tensor, weight: torch.Tensor, quant: Tensors, blocksize: int, blocksize2: int) -> None:
-    """Write a weight to ``out``, [N, K]."""
-    if quant:
-        nf4.dequantize_into(out, weight.contiguous(), *_quant_args(quant), blocksize, blocksize2)
-    else:
-        out.copy_(weight)
-
-
-@contextlib.contextmanager
-def _dense(
-    weight: torch.Tensor, quant: Tensors, shape: Sequence[int], blocksize: int, blocksize2: int, dtype: torch.dtype
-) -> Iterator[torch.Tensor]:
-    """The weight as a dense [N, K] matrix in ``dtype``: itself where it is one, else a copy in the scratch."""
-    if not quant and weight.dtype == dtype:
-        yield weight
-        return
-    n, k = shape if quant else weight.shape
-    with _copied([weight], n, k, dtype, lambda out: _fill(out, weight, quant, blocksize, blocksize2)) as out:
-        yield out
-
-
-#: cuBLAS reads 16 bytes at a time, 8 half-precision numbers: columns and rows that are added come in such numbers.
-WHOLE = 8
-
-
-def whole(n: int) -> int:
-    """The rows that Σr rows of thin matrices take below the weights."""
-    return -(-n // WHOLE) * WHOLE
-
-
-@contextlib.contextmanager
-def _stacked(
-    weight: Tensors, quant: Tensors, shape: Sequence[int], blocks: Sequence[int], below: Tensors, dtype: torch.dtype
-) -> Iterator[torch.Tensor]:
-    """The weights of all layers, and the matrices ``below`` (any dtype), below each other in the scratch, with rows of
-    zeros up to a whole number of 8 for ``below``: [ΣN + ⌈Σr⌉, K].
-    """
-    widths, k = shape[::2] if quant else [w.shape[0] for w in weight], shape[1] if quant else weight[0].shape[1]
-    sizes, of_each = [m.shape[0] for m in below], len(quant) // len(weight)
-    full, rank = sum(widths), sum(sizes)
-
-    def fill(out: torch.Tensor) -> None:
-        for i, part in enumerate(out[:full].split(list(widths))):
-            _fill(part, weight[i], quant[i * of_each : (i + 1) * of_each], blocks[2 * i], blocks[2 * i + 1])
-        if below:
-            torch._foreach_copy_(list(out[full : full + rank].split(sizes)), list(below))
-            out[full + rank :].zero_()
-
-    with _copied([*weight, *below], full + whole(rank), k, dtype, fill) as out:
-        yield out
-
-
-def release_scratch() -> int:
-    """Free the scratch that dequantised weights pass through (it comes back on use); returns the bytes freed."""
-    with _scratch_lock:
-        freed = sum(t.numel() * t.element_size() for t in _scratch.values())
-        _scratch.clear()
-    return freed
-
-
 # -------------------------------------------------------------------------------------------------- bodies of the ops
 
 
@@ -399,16 +173,6 @@ def _stack(matrices: Tensors, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def _each_dense(
-    weight: Tensors, quant: Tensors, shape: Sequence[int], blocks: Sequence[int], dtype: torch.dtype
-) -> Iterator[Any]:
-    """For each layer, what gives its dense weight (:func:`_dense`). The lists hold all layers' in a row."""
-    of_each = len(quant) // len(weight)
-    for i, w in enumerate(weight):
-        state, sizes = quant[i * of_each : (i + 1) * of_each], shape[2 * i : 2 * i + 2]
-        yield _dense(w, state, sizes, blocks[2 * i], blocks[2 * i + 1], dtype)
-
-
 def _starts(sizes: Sequence[int]) -> list[int]:
     return [0, *itertools.accumulate(sizes)]
 
@@ -416,9 +180,9 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 def _down(x: torch.Tensor, a: Tensors, x_lora: Optionals, lora_dtype: torch.dtype) -> torch.Tensor:
     """The adapters' h = x̃ Aᵀ side by side, [T, Σr] in ``lora_dtype``."""
     if all(own is None for own in x_lora):
-        return _matmul(_rows(x), _stack(a, lora_dtype).t(), lora_dtype)
+        return matmul(_rows(x), _stack(a, lora_dtype).t(), lora_dtype)
     sources = (_rows(x if own is None else own) for own in x_lora)
-    hs = [_matmul(source, down.to(lora_dtype).t(), lora_dtype) for source, down in zip(sources, a, strict=True)]
+    hs = [matmul(source, down.to(lora_dtype).t(), lora_dtype) for source, down in zip(sources, a, strict=True)]
     return hs[0] if len(hs) == 1 else torch.cat(hs, 1)
 
 
@@ -434,9 +198,9 @@ def _sum_of_thin(rows: torch.Tensor, n: int, bias: torch.Tensor | None, thin: Se
     else:
         y = rows.new_empty((rows.shape[0], n))
         y = y if bias is None else y.copy_(bias)
-        _add_thin(y, h, up, scale, first=bias is None)
+        add_thin(y, h, up, scale, first=bias is None)
     for product in more:
-        _add_thin(y, *product)
+        add_thin(y, *product)
     return y
 
 
@@ -462,7 +226,7 @@ def _forward(
     first, column = _starts(adapters), _starts([up.shape[1] for up in b])
     # The adapters' own biases are constants of the layer: they join the base's, in fp32.
     wide = torch.promote_types(x.dtype, torch.float32)
-    for i, held in enumerate(_each_dense(weight, quant, shape, blocks, x.dtype)):
+    for i, held in enumerate(each_dense(weight, quant, shape, blocks, x.dtype)):
         mine = range(first[i], first[i + 1])
         base = bias[i]
         sums = [] if base is None else [base.to(wide)]
@@ -475,11 +239,11 @@ def _forward(
             thin.append((h[:, column[j] : column[j + 1]], b[j].to(h.dtype).t(), scaling[j]))
         with held as dense:
             if out_dtype != x.dtype:  # y is wide: nothing is lost on the way
-                y = _matmul(rows, dense.t(), out_dtype)
+                y = matmul(rows, dense.t(), out_dtype)
                 for term in (total, None if residual is None else _rows(residual)):
                     y = y if term is None else y.add_(term)
                 for product in thin:
-                    _add_thin(y, *product)
+                    add_thin(y, *product)
             else:
                 begun = None if residual is None else _rows(residual)
                 if total is not None:
@@ -490,9 +254,9 @@ def _forward(
                 if begun is None:
                     y = torch.mm(rows, dense.t())
                 elif thin:
-                    y = begun.addmm_(rows, dense.t(), beta=_beta(begun))
+                    y = begun.addmm_(rows, dense.t(), beta=beta_for(begun))
                 else:
-                    y = torch.addmm(begun, rows, dense.t(), beta=1 if residual is None else _beta(begun))
+                    y = torch.addmm(begun, rows, dense.t(), beta=1 if residual is None else beta_for(begun))
         ys.append(y.view(*x.shape[:-1], y.shape[-1]))
     return ys
 
@@ -560,7 +324,7 @@ def _backward(
         dw, dsum = nothing(), nothing()
         if need_weight[i]:
             assert x is not None
-            dw = _matmul(g.to(dtype).t(), _rows(x), weight[i].dtype)
+            dw = matmul(g.to(dtype).t(), _rows(x), weight[i].dtype)
         if need_sum[i]:
             dsum = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
         base += [dw, dsum]
@@ -584,7 +348,7 @@ def _backward(
             u = wide[:, full[-1] : full[-1] + at[-1]]
         for (start, end), j in zip(itertools.pairwise(at), shared, strict=True):
             if wide is None:
-                _matmul_into(u[:, start:end], thin_g(j), b[j].to(lora_dtype))
+                matmul_into(u[:, start:end], thin_g(j), b[j].to(lora_dtype))
             else:
                 u[:, start:end].addmm_(thin_g(j), b[j].to(lora_dtype), beta=0, alpha=scaling[j])
         if wide is not None:
@@ -595,38 +359,38 @@ def _backward(
             for scale, run in itertools.groupby(range(len(shared)), lambda i: scaling[shared[i]]):
                 span = list(run)
                 columns = slice(at[span[0]], at[span[-1] + 1])
-                _add_thin(dx, u[:, columns], downs[columns], scale, first=span[0] == 0)
+                add_thin(dx, u[:, columns], downs[columns], scale, first=span[0] == 0)
         if any(need_a[j] for j in shared):
             assert x is not None
-            of_all = _matmul(u.t(), _rows(x), torch.promote_types(a[shared[0]].dtype, torch.float32))
+            of_all = matmul(u.t(), _rows(x), torch.promote_types(a[shared[0]].dtype, torch.float32))
             found = zip(shared, _apart(of_all, [rank[j] for j in shared], scales), strict=True)
             for j, da in found:
                 das[j] = da.to(a[j].dtype) if need_a[j] else nothing()
     for j, (down, up) in enumerate(zip(a, b, strict=True)):
         if own[j] and (need_a[j] or need_x_lora[j]):
-            u = _matmul(thin_g(j), up.to(lora_dtype), lora_dtype)
+            u = matmul(thin_g(j), up.to(lora_dtype), lora_dtype)
             if need_x_lora[j]:
-                dx_loras[j] = _times(scaling[j], _matmul(u, down.to(lora_dtype), lora_dtype)).view(*lead, k)
+                dx_loras[j] = times(scaling[j], matmul(u, down.to(lora_dtype), lora_dtype)).view(*lead, k)
             if need_a[j]:
                 source = x_lora[j]
                 assert source is not None
                 single = torch.promote_types(down.dtype, torch.float32)
-                das[j] = _times(scaling[j], _matmul(u.t(), _rows(source), single)).to(down.dtype)
+                das[j] = times(scaling[j], matmul(u.t(), _rows(source), single)).to(down.dtype)
         if need_b[j]:
             assert h is not None
             single = torch.promote_types(up.dtype, torch.float32)
-            db = _matmul(thin_g(j).t(), h[:, column[j] : column[j + 1]], single)
-            dbs[j] = _times(scaling[j], db).to(up.dtype)
+            db = matmul(thin_g(j).t(), h[:, column[j] : column[j + 1]], single)
+            dbs[j] = times(scaling[j], db).to(up.dtype)
     if wide is not None:
-        with _stacked(weight, quant, shape, blocks, [a[j] for j in shared], dtype) as dense:
+        with stacked(weight, quant, shape, blocks, [a[j] for j in shared], dtype) as dense:
             dx = torch.mm(wide, dense)
     elif need_x:
         # The smallest product first: every sum is rounded at the size that it has reached.
-        each = list(_each_dense(weight, quant, shape, blocks, dtype))
+        each = list(each_dense(weight, quant, shape, blocks, dtype))
         for i in sorted(range(len(gs)), key=lambda i: gs[i].shape[1]):
             with each[i] as dense:
                 g = gs[i].to(dtype)
-                dx = dx.addmm_(g, dense, beta=_beta(dx)) if dx.dim() == 2 else torch.mm(g, dense)
+                dx = dx.addmm_(g, dense, beta=beta_for(dx)) if dx.dim() == 2 else torch.mm(g, dense)
     thin = [t for three in zip(das, dbs, dx_loras, strict=True) for t in three]
     return [dx.view(*lead, k) if need_x else dx, *base, *thin]
 
@@ -634,7 +398,7 @@ def _backward(
 def _apart(rows: torch.Tensor, sizes: Sequence[int], scaling: Sequence[float]) -> list[torch.Tensor]:
     """The blocks of ``rows``, each times its scale, as tensors with memory of their own (an op's results are)."""
     if len(sizes) == 1:
-        return [_times(scaling[0], rows)]
+        return [times(scaling[0], rows)]
     blocks = list(rows.split(list(sizes)))
     if len(set(scaling)) == 1:
         return list(torch._foreach_mul(blocks, scaling[0]))
@@ -1063,7 +827,7 @@ def supported(
         # One scale tensor, or the four of double quantisation.
         if len(quant) not in (1, 4) or len(shape) != 2:
             return Reason("quantization", f"{len(quant)} tensors of quantisation state and shape {tuple(shape)}")
-        wrong = nf4.supported(weight, *_quant_args(quant), blocksize, blocksize2, shape, dtype)
+        wrong = nf4.supported(weight, *quant_args(quant), blocksize, blocksize2, shape, dtype)
         if wrong is not None:
             return wrong
         if weight.requires_grad:

@@ -18,7 +18,7 @@ products are of fewer tokens (:func:`tokens_of_slice`), and a copy of each slice
 Nothing here multiplies or activates by itself. Slices go through the bodies of ``lora_stack`` and ``lora_glu`` where
 gate and up have an adapter each (``stacked``), of ``lora_linears`` and ``glu`` elsewhere, and of ``lora_linear``:
 within a slice every number is rounded where those round it. A dense copy of an NF4 weight is made once for all slices
-of a pass (:func:`~fastft.kernels.lora_linear.dense_once`): three of 117 MB for as long as the pass takes, against
+of a pass (:func:`~fastft.kernels._dense_weights.dense_once`): three of 117 MB for as long as the pass takes, against
 0.23 ms for each slice of 4,096 tokens, whose products take 2.1 ms in the forward.
 """
 
@@ -35,8 +35,10 @@ import torch
 
 from fastft.kernels import glu, lora_glu, lora_stack
 from fastft.kernels import lora_linear as lora
+from fastft.kernels._dense_weights import dense_once
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, raw_op, register
+from fastft.kernels._products import matmul
 from fastft.kernels._rows import size
 
 Tensors = Sequence[torch.Tensor]
@@ -191,7 +193,7 @@ class _Layers(NamedTuple):
         base, thin = rest[: 2 * len(dy)], rest[2 * len(dy) :]
         for i, needed in enumerate(needs.weight):
             if needed:
-                base[2 * i] = lora._matmul(dy[i].t(), x, torch.promote_types(x.dtype, torch.float32))
+                base[2 * i] = matmul(dy[i].t(), x, torch.promote_types(x.dtype, torch.float32))
         return dx, base, [t for i, t in enumerate(thin) if i % 3 != 2]
 
 
@@ -240,7 +242,7 @@ def _slices(tokens: int, rows: int) -> Iterator[slice]:
 
 def _passing(tokens: int, rows: int) -> contextlib.AbstractContextManager[None]:
     """A pass over several slices makes dense copies once; one over a single slice has no use for that."""
-    return lora.dense_once() if tokens > rows else contextlib.nullcontext()
+    return dense_once() if tokens > rows else contextlib.nullcontext()
 
 
 def _forward(

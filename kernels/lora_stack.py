@@ -29,8 +29,10 @@ import torch
 
 from fastft.kernels import lora_linear as lora
 from fastft.kernels import nf4
+from fastft.kernels._dense_weights import each_dense, quant_args, stacked, whole
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, raw_op, register
+from fastft.kernels._products import beta_for, matmul
 from fastft.kernels._rows import size
 
 Tensors = Sequence[torch.Tensor]
@@ -57,12 +59,11 @@ def reference(
         firsts, seconds = blocksize or [64] * len(weight), blocksize2 or [256] * len(weight)
         each = zip(weight, quant, firsts, seconds, shape, strict=True)
         dense = [
-            nf4.nf4_dequantize_reference(w, *lora._quant_args(q), one, two, sizes, dtype)
-            for w, q, one, two, sizes in each
+            nf4.nf4_dequantize_reference(w, *quant_args(q), one, two, sizes, dtype) for w, q, one, two, sizes in each
         ]
     parts = [torch.nn.functional.linear(x.to(dtype), m.to(dtype)) for m in (*dense, *a)]
     rank = sum(m.shape[0] for m in a)
-    return torch.cat([*parts, x.new_zeros((*x.shape[:-1], lora.whole(rank) - rank), dtype=dtype)], -1)
+    return torch.cat([*parts, x.new_zeros((*x.shape[:-1], whole(rank) - rank), dtype=dtype)], -1)
 
 
 # ---------------------------------------------------------------- launchers
@@ -80,11 +81,11 @@ def _forward(
     at, rank = lora._starts(_widths(weight, quant, shape)), sum(down.shape[0] for down in a)
     out[:, at[-1] + rank :].zero_()
     if quant:
-        with lora._stacked(weight, quant, shape, blocks, a, x.dtype) as dense:
+        with stacked(weight, quant, shape, blocks, a, x.dtype) as dense:
             torch.mm(rows, dense[: at[-1] + rank].t(), out=out[:, : at[-1] + rank])
         return wide
     for (start, end), each in zip(
-        itertools.pairwise(at), lora._each_dense(weight, quant, shape, blocks, x.dtype), strict=True
+        itertools.pairwise(at), each_dense(weight, quant, shape, blocks, x.dtype), strict=True
     ):
         with each as dense:
             torch.mm(rows, dense.t(), out=out[:, start:end])
@@ -96,7 +97,7 @@ def _forward_fake(
     x: torch.Tensor, weight: Tensors, quant: Tensors, shape: Sequence[int], blocks: Sequence[int], a: Tensors
 ) -> torch.Tensor:
     rank = sum(down.shape[0] for down in a)
-    return x.new_empty((*x.shape[:-1], sum(_widths(weight, quant, shape)) + lora.whole(rank)))
+    return x.new_empty((*x.shape[:-1], sum(_widths(weight, quant, shape)) + whole(rank)))
 
 
 def _backward(
@@ -117,19 +118,19 @@ def _backward(
     thin = rows[:, at[-1] : at[-1] + sum(ranks)]
     dx = dwide.new_empty(0)
     if need_x and quant:
-        with lora._stacked(weight, quant, shape, blocks, a, rows.dtype) as dense:
+        with stacked(weight, quant, shape, blocks, a, rows.dtype) as dense:
             dx = torch.mm(rows, dense)
     elif need_x:
         # The smallest product first: every sum is rounded at the size that it has reached.
         dx = torch.mm(thin, lora._stack(a, rows.dtype))
-        each = list(lora._each_dense(weight, quant, shape, blocks, rows.dtype))
+        each = list(each_dense(weight, quant, shape, blocks, rows.dtype))
         for i in sorted(range(len(weight)), key=lambda i: weight[i].shape[0]):
             with each[i] as dense:
-                dx.addmm_(rows[:, at[i] : at[i + 1]], dense, beta=lora._beta(dx))
+                dx.addmm_(rows[:, at[i] : at[i + 1]], dense, beta=beta_for(dx))
     das = [dwide.new_empty(0) for _ in a]
     if any(need_a):
         assert x is not None
-        full = lora._matmul(thin.t(), lora._rows(x), torch.promote_types(a[0].dtype, torch.float32))
+        full = matmul(thin.t(), lora._rows(x), torch.promote_types(a[0].dtype, torch.float32))
         of_each = lora._apart(full, ranks, [1.0] * len(a))
         das = [da.to(down.dtype) if needed else das[0] for da, down, needed in zip(of_each, a, need_a, strict=True)]
     return [dx.view(*dwide.shape[:-1], a[0].shape[1]) if need_x else dx, *das]

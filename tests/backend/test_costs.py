@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import fastft
 from fastft import caches, costs, reporting
 from fastft.costs import H100, rates_of, work_of
-from fastft.kernels import load, lora_linear
+from fastft.kernels import load
+from fastft.kernels._dense_weights import whole
 from fastft.kernels._op import OPS, Cost
 from fastft.kernels.linear_cross_entropy import chunk_rows
 from fastft.kernels.lora_linear import JOINT
@@ -253,7 +254,7 @@ def test_what_ops_take_for_themselves() -> None:
 def test_what_products_of_several_layers_take_for_themselves() -> None:
     """All weights and A below each other, up to whole rows; and the copied gradients, where there is one product."""
     two, quant, a = [meta(768, 1, dtype=torch.uint8)] * 2, [meta(24)] * 2, [meta(3, 64), meta(3, 64)]
-    dense = (8 + 16 + lora_linear.whole(6)) * 64 * 2
+    dense = (8 + 16 + whole(6)) * 64 * 2
     where = (two, quant, [8, 64, 16, 64], [64, 256] * 2)
     stack = called(torch.ops.fastft.lora_stack.default, meta(4, 5, 64), *where, a)
     assert costs.scratch(stack)(int) == dense
@@ -263,8 +264,8 @@ def test_what_products_of_several_layers_take_for_themselves() -> None:
     assert costs.scratch(stack)(int) == 0
     dy, b = [meta(4, 5, 8), meta(4, 5, 16)], [meta(8, 3), meta(16, 3)]
     for together, own, wanted in (
-        (True, [False] * 2, dense + 20 * (24 + lora_linear.whole(6)) * 2),
-        (True, [False, True], (24 + lora_linear.whole(3)) * (64 + 20) * 2),
+        (True, [False] * 2, dense + 20 * (24 + whole(6)) * 2),
+        (True, [False, True], (24 + whole(3)) * (64 + 20) * 2),
         (False, [False] * 2, 16 * 64 * 2),
     ):
         rest = (own, None, [1.0] * 2, torch.bfloat16, torch.bfloat16, together, True, *[[False] * 2] * 5)

@@ -36,6 +36,7 @@ from fastft.kernels import (
     rms_norm,
     rotary,
 )
+from fastft.kernels._dense_weights import release_scratch
 from tests.kernels._each import tables
 
 CUDA = torch.cuda.is_available()
@@ -58,7 +59,7 @@ def room() -> Iterator[None]:
         if free < 60:
             pytest.skip(f"{free:.0f} GiB are free on the GPU, 60 are needed")
     yield
-    lora_linear.release_scratch()
+    release_scratch()
     if CUDA:
         torch.cuda.empty_cache()
 

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from bench.shapes import shapes
 from fastft.compare import assert_within
+from fastft.kernels import _dense_weights, _products
 from fastft.kernels import lora_linear as module
-from fastft.kernels.lora_linear import JOINT, OP, lora_linear, lora_linears, release_scratch
+from fastft.kernels._dense_weights import quant_args, release_scratch
+from fastft.kernels.lora_linear import JOINT, OP, lora_linear, lora_linears
 from tests.kernels._derivations import BOTH, Array, Derivation
 from tests.kernels._expressions import ratio
 from tests.kernels._fuzz import SIZES, WIDTHS, Draw
@@ -124,7 +126,7 @@ def check(dtypes, device="cpu", strided=False, **options):
     high = convert(args, kwargs, named, F64)
     if kwargs.get("quant"):  # the weight is what it is in x's dtype; the reference multiplies with it in fp64
         weight = module.nf4.nf4_dequantize_reference(
-            args[1], *module._quant_args(kwargs["quant"]), 64, 256, kwargs["shape"], dtypes[3]
+            args[1], *quant_args(kwargs["quant"]), 64, 256, kwargs["shape"], dtypes[3]
         )
         plain = {k: v for k, v in high[1].items() if k not in ("quant", "shape")}
         high = ((high[0][0], weight.double(), *high[0][2:]), plain, high[2])
@@ -188,7 +190,7 @@ def test_nf4(name, quant, ranks, device):
 @pytest.mark.parametrize("name", ["bf16-fp32-adapters", "fp16-fp32-adapters", "autocast"])
 def test_slabs(name, monkeypatch):
     """Products of a half-precision matrix with an fp32 one, a few rows or columns at a time."""
-    monkeypatch.setattr(module, "SLAB", 100)
+    monkeypatch.setattr(_products, "SLAB", 100)
     check(DTYPES[name], own=False, bias=True)
 
 
@@ -196,15 +198,15 @@ def test_slabs(name, monkeypatch):
 @pytest.mark.parametrize("name", [n for n in DTYPES if "bf16" in n])
 def test_bf16_parts_on_any_device(name, own, monkeypatch):
     """What CUDA does where bf16 meets fp32, with the same sums: products of parts, each in fp32."""
-    monkeypatch.setattr(module, "_splits", lambda half: half.dtype == BF16)
+    monkeypatch.setattr(_products, "_splits", lambda half: half.dtype == BF16)
     check(DTYPES[name], own=own, bias=True, ranks=(4, 3))
 
 
 def test_parts_carry_fp32():
     """Three bf16 parts are an fp32 number, two are 16 bits of it."""
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(sum(p.float() for p in module._bf16_parts(x, 3)), x)
-    two = sum(p.float() for p in module._bf16_parts(x, 2))
+    assert torch.equal(sum(p.float() for p in _products._bf16_parts(x, 3)), x)
+    two = sum(p.float() for p in _products._bf16_parts(x, 2))
     assert ((two - x).abs() <= x.abs() * 2.0**-16).all()
 
 
@@ -308,7 +310,7 @@ def test_scratch_is_shared_and_grows():
     lora_linear(*small, **kw_small)
     first = lora_linear(*large, **kw_large)
     lora_linear(*small, **kw_small)
-    assert [t.numel() for t in module._scratch.values()] == [32 * 64]
+    assert [t.numel() for t in _dense_weights._scratch.values()] == [32 * 64]
     assert torch.equal(lora_linear(*large, **kw_large), first)
     assert release_scratch() == 32 * 64 * 2
 
@@ -400,7 +402,7 @@ def check_joint(dtypes, device="cpu", strided=False, scaling=None, layers=({}, {
     exact_args, exact_kwargs, exact_named = convert(args, kwargs, named, F64)
     if "quant" in kwargs:
         dense = [
-            module.nf4.nf4_dequantize_reference(w, *module._quant_args(q), 64, 256, shape, dtypes[3]).double()
+            module.nf4.nf4_dequantize_reference(w, *quant_args(q), 64, 256, shape, dtypes[3]).double()
             for w, q, shape in zip(args[1], kwargs["quant"], kwargs["shape"], strict=True)
         ]
         exact_args = (exact_args[0], dense, *exact_args[2:])
@@ -497,7 +499,7 @@ def test_dx_over_nf4_is_rounded_once(scale, device):
     (dx,) = torch.autograd.grad(lora_linears(*args, **kwargs), x, dys)
     exact = 0.0
     for w, quant, shape, (down,), (up,), dy in zip(weight, kwargs["quant"], kwargs["shape"], a, b, dys, strict=True):
-        dense = module.nf4.nf4_dequantize_reference(w, *module._quant_args(quant), 64, 256, shape, BF16)
+        dense = module.nf4.nf4_dequantize_reference(w, *quant_args(quant), 64, 256, shape, BF16)
         thin = torch.addmm(up.new_zeros(1), dy, up, beta=0, alpha=scale)  # it is a bf16 number in any case
         exact = exact + dy.double() @ dense.double() + thin.double() @ down.double()
     once = (exact.to(BF16).double() - exact).norm()
@@ -711,7 +713,7 @@ _NF4 = ("quant", "shape", "blocksize", "blocksize2")
 
 
 def _dense(weight: torch.Tensor, dtype: torch.dtype, quant: Any, shape: Any, first: int, second: int) -> torch.Tensor:
-    return module.nf4.nf4_dequantize_reference(weight, *module._quant_args(quant), first, second, shape, dtype)
+    return module.nf4.nf4_dequantize_reference(weight, *quant_args(quant), first, second, shape, dtype)
 
 
 def _lora_linear_exact(sample: Sample) -> Sample:
@@ -810,42 +812,42 @@ MUTANTS = (
     Mutant(
         "lora_linear: dx without the adapter",
         "kernels/lora_linear.py",
-        "                _add_thin(dx, u[:, columns], downs[columns], scale, first=span[0] == 0)\n",
+        "                add_thin(dx, u[:, columns], downs[columns], scale, first=span[0] == 0)\n",
         "                dx.zero_()\n",
         'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
     ),
     Mutant(
         "lora_linear: dA without scaling",
         "kernels/lora_linear.py",
-        "        return [_times(scaling[0], rows)]\n",
+        "        return [times(scaling[0], rows)]\n",
         "        return [rows]\n",
         'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
     ),
     Mutant(
         "lora_linear: dB without scaling",
         "kernels/lora_linear.py",
-        "dbs[j] = _times(scaling[j], db).to(up.dtype)",
+        "dbs[j] = times(scaling[j], db).to(up.dtype)",
         "dbs[j] = db.to(up.dtype)",
         'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
     ),
     Mutant(
         "lora_linear: dx of the last layer only",
         "kernels/lora_linear.py",
-        "dx = dx.addmm_(g, dense, beta=_beta(dx)) if dx.dim() == 2 else torch.mm(g, dense)",
+        "dx = dx.addmm_(g, dense, beta=beta_for(dx)) if dx.dim() == 2 else torch.mm(g, dense)",
         "dx = torch.mm(g, dense)",
         'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
     ),
     Mutant(
         "lora_linear: a second adapter in place of the first",
         "kernels/lora_linear.py",
-        "    for product in more:\n        _add_thin(y, *product)\n",
-        "    for product in more:\n        _add_thin(y, *product, first=True)\n",
+        "    for product in more:\n        add_thin(y, *product)\n",
+        "    for product in more:\n        add_thin(y, *product, first=True)\n",
         "tests/kernels/test_lora_linear.py -k test_shapes",
     ),
     Mutant(
         "lora_linear: the base's product first, which is rounded twice",
         "kernels/lora_linear.py",
-        "y = begun.addmm_(rows, dense.t(), beta=_beta(begun))",
+        "y = begun.addmm_(rows, dense.t(), beta=beta_for(begun))",
         "y = torch.mm(rows, dense.t()).add_(begun)",
         "tests/kernels/test_lora_linear.py -k one_rounding",
     ),
@@ -872,7 +874,7 @@ MUTANTS = (
     ),
     Mutant(
         "lora_linear: one weight for all layers",
-        "kernels/lora_linear.py",
+        "kernels/_dense_weights.py",
         "state, sizes = quant[i * of_each : (i + 1) * of_each], ",
         "state, sizes = quant[:of_each], ",
         "tests/kernels/test_lora_linear.py -k joint_nf4",
@@ -886,7 +888,7 @@ MUTANTS = (
     ),
     Mutant(
         "lora_linear: fp32 through one bf16 part",
-        "kernels/lora_linear.py",
+        "kernels/_products.py",
         "wide = mm_single(left, torch.cat(_bf16_parts(right, 3), 1))",
         "wide = mm_single(left, torch.cat(_bf16_parts(right, 1) + [torch.zeros_like(right, "
         "dtype=torch.bfloat16)] * 2, 1))",
@@ -894,7 +896,7 @@ MUTANTS = (
     ),
     Mutant(
         "lora_linear: no lock of shape on the scratch",
-        "kernels/lora_linear.py",
+        "kernels/_dense_weights.py",
         "        if held is None or held.numel() < n * k:\n",
         "        if held is None:\n",
         "tests/kernels/test_lora_linear.py -k scratch",
@@ -937,8 +939,8 @@ MUTANTS = (
     Mutant(
         "lora_linear: side by side, A in another order than u",
         "kernels/lora_linear.py",
-        "_stacked(weight, quant, shape, blocks, [a[j] for j in shared], dtype)",
-        "_stacked(weight, quant, shape, blocks, [a[j] for j in shared[::-1]], dtype)",
+        "stacked(weight, quant, shape, blocks, [a[j] for j in shared], dtype)",
+        "stacked(weight, quant, shape, blocks, [a[j] for j in shared[::-1]], dtype)",
         "tests/kernels/test_lora_linear.py -k joint_nf4_backward",
     ),
     Mutant(
@@ -971,7 +973,7 @@ MUTANTS = (
     ),
     Mutant(
         "lora_linear: side by side, rows that nobody wrote",
-        "kernels/lora_linear.py",
+        "kernels/_dense_weights.py",
         "            out[full + rank :].zero_()\n",
         "            out[full + rank :].fill_(torch.nan)\n",
         "tests/kernels/test_lora_linear.py -k joint_nf4_backward",
@@ -1013,14 +1015,14 @@ MUTANTS = (
     ),
     Mutant(
         "dense_once: a copy of another weight",
-        "kernels/lora_linear.py",
+        "kernels/_dense_weights.py",
         "    key = (n, k, dtype, *(t.data_ptr() for t in of))\n",
         "    key = (n, k, dtype)\n",
         "tests/kernels/test_lora_mlp.py -k nf4_weights",
     ),
     Mutant(
         "dense_once: a copy for every slice",
-        "kernels/lora_linear.py",
+        "kernels/_dense_weights.py",
         "        made[key] = out\n    yield made[key]",
         "        yield out\n        return\n    yield made[key]",
         "tests/kernels/test_lora_mlp.py -k dense_once",

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from fastft.compare import assert_within
+from fastft.kernels import _dense_weights, nf4
 from fastft.kernels import lora_linear as lora
 from fastft.kernels import lora_mlp as module
-from fastft.kernels import nf4
+from fastft.kernels._dense_weights import quant_args, release_scratch
 from fastft.kernels._op import INTERPRET
 from fastft.kernels.glu import glu
 from fastft.kernels.lora_glu import lora_glu
@@ -89,7 +90,7 @@ def exactly(args, more, dtype):
     if more.get("quant"):
         quant, shape = more.pop("quant"), more.pop("shape")
         weight = [
-            nf4.nf4_dequantize_reference(w, *lora._quant_args(q), 64, 256, s, dtype)
+            nf4.nf4_dequantize_reference(w, *quant_args(q), 64, 256, s, dtype)
             for w, q, s in zip(weight, quant, shape, strict=True)
         ]
 
@@ -294,13 +295,13 @@ def test_weights_are_dense_once_a_pass(form, monkeypatch):
         nf4, "dequantize_into", lambda out, packed, *rest: made.append(out) or stock(out, packed, *rest)
     )
     args, more = make(**FORMS[form], quant="double")
-    lora.release_scratch()
+    release_scratch()
     y = lora_mlp(*args, **more, rows=2)
-    assert len(made) == 3 and lora.release_scratch() == 0  # in memory of their own, which is free again
+    assert len(made) == 3 and release_scratch() == 0  # in memory of their own, which is free again
     y.sum().backward()
-    assert len(made) == 6 and lora._once.get() is None
+    assert len(made) == 6 and _dense_weights._once.get() is None
     lora_mlp(*args, **more, rows=10)
-    assert lora.release_scratch() > 0  # a single slice has no use for copies of its own
+    assert release_scratch() > 0  # a single slice has no use for copies of its own
 
 
 def test_scratch_is_what_is_made(seen):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fastft.compare import assert_within
 from fastft.kernels import lora_linear as lora
 from fastft.kernels import nf4
+from fastft.kernels._dense_weights import quant_args
 from fastft.kernels.lora_stack import OP, lora_stack
 from tests.kernels._derivations import BOTH, Array, Derivation
 from tests.kernels._fuzz import SIZES, WIDTHS, Draw
@@ -48,7 +49,7 @@ def dense_in_fp64(args, more, dtype):
     x, weight, a = args
     if more:
         each = zip(weight, more["quant"], more["shape"], strict=True)
-        weight = [nf4.nf4_dequantize_reference(w, *lora._quant_args(q), 64, 256, s, dtype) for w, q, s in each]
+        weight = [nf4.nf4_dequantize_reference(w, *quant_args(q), 64, 256, s, dtype) for w, q, s in each]
     leaves = [t.detach().double().requires_grad_() for t in (x, *a)]
     return (leaves[0], [w.double() for w in weight], leaves[1:]), leaves
 
@@ -169,7 +170,7 @@ def _exact(sample: Sample) -> Sample:
     if kwargs.get("quant"):
         states = zip(*(kwargs.pop(name) for name in ("quant", "shape", "blocksize", "blocksize2")), strict=True)
         weight = [
-            nf4.nf4_dequantize_reference(w, *lora._quant_args(q), one, two, shape, x.dtype)
+            nf4.nf4_dequantize_reference(w, *quant_args(q), one, two, shape, x.dtype)
             for w, (q, shape, one, two) in zip(weight, states, strict=True)
         ]
     return Sample(sample.name, (x, weight, a), kwargs)
@@ -202,8 +203,8 @@ MUTANTS = (
     Mutant(
         "lora_stack: NF4 without the adapters' rows",
         "kernels/lora_stack.py",
-        "        with lora._stacked(weight, quant, shape, blocks, a, x.dtype) as dense:\n",
-        "        with lora._stacked(weight, quant, shape, blocks, a, x.dtype) as dense:\n            dense[-8:] = 0\n",
+        "        with stacked(weight, quant, shape, blocks, a, x.dtype) as dense:\n",
+        "        with stacked(weight, quant, shape, blocks, a, x.dtype) as dense:\n            dense[-8:] = 0\n",
         "tests/kernels/test_lora_stack.py -k matches_reference",
     ),
     Mutant(

@@ -1,0 +1,150 @@
+"""Dense copies of weights that are stored otherwise (4 bits, another dtype), for one product at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from fastft.kernels import nf4
+
+Tensors = Sequence[torch.Tensor]
+
+_scratch: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
+_scratch_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _scratch_rows(like: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """A dense [n, k] matrix in the scratch of ``like``'s device, to be filled and read before anything else is.
+
+    There is one scratch for each device, dtype and stream; it grows to the largest weight and stays. The lock keeps the
+    copy and the GEMM that reads it next to each other in the stream when two threads launch into it.
+    """
+    stream, fresh = 0, False
+    if like.is_cuda:
+        stream = torch.cuda.current_stream(like.device).cuda_stream
+        # A captured graph owns the memory it was captured with: it may not share the scratch with what runs outside.
+        fresh = torch.cuda.is_current_stream_capturing()
+    with _scratch_lock:
+        key = (like.device, dtype, stream)
+        held = None if fresh else _scratch.pop(key, None)
+        if held is None or held.numel() < n * k:
+            held = None  # the old one goes before the new one comes
+            held = torch.empty(n * k, dtype=dtype, device=like.device)
+        if not fresh:
+            _scratch[key] = held
+        yield held[: n * k].view(n, k)
+
+
+_once: contextvars.ContextVar[dict[Any, torch.Tensor] | None] = contextvars.ContextVar("once", default=None)
+
+
+@contextlib.contextmanager
+def dense_once() -> Iterator[None]:
+    """In here a dense copy of the same tensors is made once, in memory of its own, which is free again behind it: for
+    bodies of ops that multiply with the same weights many times.
+    """
+    token = _once.set({})
+    try:
+        yield
+    finally:
+        _once.reset(token)
+
+
+@contextlib.contextmanager
+def _copied(
+    of: Tensors, n: int, k: int, dtype: torch.dtype, fill: Callable[[torch.Tensor], None]
+) -> Iterator[torch.Tensor]:
+    """A dense [n, k] matrix that ``fill`` makes of the tensors ``of``: in the scratch, or once (:func:`dense_once`)."""
+    made = _once.get()
+    if made is None:
+        with _scratch_rows(of[0], n, k, dtype) as out:
+            fill(out)
+            yield out
+        return
+    key = (n, k, dtype, *(t.data_ptr() for t in of))
+    if key not in made:
+        out = torch.empty(n, k, dtype=dtype, device=of[0].device)
+        fill(out)
+        made[key] = out
+    yield made[key]
+
+
+def _fill(out: torch.Tensor, weight: torch.Tensor, quant: Tensors, blocksize: int, blocksize2: int) -> None:
+    """Write a weight to ``out``, [N, K]."""
+    if quant:
+        nf4.dequantize_into(out, weight.contiguous(), *quant_args(quant), blocksize, blocksize2)
+    else:
+        out.copy_(weight)
+
+
+@contextlib.contextmanager
+def dense(
+    weight: torch.Tensor, quant: Tensors, shape: Sequence[int], blocksize: int, blocksize2: int, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """The weight as a dense [N, K] matrix in ``dtype``: itself where it is one, else a copy in the scratch."""
+    if not quant and weight.dtype == dtype:
+        yield weight
+        return
+    n, k = shape if quant else weight.shape
+    with _copied([weight], n, k, dtype, lambda out: _fill(out, weight, quant, blocksize, blocksize2)) as out:
+        yield out
+
+
+#: cuBLAS reads 16 bytes at a time, 8 half-precision numbers: columns and rows that are added come in such numbers.
+WHOLE = 8
+
+
+def whole(n: int) -> int:
+    """The rows that Σr rows of thin matrices take below the weights."""
+    return -(-n // WHOLE) * WHOLE
+
+
+@contextlib.contextmanager
+def stacked(
+    weight: Tensors, quant: Tensors, shape: Sequence[int], blocks: Sequence[int], below: Tensors, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """The weights of all layers, and the matrices ``below`` (any dtype), below each other in the scratch, with rows of
+    zeros up to a whole number of 8 for ``below``: [ΣN + ⌈Σr⌉, K].
+    """
+    widths, k = shape[::2] if quant else [w.shape[0] for w in weight], shape[1] if quant else weight[0].shape[1]
+    sizes, of_each = [m.shape[0] for m in below], len(quant) // len(weight)
+    full, rank = sum(widths), sum(sizes)
+
+    def fill(out: torch.Tensor) -> None:
+        for i, part in enumerate(out[:full].split(list(widths))):
+            _fill(part, weight[i], quant[i * of_each : (i + 1) * of_each], blocks[2 * i], blocks[2 * i + 1])
+        if below:
+            torch._foreach_copy_(list(out[full : full + rank].split(sizes)), list(below))
+            out[full + rank :].zero_()
+
+    with _copied([*weight, *below], full + whole(rank), k, dtype, fill) as out:
+        yield out
+
+
+def release_scratch() -> int:
+    """Free the scratch that dequantised weights pass through (it comes back on use); returns the bytes freed."""
+    with _scratch_lock:
+        freed = sum(t.numel() * t.element_size() for t in _scratch.values())
+        _scratch.clear()
+    return freed
+
+
+def each_dense(
+    weight: Tensors, quant: Tensors, shape: Sequence[int], blocks: Sequence[int], dtype: torch.dtype
+) -> Iterator[Any]:
+    """For each layer, what gives its dense weight (:func:`_dense`). The lists hold all layers' in a row."""
+    of_each = len(quant) // len(weight)
+    for i, w in enumerate(weight):
+        state, sizes = quant[i * of_each : (i + 1) * of_each], shape[2 * i : 2 * i + 2]
+        yield dense(w, state, sizes, blocks[2 * i], blocks[2 * i + 1], dtype)
+
+
+def quant_args(quant: Tensors) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """``quant`` as :func:`~fastft.kernels.nf4.nf4_dequantize` takes it: absmax, its code, its offset, its scales."""
+    return (quant[0], *quant[1:]) if len(quant) == 4 else (quant[0], None, None, None)  # type: ignore[return-value]
