@@ -2,7 +2,7 @@
 
     python bench/train.py run --impl fastft --model llama-3.1-8b --quant nf4 --out fastft.json
     python bench/train.py compare --impls eager,inductor,unsloth,fastft --model llama-3.1-8b --quant nf4 --out all.json
-    python bench/train.py compare --impls unsloth unsloth:data=padded fastft --data packed --batch 1 --seq 8192
+    python bench/train.py compare --impls unsloth_xformers unsloth:data=padded fastft --data packed --batch 1 --seq 8192
 
 What a row means: an architecture of ``bench/shapes.py`` with random weights, read by every implementation from the same
 checkpoint folder. NF4 is bitsandbytes' nf4 with double quantisation and bf16 compute. LoRA sits on every linear of the
@@ -25,6 +25,7 @@ device synchronisations; the peak is ``torch.cuda.max_memory_allocated`` over th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -67,6 +68,7 @@ PACKAGES = (
     "cut-cross-entropy",
     "quack-kernels",
     "unsloth",
+    "xformers",
     "fastft",
 )
 #: Forms of the data.
@@ -332,6 +334,27 @@ def load_liger(setup: Setup, folder: Path) -> Any:
     return _prepare(AutoLigerKernelForCausalLM.from_pretrained(folder, **_arguments(setup)), setup)
 
 
+def import_unsloth() -> None:
+    import unsloth  # noqa: F401  (it must come before transformers)
+
+
+def import_unsloth_with_xformers() -> None:
+    """For attention by xformers, which knows packed documents. Its wheels are built for CUDA 12; beside a PyTorch for
+    CUDA 13 they load once CUDA 12's runtime is in the process.
+    """
+    name = "libcudart.so.12"
+    installed = [path for folder in sys.path if (path := Path(folder, "nvidia/cuda_runtime/lib", name)).exists()]
+    try:
+        ctypes.CDLL(str(installed[0]) if installed else name, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise ImportError(f"unsloth_xformers needs {name}: pip install nvidia-cuda-runtime-cu12 ({error})") from error
+    import_unsloth()
+    from unsloth.utils.attention_dispatch import HAS_XFORMERS
+
+    if not HAS_XFORMERS:
+        raise ImportError("unsloth_xformers: Unsloth has found no xformers that works here; its output says why")
+
+
 def load_unsloth(setup: Setup, folder: Path) -> Any:
     import torch
     from unsloth import FastLanguageModel
@@ -382,12 +405,14 @@ def compile_fastft(model: Any, options: dict[str, Any]) -> None:
 @dataclass(frozen=True)
 class Implementation:
     """How an implementation loads a model and, if it does, compiles it in place. ``peer``: it has its own packages.
-    ``pack``: what it makes of a packed batch and its documents' lengths, if it wants them otherwise.
+    ``first``: what comes before transformers is imported. ``pack``: what it makes of a packed batch and its documents'
+    lengths, if it wants them otherwise.
     """
 
     load: Callable[[Setup, Path], Any]
     compile: Callable[[Any, dict[str, Any]], None] | None = None
     peer: bool = False
+    first: Callable[[], None] | None = None
     pack: Callable[[dict[str, Any], Sequence[int]], dict[str, Any]] | None = None
 
 
@@ -397,7 +422,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "inductor_layers": Implementation(load_stock, compile_layers),
     "liger": Implementation(load_liger, peer=True),
     "liger_inductor_layers": Implementation(load_liger, compile_layers, peer=True),
-    "unsloth": Implementation(load_unsloth, peer=True, pack=in_one_row),
+    "unsloth": Implementation(load_unsloth, peer=True, first=import_unsloth, pack=in_one_row),
+    "unsloth_xformers": Implementation(load_unsloth, peer=True, first=import_unsloth_with_xformers, pack=in_one_row),
     "fastft": Implementation(load_stock, compile_fastft),
 }
 
@@ -419,11 +445,11 @@ def _timed(result: dict[str, Any], key: str) -> Iterator[None]:
 
 def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = False, timeline: bool = False) -> None:
     """Load, compile, warm up, measure. Figures go into ``result`` as they come, so that a failure keeps what it had."""
-    if setup.impl == "unsloth":
-        import unsloth  # noqa: F401  (it must come before transformers)
+    implementation = IMPLEMENTATIONS[setup.impl]
+    if implementation.first is not None:
+        implementation.first()
     import torch
 
-    implementation = IMPLEMENTATIONS[setup.impl]
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     result["device"] = _device()

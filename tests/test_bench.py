@@ -9,6 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
+import types
 from unittest import mock
 
 import pytest
@@ -263,6 +264,43 @@ def test_a_failure_is_a_result(checkpoints):
     result = train.run(setup("fastft", options={"no_such_option": 1}), checkpoints)
     assert result["status"] == "failed" and "no_such_option" in result["error"]
     assert set(result) >= ALWAYS and "traceback" in result
+
+
+def test_xformers_that_cannot_load_is_a_failure(checkpoints, monkeypatch):
+    """A row that says which library is missing, and none that measured other attention under the name."""
+
+    def cannot(path, mode):
+        raise OSError(f"{path}: cannot open shared object file")
+
+    monkeypatch.setattr(train.ctypes, "CDLL", cannot)
+    result = train.run(setup("unsloth_xformers"), checkpoints)
+    assert result["status"] == "failed" and "pip install nvidia-cuda-runtime-cu12 (libcudart.so.12" in result["error"]
+
+    monkeypatch.setattr(train.ctypes, "CDLL", lambda path, mode: None)
+    modules = {
+        name: types.ModuleType(name) for name in ("unsloth", "unsloth.utils", "unsloth.utils.attention_dispatch")
+    }
+    monkeypatch.setattr(train, "load_unsloth", lambda *_: pytest.fail("loaded without xformers"))
+    modules["unsloth.utils.attention_dispatch"].HAS_XFORMERS = False
+    with mock.patch.dict(sys.modules, modules):
+        result = train.run(setup("unsloth_xformers"), checkpoints)
+    assert result["status"] == "failed" and "no xformers that works here" in result["error"]
+
+
+def test_cuda_12_is_taken_from_where_pip_puts_it(tmp_path, monkeypatch):
+    loaded = []
+    library = tmp_path / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so.12"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setattr(train.ctypes, "CDLL", lambda path, mode: loaded.append(path))
+    monkeypatch.setattr(train, "import_unsloth", lambda: loaded.append("unsloth"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    dispatch = types.ModuleType("unsloth.utils.attention_dispatch")
+    dispatch.HAS_XFORMERS = True
+    packages = {name: types.ModuleType(name) for name in ("unsloth", "unsloth.utils")}
+    with mock.patch.dict(sys.modules, {**packages, dispatch.__name__: dispatch}):
+        train.import_unsloth_with_xformers()
+    assert loaded == [str(library), "unsloth"]
 
 
 @pytest.mark.parametrize(
