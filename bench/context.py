@@ -60,8 +60,9 @@ class Context:
     """A model that is loaded once, and steps of any length. ``result`` gets the rows as they come."""
 
     def __init__(self, setup: train.Setup, root: Path, cap: int | None, result: dict[str, Any]) -> None:
-        if setup.impl == "unsloth":
-            import unsloth  # noqa: F401  (it must come before transformers)
+        self.implementation = train.IMPLEMENTATIONS[setup.impl]
+        if self.implementation.first is not None:
+            self.implementation.first()
         import torch
 
         self.setup, self.result = setup, result
@@ -69,7 +70,6 @@ class Context:
         self.device = torch.device("cuda" if self.cuda else "cpu")
         result |= {"device": train._device(), "versions": train._versions()}
         torch.manual_seed(setup.seed)
-        self.implementation = train.IMPLEMENTATIONS[setup.impl]
         with train._timed(result, "load_s"):
             self.model = self.implementation.load(setup, train.checkpoint(setup.model, root))
         self.free()

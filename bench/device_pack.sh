@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs what the GPU machine lacks into .device/ (git-ignored), to be carried there beside the working tree:
-#   site.tar.xz    bitsandbytes, trl, datasets                 peers.tar.xz  the same in the versions that Unsloth takes, liger, unsloth
+#   site.tar.xz    bitsandbytes, trl, datasets                 peers.tar.xz  the same in the versions that Unsloth takes, liger, unsloth, xformers
 #   fastft-*.whl   this tree, in case pip cannot build there   commit        what is measured
 #   tree.tar       the commit's files, to measure a commit while the working tree changes
 # Run before every call (seconds; the archives are made once). Then, on the GPU machine: tests/gpu/run.sh, with .device carried; or, for the commit alone:
@@ -15,15 +15,24 @@ mkdir -p "$device"
 # Pure Python that may be missing there: parallel tests, tables, the command line.
 extra=(pytest-xdist execnet hypothesis sortedcontainers rich markdown-it-py mdurl pygments typer shellingham click annotated-doc
   pydantic pydantic-core annotated-types typing-inspection typing-extensions)
-if [[ ! -f $device/site.tar.xz ]]; then
-  bash "$make_site" "$device/base.tar.xz"
+# xformers' wheel is for CUDA 12 (torch there is for 13).
+cuda_12=(nvidia-cuda-runtime-cu12==12.8.90)
+
+archive() { # NAME OPTION PACKAGES: what make_site.sh makes, and these, once
+  local out=$device/$1.tar.xz option=$2 more
+  shift 2
+  [[ ! -f $out ]] || return 0
+  bash "$make_site" "$device/base.tar.xz" ${option:+"$option"}
   more=$(mktemp -d)
   tar -C "$more" -xJf "$device/base.tar.xz"
   "$python" -m pip install -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux2014_x86_64 \
-    --target "$more" -c "$root/constraints.txt" "${extra[@]}"
-  tar -C "$more" -cJf "$device/site.tar.xz" . && rm -rf "$more" "$device/base.tar.xz"
-fi
-[[ -f $device/peers.tar.xz ]] || bash "$make_site" "$device/peers.tar.xz" --peers
+    --target "$more" -c "$root/constraints.txt" "$@"
+  # A package of its own, nvidia would hide the one that torch's libraries are in.
+  rm -rf "$more/nvidia/cuda_runtime/include" "$more/nvidia/__init__.py"
+  tar -C "$more" -cJf "$out" . && rm -rf "$more" "$device/base.tar.xz"
+}
+archive site "" "${extra[@]}"
+archive peers --peers "${cuda_12[@]}"
 
 # All from the commit: what lies in the tree uncommitted is neither in the wheel nor in the archive.
 git -C "$root" archive -o "$device/tree.tar" HEAD

@@ -20,6 +20,8 @@ from bench import train
 SCHEMA = 1
 #: Differences smaller than this share are none, however quiet the machine was; the tuner's too.
 LEAST = 0.01
+#: The part of a training step's setting that there was no choice of when the first files were written.
+DEFAULTS = {"data": "full", "document": 512}
 
 
 class NotAResult(ValueError):
@@ -46,7 +48,7 @@ class Result:
     def setup(self) -> dict[str, Any]:
         """A training comparison's setting, as its runs were told; empty where none of them began."""
         runs = (run for row in self.rows for run in row.get("runs", ()))
-        return next((run["setup"] for run in runs if "setup" in run), {})
+        return next(({**DEFAULTS, **run["setup"]} for run in runs if "setup" in run), {})
 
     @property
     def versions(self) -> dict[str, str]:

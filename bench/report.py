@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.files import Result, relative_spread, spread
 from bench.tables import OURS, Grid, best_other, by_op, implementations, kernel_tables, time_of
+from bench.train import input_of, tokens_of
 
 GIB = 2**30
 #: What the legend calls the times of ``copy_us``.
@@ -101,7 +102,7 @@ def title_of(result: Result) -> str:
         return f"Training steps, {result.device}"
     trained = f"LoRA r={s['rank']}" if s["train"] == "lora" else "all weights trained"
     checkpointing = "checkpointing" if s["checkpointing"] else "no checkpointing"
-    return f"{s['model']}, {s['quant']}, {trained}, {checkpointing}, {s['batch']}×{s['seq']} tokens, {result.device}"
+    return f"{s['model']}, {s['quant']}, {trained}, {checkpointing}, {tokens_of(s)}, {result.device}"
 
 
 def tables(result: Result) -> Iterator[Grid]:
@@ -115,9 +116,9 @@ def tables(result: Result) -> Iterator[Grid]:
 
 def step_table(result: Result) -> Grid:
     baseline = result.data["baseline"]
-    columns = ["implementation", "tokens/s", "step ms", "± %", "peak GiB", "first step s", "loss first", "last"]
-    columns += [f"speed / {baseline}", f"peak / {baseline}"]
-    grid = Grid(f"Beside {baseline}", columns, [], left=frozenset({"implementation"}))
+    columns = ["implementation", "input", "tokens/s", "step ms", "± %", "peak GiB", "first step s"]
+    columns += ["loss first", "last", f"speed / {baseline}", f"peak / {baseline}"]
+    grid = Grid(f"Beside {baseline}", columns, [], left=frozenset({"implementation", "input"}))
     notes = []
     for row in result.rows:
         if row["impl"].partition(":")[0] == OURS:
@@ -125,11 +126,12 @@ def step_table(result: Result) -> Grid:
         if row.get("error"):
             notes.append(f"{row['impl']}: {' '.join(str(row['error']).split())[:300]}")
         if row["status"] != "ok":
-            grid.rows.append([row["impl"], "failed", *[""] * (len(columns) - 2)])
+            grid.rows.append([row["impl"], "", "failed", *[""] * (len(columns) - 3)])
             continue
         figure = spread(row["step_ms"]["all"])
         grid.rows.append([
             row["impl"],
+            input_of(row),
             f"{row['tokens_per_s']:,.0f}",
             f"{figure['median']:,.1f}",
             f"{50 * relative_spread(figure):.1f}",

@@ -2,6 +2,7 @@
 
     python bench/train.py run --impl fastft --model llama-3.1-8b --quant nf4 --out fastft.json
     python bench/train.py compare --impls eager,inductor,unsloth,fastft --model llama-3.1-8b --quant nf4 --out all.json
+    python bench/train.py compare --impls unsloth_xformers unsloth:data=padded fastft --data packed --batch 1 --seq 8192
 
 What a row means: an architecture of ``bench/shapes.py`` with random weights, read by every implementation from the same
 checkpoint folder. NF4 is bitsandbytes' nf4 with double quantisation and bf16 compute. LoRA sits on every linear of the
@@ -11,6 +12,12 @@ on what is trained and the forward under bf16 autocast (what ``Trainer(bf16=True
 ``gradient_checkpointing_enable(use_reentrant=False)``; for Unsloth its own, ``use_gradient_checkpointing="unsloth"``.
 ``--train full`` trains bf16 weights with bf16 optimizer state.
 
+``--data``: ``full`` rows of tokens; or documents of 512 ± 256 tokens (``--document``; :func:`documents`) that fill as
+many tokens, which see nothing of each other, in the form ``packed``, rows of them with ``position_ids`` that begin
+again at each, as TRL packs them, or ``padded``, a row for each with an ``attention_mask``. A seed gives the same
+documents in both forms and the same real tokens in all three: tokens/s are of real tokens, and losses are comparable.
+Shapes stay as they are from step to step: a row's documents come in another order, with fresh tokens.
+
 Only stock code is driven here: nothing of fastft but ``backend="fastft"`` and its report. Times are wall clock between
 device synchronisations; the peak is ``torch.cuda.max_memory_allocated`` over the measured steps (None on a CPU).
 """
@@ -18,10 +25,12 @@ device synchronisations; the peak is ``torch.cuda.max_memory_allocated`` over th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import os
 import platform
+import random
 import shutil
 import signal
 import statistics
@@ -59,8 +68,13 @@ PACKAGES = (
     "cut-cross-entropy",
     "quack-kernels",
     "unsloth",
+    "xformers",
     "fastft",
 )
+#: Forms of the data.
+DATA = ("full", "packed", "padded")
+#: The tokenizer's <pad>, and the label of what is no target.
+PAD, IGNORED = 2, -100
 #: Environment of every run: no network, nothing sent anywhere, no unasked threads of the tokenizer.
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -76,7 +90,9 @@ QUIET = {
 
 @dataclass(frozen=True)
 class Setup:
-    """One run's setting. ``batch`` and ``seq`` in sequences and tokens; ``options`` go to ``torch.compile``."""
+    """One run's setting. ``batch`` and ``seq`` in sequences and tokens, ``document`` in tokens, its half more or less;
+    ``options`` go to ``torch.compile``.
+    """
 
     impl: str
     model: str = "llama-3.1-8b"
@@ -85,6 +101,8 @@ class Setup:
     rank: int = 16
     batch: int = 4
     seq: int = 2048
+    data: str = "full"
+    document: int = 512
     checkpointing: bool = True
     steps: int = 5
     warmup: int = 3
@@ -98,11 +116,12 @@ class Setup:
         _one_of("--model", self.model, MODELS)
         _one_of("--quant", self.quant, ("nf4", "bf16"))
         _one_of("--train", self.train, ("lora", "full"))
+        _one_of("--data", self.data, DATA)
         if self.quant == "nf4" and self.train == "full":
             raise ValueError(
                 "--quant nf4 with --train full: NF4 weights have no gradient; use --train lora or --quant bf16"
             )
-        for name in ("rank", "batch", "seq", "steps", "warmup"):
+        for name in ("rank", "batch", "seq", "document", "steps", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"--{name} is {getattr(self, name)}; it is 1 or more (the first warm-up step compiles)"
@@ -114,6 +133,83 @@ class Setup:
 def _one_of(name: str, got: str, allowed: Any) -> None:
     if got not in allowed:
         raise ValueError(f"{name} is {got!r}; it is one of {', '.join(allowed)}")
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def documents(setup: Setup) -> list[list[int]]:
+    """Each row's documents, lengths in tokens. They come in pairs of ``document`` + x and ``document`` - x, x drawn by
+    the seed from 0 to ``document`` / 2, each as likely: with 512 every length from 256 to 768 is as likely, and as many
+    as fit fill the row to its end. Where the rest has no room for a pair, it is the last document.
+    """
+    draw = random.Random(setup.seed)
+    rows = []
+    for _ in range(setup.batch):
+        row: list[int] = []
+        while (left := setup.seq - sum(row)) >= 2 * setup.document:
+            x = draw.randint(0, setup.document // 2)
+            row += [setup.document + x, setup.document - x]
+        rows.append([*row, left] if left else row)
+    return rows
+
+
+def batches(setup: Setup, device: Any) -> Iterator[dict[str, Any]]:
+    """What the model gets in one step after another, on ``device``: ``full`` and ``packed`` are ``[batch, seq]``,
+    ``padded`` is ``[documents, longest]``, padded on the right.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    generator = torch.Generator().manual_seed(setup.seed + 1)
+    order = random.Random(setup.seed + 1)
+    vocabulary = MODELS[setup.model]["vocab_size"]
+    rows = documents(setup)
+    pack = IMPLEMENTATIONS[setup.impl].pack
+    while True:
+        # Ids 0 to 3 are the tokenizer's special tokens.
+        x = torch.randint(4, vocabulary, (setup.batch, setup.seq), generator=generator)
+        if setup.data == "full":
+            x = x.to(device)
+            yield {"input_ids": x, "labels": x}
+            continue
+        for row in rows:
+            order.shuffle(row)
+        lengths = [n for row in rows for n in row]
+        if setup.data == "padded":
+            apart = x.flatten().split(lengths)
+            batch = {
+                "input_ids": pad_sequence(apart, batch_first=True, padding_value=PAD),
+                "attention_mask": pad_sequence([torch.ones_like(d) for d in apart], batch_first=True),
+                "labels": pad_sequence(apart, batch_first=True, padding_value=IGNORED),
+            }
+        else:
+            positions = torch.cat([torch.arange(n) for n in lengths]).view_as(x)
+            batch = {"input_ids": x, "position_ids": positions, "labels": x.masked_fill(positions == 0, IGNORED)}
+        batch = {name: value.to(device) for name, value in batch.items()}
+        yield pack(batch, lengths) if pack and setup.data == "packed" else batch
+
+
+def in_one_row(batch: dict[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
+    """A packed batch as Unsloth's own trainer makes it: rows behind each other in one, since it knows documents in one
+    row alone, and beside them their lengths, on the CPU.
+    """
+    import torch
+
+    flat = {name: value.view(1, -1) for name, value in batch.items()}
+    return {**flat, "packed_seq_lengths": torch.tensor(lengths, dtype=torch.int32)}
+
+
+def described(setup: Setup, batch: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of its data: form, shape, tokens that are not padding, targets of the loss, documents."""
+    real = batch.get("attention_mask", batch["input_ids"].new_ones(batch["input_ids"].shape))
+    return {
+        "form": setup.data,
+        "shape": list(batch["input_ids"].shape),
+        "real_tokens": int(real.sum()),
+        "targets": int((batch["labels"][:, 1:] != IGNORED).sum()),
+        "documents": setup.batch if setup.data == "full" else sum(map(len, documents(setup))),
+    }
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -238,6 +334,27 @@ def load_liger(setup: Setup, folder: Path) -> Any:
     return _prepare(AutoLigerKernelForCausalLM.from_pretrained(folder, **_arguments(setup)), setup)
 
 
+def import_unsloth() -> None:
+    import unsloth  # noqa: F401  (it must come before transformers)
+
+
+def import_unsloth_with_xformers() -> None:
+    """For attention by xformers, which knows packed documents. Its wheels are built for CUDA 12; beside a PyTorch for
+    CUDA 13 they load once CUDA 12's runtime is in the process.
+    """
+    name = "libcudart.so.12"
+    installed = [path for folder in sys.path if (path := Path(folder, "nvidia/cuda_runtime/lib", name)).exists()]
+    try:
+        ctypes.CDLL(str(installed[0]) if installed else name, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise ImportError(f"unsloth_xformers needs {name}: pip install nvidia-cuda-runtime-cu12 ({error})") from error
+    import_unsloth()
+    from unsloth.utils.attention_dispatch import HAS_XFORMERS
+
+    if not HAS_XFORMERS:
+        raise ImportError("unsloth_xformers: Unsloth has found no xformers that works here; its output says why")
+
+
 def load_unsloth(setup: Setup, folder: Path) -> Any:
     import torch
     from unsloth import FastLanguageModel
@@ -287,11 +404,16 @@ def compile_fastft(model: Any, options: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Implementation:
-    """How an implementation loads a model and, if it does, compiles it in place. ``peer``: it has its own packages."""
+    """How an implementation loads a model and, if it does, compiles it in place. ``peer``: it has its own packages.
+    ``first``: what comes before transformers is imported. ``pack``: what it makes of a packed batch and its documents'
+    lengths, if it wants them otherwise.
+    """
 
     load: Callable[[Setup, Path], Any]
     compile: Callable[[Any, dict[str, Any]], None] | None = None
     peer: bool = False
+    first: Callable[[], None] | None = None
+    pack: Callable[[dict[str, Any], Sequence[int]], dict[str, Any]] | None = None
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -300,7 +422,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "inductor_layers": Implementation(load_stock, compile_layers),
     "liger": Implementation(load_liger, peer=True),
     "liger_inductor_layers": Implementation(load_liger, compile_layers, peer=True),
-    "unsloth": Implementation(load_unsloth, peer=True),
+    "unsloth": Implementation(load_unsloth, peer=True, first=import_unsloth, pack=in_one_row),
+    "unsloth_xformers": Implementation(load_unsloth, peer=True, first=import_unsloth_with_xformers, pack=in_one_row),
     "fastft": Implementation(load_stock, compile_fastft),
 }
 
@@ -322,11 +445,11 @@ def _timed(result: dict[str, Any], key: str) -> Iterator[None]:
 
 def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = False, timeline: bool = False) -> None:
     """Load, compile, warm up, measure. Figures go into ``result`` as they come, so that a failure keeps what it had."""
-    if setup.impl == "unsloth":
-        import unsloth  # noqa: F401  (it must come before transformers)
+    implementation = IMPLEMENTATIONS[setup.impl]
+    if implementation.first is not None:
+        implementation.first()
     import torch
 
-    implementation = IMPLEMENTATIONS[setup.impl]
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     result["device"] = _device()
@@ -341,18 +464,14 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
     optimizer = torch.optim.AdamW(trained, lr=setup.lr, weight_decay=0.0, fused=True)
     result["trained_parameters"] = sum(p.numel() for p in trained)
     result["weights_bytes"] = torch.cuda.memory_allocated() if cuda else None
+    result["data"] = described(setup, next(batches(setup, "cpu")))
 
-    tokens = torch.Generator().manual_seed(setup.seed + 1)
-    vocabulary = MODELS[setup.model]["vocab_size"]
+    data = batches(setup, device)
 
-    def batch() -> torch.Tensor:
-        # Ids 0 to 3 are the tokenizer's special tokens.
-        return torch.randint(4, vocabulary, (setup.batch, setup.seq), generator=tokens).to(device)
-
-    def step(x: torch.Tensor, begins: Callable[[str], None] = lambda phase: None) -> torch.Tensor:
+    def step(batch: dict[str, Any], begins: Callable[[str], None] = lambda phase: None) -> torch.Tensor:
         begins("forward")
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = model(input_ids=x, labels=x).loss
+            loss = model(**batch).loss
         begins("backward")
         loss.backward()
         begins("optimizer")
@@ -367,10 +486,10 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
     losses: list[torch.Tensor] = []
 
     def timed_step() -> float:
-        x = batch()
+        batch = next(data)
         synchronize()
         start = time.perf_counter()
-        losses.append(step(x))
+        losses.append(step(batch))
         synchronize()
         return time.perf_counter() - start
 
@@ -382,7 +501,7 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
         torch.cuda.reset_peak_memory_stats()
     times = [timed_step() * 1e3 for _ in range(setup.steps)]
     result["step_ms"] = _spread(times)
-    result["tokens_per_s"] = round(setup.batch * setup.seq / (statistics.median(times) / 1e3), 2)
+    result["tokens_per_s"] = round(result["data"]["real_tokens"] / (statistics.median(times) / 1e3), 2)
     result["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
     result["peak_reserved_bytes"] = torch.cuda.max_memory_reserved() if cuda else None
     result["loss"] = [round(float(x), 6) for x in losses]
@@ -395,8 +514,8 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
     if profile:
         result["kernels"], result["idle"] = _profile(timed_step, cuda)
     if timeline and cuda:
-        x = batch()
-        result["timeline"] = _timeline(lambda begins: step(x, begins))
+        last = next(data)
+        result["timeline"] = _timeline(lambda begins: step(last, begins))
     elif timeline:
         result["timeline_note"] = "no memory timeline: PyTorch keeps no memory history of a CPU"
         say(result["timeline_note"])
@@ -644,7 +763,7 @@ def compare(
     log: Any = sys.stderr,
     save: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
-    """Run ``specs`` (``name`` or ``name:key=value;key=value``) ``rounds`` times, interleaved; merge each one's rounds.
+    """Run ``specs`` (see :func:`chosen`) ``rounds`` times, interleaved; merge each one's rounds.
 
     The first round of an implementation starts with empty compiler caches, so its first step is a cold one; later
     rounds keep them. ``budget`` seconds hold for all runs together, ``timeout`` for each. ``save`` is called after
@@ -662,11 +781,11 @@ def compare(
             for i, spec in enumerate(specs):
                 caches = Path(scratch) / str(i)
                 caches.mkdir(exist_ok=True)
-                name, _, options = spec.partition(":")
-                chosen = [word for option in options.split(";") if option for word in ("--options", option)]
+                name, data, options = chosen(spec)
+                own = [*(["--data", data] if data else []), *(w for option in options for w in ("--options", option))]
                 say(f"round {round_ + 1} of {rounds}: {spec}")
                 result = run_apart(
-                    ["--impl", name, "--model", model, "--checkpoints", str(root), *arguments, *chosen],
+                    ["--impl", name, "--model", model, "--checkpoints", str(root), *arguments, *own],
                     spec,
                     peers=peers,
                     caches=caches,
@@ -677,6 +796,16 @@ def compare(
                 results[spec].append(result)
                 save(compared(results, rounds, baseline))
     return compared(results, rounds, baseline)
+
+
+def chosen(spec: str) -> tuple[str, str | None, list[str]]:
+    """``name`` or ``name:key=value;key=value`` → the name, its own form of the data (``data=padded``) or None for that
+    of all, options for ``torch.compile``.
+    """
+    name, _, words = spec.partition(":")
+    options = [word for word in words.split(";") if word]
+    data = [word.removeprefix("data=") for word in options if word.startswith("data=")]
+    return name, data[-1] if data else None, [word for word in options if not word.startswith("data=")]
 
 
 def compared(
@@ -715,6 +844,7 @@ def merge(impl: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     row["error"] = next((r["error"] for r in runs if r["status"] != "ok"), None)
     if good:
         setup = good[0]["setup"]
+        row["data"] = good[0].get("data")
         row["step_ms"] = _spread([t for r in good for t in r["step_ms"]["all"]])
         row["tokens_per_s"] = round(setup["batch"] * setup["seq"] / (row["step_ms"]["median"] / 1e3), 2)
         peaks = [r["peak_bytes"] for r in good if r["peak_bytes"] is not None]
@@ -733,16 +863,35 @@ def _gib(size: int | None) -> str:
     return f"{size / GIB:.2f}" if size else "–"
 
 
+def tokens_of(setup: dict[str, Any]) -> str:
+    """``4×2048 tokens``; and of what documents, if any."""
+    size = f"{setup['batch']}×{setup['seq']}"
+    if setup["data"] == "full":
+        return f"{size} tokens"
+    mean, half = setup["document"], setup["document"] // 2
+    return f"{size} real tokens in documents of {mean} ± {half}"
+
+
+def input_of(row: dict[str, Any]) -> str:
+    """``packed 1×8192``: the form and the shape of what an implementation got; empty where rows are full."""
+    data = row.get("data")
+    if not data or data["form"] == "full":
+        return ""
+    return f"{data['form']} {'×'.join(map(str, data['shape']))}"
+
+
 def table(compared: dict[str, Any], title: str) -> Any:
     """A ``rich`` table of what :func:`compare` returned, with the errors of failed runs under it."""
     from rich.markup import escape
     from rich.table import Table
 
     errors = [f"{r['impl']}: {' '.join(str(r['error']).split())[:300]}" for r in compared["rows"] if r["error"]]
+    told = any(input_of(row) for row in compared["rows"])
     shown = Table(title=title, title_justify="left", caption=escape("\n".join(errors)) or None, caption_justify="left")
     ratios = (f"speed / {compared['baseline']}", f"peak / {compared['baseline']}")
     for column in (
         "implementation",
+        *(["input"] if told else []),
         "tokens/s",
         "step ms",
         "± ms",
@@ -752,14 +901,15 @@ def table(compared: dict[str, Any], title: str) -> Any:
         "last",
         *ratios,
     ):
-        shown.add_column(column, justify="left" if column == "implementation" else "right")
+        shown.add_column(column, justify="left" if column in ("implementation", "input") else "right")
     for row in compared["rows"]:
         if row["status"] != "ok":
-            shown.add_row(row["impl"], "failed")
+            shown.add_row(row["impl"], *([""] if told else []), "failed")
             continue
         ms = row["step_ms"]
         shown.add_row(
             row["impl"],
+            *([input_of(row)] if told else []),
             f"{row['tokens_per_s']:,.0f}",
             f"{ms['median']:.1f}",
             f"{(ms['max'] - ms['min']) / 2:.1f}",
@@ -807,6 +957,12 @@ def _parser() -> argparse.ArgumentParser:
     setting.add_argument("--batch", type=int, default=4, help="sequences in a step (default 4)")
     setting.add_argument("--seq", type=int, default=2048, help="tokens in a sequence (default 2048)")
     setting.add_argument(
+        "--data", default="full", help="full, packed or padded (default full): rows of tokens, or documents, see above"
+    )
+    setting.add_argument(
+        "--document", type=int, default=512, help="tokens in a document, up to half as many more or less (default 512)"
+    )
+    setting.add_argument(
         "--checkpointing", choices=("on", "off"), default="on", help="gradient checkpointing (default on)"
     )
     setting.add_argument("--steps", type=int, default=5, help="measured steps (default 5)")
@@ -835,7 +991,12 @@ def _parser() -> argparse.ArgumentParser:
         "--options", type=_option, action="append", default=[], metavar="KEY=VALUE", help="for torch.compile"
     )
     several = commands.add_parser("compare", parents=[setting], help="several beside each other, a process for each")
-    several.add_argument("--impls", nargs="+", default=["eager,fastft"], help="names, or name:key=value;key=value")
+    several.add_argument(
+        "--impls",
+        nargs="+",
+        default=["eager,fastft"],
+        help="names, or name:key=value;key=value; data=padded is this one's own form of the data, others are options",
+    )
     several.add_argument("--rounds", type=int, default=1, help="each this many times, interleaved (default 1)")
     several.add_argument("--baseline", default=None, help="whom the ratios refer to (default: the first)")
     several.add_argument("--timeout", type=float, default=300.0, help="seconds for one run (default 300)")
@@ -860,7 +1021,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (root / a.model / "config.json").exists():
             write_checkpoint(a.model, root / a.model)
         return 0
-    common = {k: getattr(a, k) for k in ("model", "quant", "train", "rank", "batch", "seq", "steps", "warmup", "seed")}
+    sizes = ("rank", "batch", "seq", "document", "steps", "warmup", "seed")
+    common = {k: getattr(a, k) for k in ("model", "quant", "train", "data", *sizes)}
     if a.command == "run":
         setup = Setup(impl=a.impl, checkpointing=a.checkpointing == "on", options=dict(a.options), **common)
         try:
@@ -873,7 +1035,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         specs = _specs(a.impls)
         try:
             for spec in specs:
-                Setup(impl=spec.partition(":")[0], **common).check()
+                name, data, _ = chosen(spec)
+                Setup(**{**common, "impl": name, "data": data or a.data}).check()
             if a.baseline is not None:
                 _one_of("--baseline", a.baseline, specs)
         except ValueError as error:
@@ -898,7 +1061,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpointing = "checkpointing" if a.checkpointing == "on" else "no checkpointing"
         adapters = f"LoRA r={a.rank}" if a.train == "lora" else "full"
         device = (result["device"] or {}).get("name", "no device")
-        title = f"{a.model}, {a.quant}, {adapters}, {checkpointing}, {a.batch}×{a.seq}, {device}"
+        title = f"{a.model}, {a.quant}, {adapters}, {checkpointing}, {tokens_of(common)}, {device}"
         from rich.console import Console
 
         Console(width=150).print(table(result, title))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
+import statistics
 import subprocess
 import sys
+import types
 from unittest import mock
 
 import pytest
 import torch
 
+import fastft
 import fastft.kernels
 from bench import context, train
 from bench.shapes import MODELS, PRIMARY, SHAPES, linears, shapes
@@ -22,7 +26,7 @@ pytest.importorskip("peft")
 SMALL = ["--model", "tiny", "--quant", "bf16", "--batch", "2", "--seq", "16", "--steps", "2", "--warmup", "1"]
 #: What both a finished and a failed run say; and what only a finished one does.
 ALWAYS = {"schema", "impl", "setup", "status", "error", "started", "commit", "argv"}
-FIGURES = {"load_s", "first_step_s", "step_ms", "tokens_per_s", "peak_bytes", "loss", "device", "versions"}
+FIGURES = {"load_s", "first_step_s", "step_ms", "tokens_per_s", "peak_bytes", "loss", "device", "versions", "data"}
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +115,75 @@ def test_sizes_of_ops_are_in_the_list(model):
             assert sizes in listed, f"{op.name} is called with {sizes}, which no row of bench/shapes.py says"
 
 
+# -- data
+
+#: Two rows, each of four documents of 4 ± 2 tokens and one of what is left: 40 real tokens in every form.
+DOCUMENTS = {"batch": 2, "seq": 20, "document": 4}
+
+
+def first_batch(impl: str = "eager", **changes) -> dict[str, torch.Tensor]:
+    return next(train.batches(setup(impl, **DOCUMENTS, **changes), "cpu"))
+
+
+def test_documents_fill_every_row():
+    rows = train.documents(setup("eager", batch=64, seq=8192, document=512))
+    lengths = [n for row in rows for n in row]
+    assert all(sum(row) == 8192 for row in rows) and len(lengths) == 64 * 16
+    assert 256 <= min(lengths) < 262 and 762 < max(lengths) <= 768
+    assert statistics.pstdev(lengths) == pytest.approx(512 / 12**0.5, rel=0.05)  # each length as likely
+    assert rows == train.documents(setup("unsloth", batch=64, seq=8192, document=512, data="padded"))
+    assert rows != train.documents(setup("eager", batch=64, seq=8192, document=512, seed=1))
+    assert [sum(row) for row in train.documents(setup("eager", seq=7, document=4))] == [7, 7]
+    assert [row[-1] for row in train.documents(setup("eager", **DOCUMENTS))] == [4, 4]
+
+
+def test_forms_hold_the_same_documents():
+    """Full: the same tokens. Packed: positions begin again at each document, whose first token is no target. Padded:
+    on the right, masked, no target.
+    """
+    full, packed, padded = (first_batch(data=data) for data in train.DATA)
+    assert torch.equal(packed["input_ids"], full["input_ids"]) and full["labels"] is full["input_ids"]
+    begins = packed["position_ids"] == 0
+    assert begins[:, 0].all() and torch.equal(packed["labels"] == -100, begins)
+    assert torch.equal(packed["labels"][~begins], packed["input_ids"][~begins])
+    real = padded["attention_mask"].bool()
+    assert torch.equal(real, padded["attention_mask"].cummin(1).values.bool())
+    assert torch.equal(padded["input_ids"][real], packed["input_ids"].flatten())
+    assert torch.equal(real.sum(1), torch.diff(begins.flatten().nonzero().flatten(), append=torch.tensor([40])))
+    assert torch.equal(padded["labels"] == -100, ~real) and (padded["input_ids"][~real] == train.PAD).all()
+
+
+def test_steps_differ_and_shapes_do_not():
+    for data in ("packed", "padded"):
+        steps = train.batches(setup("eager", **DOCUMENTS, data=data), "cpu")
+        found = [next(steps) for _ in range(4)]
+        for name, value in found[0].items():
+            assert len({tuple(step[name].shape) for step in found}) == 1
+            assert not all(torch.equal(step[name], value) for step in found[1:])
+
+
+def test_unsloth_gets_one_row_and_its_lengths():
+    rows, row = first_batch(data="packed"), first_batch("unsloth", data="packed")
+    assert row.pop("packed_seq_lengths").tolist() == first_batch(data="padded")["attention_mask"].sum(1).tolist()
+    assert row.keys() == rows.keys()
+    assert all(torch.equal(row[name], value.reshape(1, -1)) for name, value in rows.items())
+    assert "packed_seq_lengths" not in first_batch("unsloth", data="padded")
+
+
+def test_loss_of_packed_and_padded_is_the_same(checkpoints):
+    """In fp32 to the last digits; documents that see each other are further away than that."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints / "tiny", dtype=torch.float32)
+    model.config.use_cache = False  # as in training; with a cache, transformers looks for no documents
+    packed, padded, row = (
+        first_batch(i, data=d) for i, d in (("eager", "packed"), ("eager", "padded"), ("unsloth", "packed"))
+    )
+    loss = model(**packed).loss.item()
+    assert loss == pytest.approx(model(**padded).loss.item(), abs=2e-6)
+    assert loss == pytest.approx(model(**row).loss.item(), abs=2e-6)
+    del packed["position_ids"]
+    assert loss != pytest.approx(model(**packed).loss.item(), abs=1e-4)
+
+
 # -- one run
 
 
@@ -134,6 +207,28 @@ def test_implementations_see_the_same_data_and_weights(checkpoints):
         train.run(setup(i, options=o), checkpoints) for i, o in (("eager", {}), ("fastft", {"residual": "eager"}))
     )
     assert fast["loss"][0] == pytest.approx(eager["loss"][0], abs=5e-3)
+
+
+@pytest.mark.parametrize("data", ["packed", "padded"])
+def test_documents_in_every_form(data, checkpoints):
+    """One loss whatever the form and the implementation; fastft knows the form and builds no mask of it."""
+    packed = train.run(setup("eager", **DOCUMENTS, data="packed"), checkpoints)
+    torch._dynamo.reset()
+    fast = train.run(setup("fastft", **DOCUMENTS, data=data, options={"residual": "eager"}), checkpoints)
+    assert packed["status"] == fast["status"] == "ok"
+    assert fast["loss"] == pytest.approx(packed["loss"], abs=1e-3)
+    shape = list(first_batch(data=data)["input_ids"].shape)
+    assert fast["data"] == packed["data"] | {"form": data, "shape": shape}
+    assert fast["data"]["real_tokens"] == 40 and fast["data"]["targets"] == 40 - fast["data"]["documents"]
+    assert fast["tokens_per_s"] == pytest.approx(40 / fast["step_ms"]["median"] * 1e3, rel=1e-3)
+
+    *_, report = fastft.reports()
+    attention = [site for site in report.sites if site.pattern == "attention"]
+    known = {"packed": "causal & packed[", "padded": "causal & padding["}[data]
+    assert len(attention) == 2 and all(site.status == "replaced" and known in site.notes for site in attention)
+    (part,) = report.to_dict()["parts"]
+    (left,) = [p["left"] for p in part["left"] if p["path"] == "base_model.model.model"]
+    assert set(left) <= {"arange", "add"}, "where the model makes its mask, nothing of it is left"
 
 
 def test_full_training_trains_every_parameter(checkpoints):
@@ -171,6 +266,43 @@ def test_a_failure_is_a_result(checkpoints):
     assert set(result) >= ALWAYS and "traceback" in result
 
 
+def test_xformers_that_cannot_load_is_a_failure(checkpoints, monkeypatch):
+    """A row that says which library is missing, and none that measured other attention under the name."""
+
+    def cannot(path, mode):
+        raise OSError(f"{path}: cannot open shared object file")
+
+    monkeypatch.setattr(train.ctypes, "CDLL", cannot)
+    result = train.run(setup("unsloth_xformers"), checkpoints)
+    assert result["status"] == "failed" and "pip install nvidia-cuda-runtime-cu12 (libcudart.so.12" in result["error"]
+
+    monkeypatch.setattr(train.ctypes, "CDLL", lambda path, mode: None)
+    modules = {
+        name: types.ModuleType(name) for name in ("unsloth", "unsloth.utils", "unsloth.utils.attention_dispatch")
+    }
+    monkeypatch.setattr(train, "load_unsloth", lambda *_: pytest.fail("loaded without xformers"))
+    modules["unsloth.utils.attention_dispatch"].HAS_XFORMERS = False
+    with mock.patch.dict(sys.modules, modules):
+        result = train.run(setup("unsloth_xformers"), checkpoints)
+    assert result["status"] == "failed" and "no xformers that works here" in result["error"]
+
+
+def test_cuda_12_is_taken_from_where_pip_puts_it(tmp_path, monkeypatch):
+    loaded = []
+    library = tmp_path / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so.12"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setattr(train.ctypes, "CDLL", lambda path, mode: loaded.append(path))
+    monkeypatch.setattr(train, "import_unsloth", lambda: loaded.append("unsloth"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    dispatch = types.ModuleType("unsloth.utils.attention_dispatch")
+    dispatch.HAS_XFORMERS = True
+    packages = {name: types.ModuleType(name) for name in ("unsloth", "unsloth.utils")}
+    with mock.patch.dict(sys.modules, {**packages, dispatch.__name__: dispatch}):
+        train.import_unsloth_with_xformers()
+    assert loaded == [str(library), "unsloth"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -178,6 +310,8 @@ def test_a_failure_is_a_result(checkpoints):
         ({"model": "llama"}, "--model is 'llama'; it is one of llama-3.1-8b"),
         ({"quant": "nf4", "train": "full"}, "NF4 weights have no gradient"),
         ({"warmup": 0}, "--warmup is 0; it is 1 or more"),
+        ({"data": "packt"}, "--data is 'packt'; it is one of full, packed, padded"),
+        ({"document": 0}, "--document is 0; it is 1 or more"),
         ({"options": {"a": 1}}, "--impl eager does not call"),
     ],
 )
@@ -206,6 +340,30 @@ def test_compare_prints_a_table_and_records_failures(checkpoints, tmp_path):
     assert "===== eager =====" in (tmp_path / "log").read_text()
 
 
+def test_compare_of_documents(checkpoints, tmp_path, capsys, monkeypatch):
+    """Each row says what it was given; the title, what the tokens are."""
+    asked = []
+
+    def apart(arguments, impl, **_):
+        parsed = train._parser().parse_args(["run", *arguments])
+        asked.append((parsed.impl, parsed.data, parsed.options))
+        own = setup(parsed.impl, data=parsed.data, document=parsed.document, seq=parsed.seq)
+        said = {"status": "ok", "error": None, "setup": dataclasses.asdict(own), "loss": [2.0], "peak_bytes": None}
+        data = train.described(own, next(train.batches(own, "cpu")))
+        return {**said, "step_ms": {"all": [10.0]}, "tokens_per_s": 4000.0, "first_step_s": 1.0, "data": data}
+
+    monkeypatch.setattr(train, "run_apart", apart)
+    impls = ["unsloth", "unsloth:data=padded", "fastft:fuel=3;data=full"]
+    given = [*SMALL, "--seq", "20", "--document", "4", "--data", "packed", "--checkpoints", str(checkpoints)]
+    assert train.main(["compare", "--impls", *impls, *given, "--out", str(tmp_path / "out.json")]) == 0
+    assert asked == [("unsloth", "packed", []), ("unsloth", "padded", []), ("fastft", "full", [("fuel", 3)])]
+    shown, longest = capsys.readouterr().out, max(map(max, train.documents(setup("eager", **DOCUMENTS))))
+    assert "2×20 real tokens in documents of 4 ± 2, no device" in shown
+    assert "packed 1×40" in shown and f"padded 10×{longest}" in shown
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["tokens_per_s"] for row in rows] == [4000.0] * 3 and rows[1]["data"]["form"] == "padded"
+
+
 def test_a_run_that_takes_too_long_is_ended(checkpoints, tmp_path):
     with open(tmp_path / "log", "w") as log:
         arguments = ["--impl", "eager", "--checkpoints", str(checkpoints), *SMALL, "--steps", "1000000"]
@@ -231,9 +389,15 @@ def test_arguments(capsys):
         "eager", "inductor", "fastft:disable=rotary,attention;fuel=3",
     ]  # fmt: skip
     assert train._option("fuel=3") == ("fuel", 3) and train._option("residual=eager") == ("residual", "eager")
-    with pytest.raises(SystemExit) as stopped:
-        train.main(["compare", "--impls", "eager,nobody"])
-    assert stopped.value.code == 2 and "'nobody'; it is one of" in capsys.readouterr().err
+    assert train.chosen("unsloth") == ("unsloth", None, [])
+    assert train.chosen("fastft:fuel=3;data=padded") == ("fastft", "padded", ["fuel=3"])
+    for impls, message in (
+        ("eager,nobody", "'nobody'; it is one of"),
+        ("eager:data=pad", "--data is 'pad'; it is one"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train.main(["compare", "--impls", impls])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 # -- the longest context

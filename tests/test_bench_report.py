@@ -190,11 +190,16 @@ def test_gate_of_training_steps(compare):
         (kernels(BASE, device={"name": "H200"}), kernels(BASE), "measured on H200"),
         (kernels(BASE), steps({"fastft": [1.0]}), "kernels results"),
         (steps({"fastft": [1.0]}, seq=16), steps({"fastft": [1.0]}), "different settings: seq 16 and 8"),
+        (steps({"fastft": [1.0]}, data="packed"), steps({"fastft": [1.0]}), "settings: data packed and full"),
     ],
 )
 def test_gate_refuses_what_says_nothing(compare, old, new, says):
     status, said = compare(old, new)
     assert status == 2 and says in said and "Traceback" not in said
+
+
+def test_gate_reads_files_from_before_there_were_documents(compare):
+    assert compare(steps({"fastft": [1.0]}), steps({"fastft": [1.0]}, data="full", document=512))[0] == 0
 
 
 def test_gate_compares_devices_when_asked(compare):
@@ -406,6 +411,21 @@ def test_report_of_synthetic_files(tmp_path):
     }  # fmt: skip
     assert "&lt;no&gt;" in text and "cannot be &lt;imported&gt;" in text and "quack (no)" in text
     assert "H100" in text and "torch 2.11.0" in text and len(page.images) == 6
+
+
+def test_report_says_what_data_a_step_had(tmp_path):
+    """Files from before there was a choice say nothing of it."""
+    data = steps({"unsloth": [5.0], "unsloth:data=padded": [8.0], "fastft": "no"}, data="packed", document=512)
+    for row, (form, shape) in zip(data["rows"], (("packed", [1, 16]), ("padded", [3, 7])), strict=False):
+        row["data"] = {"form": form, "shape": shape}
+    result = files.Result(Path("steps.json"), "train", data)
+    assert "2×8 real tokens in documents of 512 ± 256" in report.title_of(result)
+    rows = [dict(zip(grid.columns, row, strict=True)) for grid in [report.step_table(result)] for row in grid.rows]
+    assert [row["input"] for row in rows] == ["packed 1×16", "padded 3×7", ""]
+    assert [row["tokens/s"] for row in rows] == ["3,200", "2,000", "failed"]
+
+    before = files.Result(Path("steps.json"), "train", steps({"fastft": [5.0]}))
+    assert "2×8 tokens" in report.title_of(before) and "input" not in report.step_table(before).columns
 
 
 def test_report_of_committed_files(tmp_path):
