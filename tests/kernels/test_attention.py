@@ -774,6 +774,20 @@ def test_compiles_within_shared_memory(
             assert "wgmma" in kernel.asm["ptx"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRET or CUDA or not HAS_TRITON, reason="Triton's compiler, in place of a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_tanh_of_a_softcap(dtype: torch.dtype) -> None:
+    """The GPU's own where it is exact enough, in every kernel."""
+    from tests.kernels._hopper import compiling
+
+    tensors, mask = inputs(Case(hq=4, d=128, dv=128, softcap=50.0), dtype)
+    with compiling(module) as kernels:
+        run(called(attention, mask), tensors, torch.zeros(2, 4, 44, 128, dtype=dtype))
+    own = ["tanh.approx.f16x2" in kernel.asm["ptx"] for kernel in kernels if "delta" not in kernel.metadata.name]
+    assert own == [dtype == torch.bfloat16] * 3
+
+
 # ----------------------------------------------------------------------------------- for the tests that go over all ops
 
 
