@@ -25,7 +25,8 @@ of the weight's place (:func:`kept`), so that the backward draws the same again 
 Except for dense, and for padding between real tokens, every mask lets a query see one interval of keys: from
 ``start(q)``, which never decreases, to q itself or to the sequence's ``end``. So a key is seen by the queries before
 ``stop(k)``, which never decreases either. The kernels skip every tile outside these intervals and mask only tiles on
-their edges: padding costs nothing, and packed documents cost what they would cost apart.
+their edges: keys of padding cost nothing, and packed documents cost what they would cost apart. Queries of padding on
+the right see what is before them, in PyTorch's attention as here, and cost what others do.
 
 What the padding mask and the positions hold is known on the device only: ``attention_mask`` looks once for a step, for
 all layers. Of packed documents that is all: the CPU needs to know nothing about them, and waits for nothing. Of a
