@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     kernels.add_argument("-k", default=None, metavar="EXPRESSION", help="only cases whose name fits, as pytest's -k")
     kernels.add_argument(
-        "--shapes-tag", default=None, help="primary (default on a GPU), real, long, attention, test (on a CPU)"
+        "--shapes-tag", default=None, help="primary (default on a GPU), real, long, attention, loss, test (on a CPU)"
     )
     kernels.add_argument("--budget", type=float, default=None, help="seconds: no case begins after them")
     kernels.add_argument("--empty-caches", action="store_true", help="first calls compile everything")
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--any-device", action="store_true", help="compare files of different devices")
     compare.add_argument("--all", action="store_true", help="show what did not change too")
     targets = commands.add_parser(
-        "targets", help="exit status 1 if a kernel is slower than Inductor or below 90 %% of a copy's rate"
+        "targets", help="exit status 1 if a kernel misses a target: Inductor's time, a copy's rate, the losses' own"
     )
     targets.add_argument("files", nargs="+", type=Path, metavar="FILE")
     report = commands.add_parser("report", help="tables of result files; with --html, a page with plots")

@@ -1,5 +1,6 @@
 """``fastft bench compare OLD NEW``: what got slower, faster, larger, lost or new between two result files; and
-``fastft bench targets FILE``: the rows of kernels that are slower than Inductor or far from a copy.
+``fastft bench targets FILE``: the rows of kernels that are slower than Inductor or far from a copy, and what the losses
+tagged ``loss`` miss of their own.
 
 Of two files, rows belong together by op, shape and implementation (kernels), or by implementation (training steps of
 one setting); forward, backward and both, or a step's time and its peak of memory, are compared each by itself. A figure
@@ -20,8 +21,10 @@ from bench.tables import (
     OURS,
     PHASES,
     Grid,
+    Miss,
     beside_inductor,
     bound_by_memory,
+    loss_misses,
     of_copy,
     slower_than_inductor,
     time_of,
@@ -169,8 +172,9 @@ def table(found: Sequence[Change], everything: bool = False) -> Grid:
 @dataclass(frozen=True)
 class Judged:
     """What misses a target. ``slower``: rows slower than Inductor by more than the noise band; ``far``: rows that
-    memory binds, below :data:`COPY_TARGET` of a copy's rate; ``failed``: rows without a time of ours; ``unknown``: what
-    was not measured, a sentence for each shape; ``notes``: what is nobody's fault.
+    memory binds, below :data:`COPY_TARGET` of a copy's rate; ``losses``: rows tagged ``loss``, and what they miss;
+    ``failed``: rows without a time of ours; ``unknown``: what was not measured, a sentence for each shape; ``notes``:
+    what is nobody's fault.
 
     Judged is forward and backward together: a loss that computes its gradients in its forward has a slow one.
     """
@@ -178,6 +182,7 @@ class Judged:
     result: Result
     slower: Sequence[Mapping[str, Any]]
     far: Sequence[Mapping[str, Any]]
+    losses: Sequence[tuple[Mapping[str, Any], Miss]]
     failed: Sequence[str]
     unknown: Sequence[str]
     notes: Sequence[str]
@@ -185,15 +190,17 @@ class Judged:
     @property
     def met(self) -> bool:
         """What was not measured is not met."""
-        return not (self.slower or self.far or self.failed or self.unknown)
+        return not (self.slower or self.far or self.losses or self.failed or self.unknown)
 
     def sentence(self) -> str:
         rows = self.result.rows
-        bound = sum(map(bound_by_memory, rows))
+        bound, losses = sum(map(bound_by_memory, rows)), sum("loss" in row.get("tags", ()) for row in rows)
+        missed = len({id(row) for row, _ in self.losses})
+        of_losses = f"; of {losses} losses, {missed} miss targets of their own" if losses else ""
         return (
             f"{self.result.path}: of {len(rows)} shapes, {len(self.slower)} slower than Inductor by more than the "
             f"noise band, {len(self.failed)} failed; of {bound} that memory binds, {len(self.far)} below "
-            f"{100 * COPY_TARGET:.0f} % of a copy; {len(self.unknown)} not judged."
+            f"{100 * COPY_TARGET:.0f} % of a copy{of_losses}; {len(self.unknown)} not judged."
         )
 
 
@@ -205,7 +212,7 @@ def judge(result: Result) -> Judged:
         raise NotComparable(f"{result.path} holds no rows: there is nothing to judge")
     if not result.data.get("ceilings"):
         raise NotComparable(f"{result.path} was measured on {result.device}; the targets are those of a GPU")
-    slower, far, failed, unknown, notes = [], [], [], [], []
+    slower, far, losses, failed, unknown, notes = [], [], [], [], [], []
     for row in result.rows:
         name, ours = f"{row['op']} {row['shape']}", row["implementations"].get(OURS, {})
         theirs = row["implementations"].get(INDUCTOR, {})
@@ -218,13 +225,17 @@ def judge(result: Result) -> Judged:
             unknown.append(f"{row['op']}: no time of Inductor")
         elif found:
             slower.append(row)
+        if row["op"] == "linear_cross_entropy" and "loss" in row.get("tags", ()):
+            missed, missing = loss_misses(row)
+            losses += [(row, miss) for miss in missed]
+            unknown += [f"{row['op']}: {what}" for what in missing]
         if not bound_by_memory(row):
             continue
         if (share := of_copy(row, ours)) is None:
             unknown.append(f"{row['op']}: no copy of as many bytes was timed")
         elif share < COPY_TARGET:
             far.append(row)
-    return Judged(result, slower, far, failed, unknown, notes)
+    return Judged(result, slower, far, losses, failed, unknown, notes)
 
 
 def target_tables(judged: Judged) -> list[Grid]:
@@ -256,4 +267,8 @@ def target_tables(judged: Judged) -> list[Grid]:
         if lines:
             columns = ["op", "shape", *PHASES, "µs"]
             grids.append(Grid(title, columns, lines, left=frozenset({"op", "shape"})).trimmed())
+    if judged.losses:
+        lines = [[row["shape"], miss.what, miss.found, miss.target] for row, miss in judged.losses]
+        columns = ["shape", "what", "found", "target"]
+        grids.append(Grid("Losses that miss a target of their own", columns, lines, left=frozenset({"shape", "what"})))
     return grids

@@ -8,7 +8,8 @@ benchmark works, not how fast anything is). For each op, shape and implementatio
 what it keeps for the backward), of the backward and of both, and how far they are from the device's own ceilings.
 ``bench/measure.py`` says how that is measured. Implementations: ``fastft``, the op; ``eager``, what stock libraries run
 uncompiled; ``inductor``, the same under ``torch.compile``; those of ``bench/specialists.py``. A name in parentheses is
-no competitor: it does less, or is ours in pieces. Gradients are those of LoRA training: weights are frozen.
+no competitor: it does less or more, or is ours in pieces. Gradients are those of LoRA training: weights are frozen,
+but for the losses whose name says ``trained``.
 
 What does not give the reference's result gets no time. Ops are found through ``fastft.kernels.load()``, and called as
 their files say (``Op.inputs``, ``Op.stock``). An op whose cost or competitors need more than that has a maker here.
@@ -29,6 +30,7 @@ import fastft.kernels
 from bench import measure
 from bench.shapes import SHAPES, Shape, shapes
 from bench.specialists import plainly_causal, specialists
+from bench.tables import EVERY, PRODUCTS
 from fastft import _torch_compat as compat
 from fastft.kernels._inputs import Inputs, New
 from fastft.kernels._op import Op
@@ -276,13 +278,39 @@ def nf4_dequantize(s: Shape) -> Case:
     return Case((packed, *scales, tuple(state.shape), DTYPE), bytes_moved=moved, others=others)
 
 
+class _Products(torch.autograd.Function):
+    """The products that a loss and its gradients cannot do without, by cuBLAS, of the first ``tokens`` at once: the
+    logits, and out of a matrix of their size what goes to the hidden states and, where it is trained, to the weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, tokens: int) -> torch.Tensor:
+        logits = hidden[:tokens] @ weight.t()
+        ctx.save_for_backward(hidden, weight, logits)
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, logits = ctx.saved_tensors
+        dh, tokens = torch.empty_like(hidden), logits.shape[0]  # of the other tokens nobody asks
+        torch.mm(logits, weight, out=dh[:tokens])
+        return dh, logits.t() @ hidden[:tokens] if ctx.needs_input_grad[1] else None, None
+
+
 def linear_cross_entropy(s: Shape) -> Case:
-    case = plain(OPS["linear_cross_entropy"], s)
-    hidden, weight = case.args[:2]
+    op = OPS["linear_cross_entropy"]
+    case = plain(op, s)
+    hidden, weight, _, labels = case.args
+    tokens, every = int((labels != -100).sum()), labels.where(labels != -100, 0)
     case.bytes_moved, case.backward_bytes = _bytes(hidden, weight), 2 * _bytes(hidden) + _bytes(weight)
-    # The logits; and through them back to the hidden states.
-    case.flops = case.backward_flops = 2.0 * s["batch"] * s["seq"] * s["hidden"] * s["vocab"]
-    case.others = {f"({name})": call for name, (call, _) in OPS["linear_cross_entropy"].variants.items()}
+    # The logits; and through them back to the hidden states, and to a head that is trained.
+    case.flops = case.backward_flops = 2.0 * tokens * s["hidden"] * s["vocab"]
+    if s.get("trained"):
+        case.backward_flops, case.backward_bytes = 2 * case.flops, case.backward_bytes + _bytes(weight)
+    case.others = {f"({name})": call for name, (call, _) in op.variants.items()}
+    case.others[PRODUCTS] = lambda hidden, weight, *_, **__: _Products.apply(hidden, weight, tokens)
+    if s.get("ignored"):
+        case.others[EVERY] = lambda hidden, weight, bias, _, **more: op.call(hidden, weight, bias, every, **more)
     return case
 
 
@@ -453,6 +481,7 @@ def measure_case(name: str, label: str, shape: Shape, case: Case, ceilings: Mapp
         "shape": str(shape).split("-", 1)[-1],
         "model": shape.model,
         "dims": {k: list(v) if isinstance(v, tuple) else v for k, v in shape.dims.items()},
+        "tags": sorted(shape.tags),
         "dtype": str(DTYPE).removeprefix("torch."),
         "bound": "compute" if compute else "memory",
         **{f"{p}_{what}": cost[i] for p, cost in costs.items() for i, what in enumerate(("bytes", "flops"))},

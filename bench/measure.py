@@ -116,8 +116,10 @@ class Gradients:
         return gradient.copy_(values)
 
 
-def _backward(outputs: Sequence[torch.Tensor], inputs: Inputs, gradients: Sequence[torch.Tensor]) -> None:
-    torch.autograd.grad(outputs, list(inputs.wanted), list(gradients), allow_unused=True)
+def _backward(
+    outputs: Sequence[torch.Tensor], inputs: Inputs, gradients: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    return torch.autograd.grad(outputs, list(inputs.wanted), list(gradients), allow_unused=True)
 
 
 # -- CPU ---------------------------------------------------------------------------------------------------------------
@@ -169,6 +171,7 @@ class Prepared:
     run: Callable[..., Any]
     first_call_s: float
     kept_bytes: int
+    extra_bytes: int
     forward_us: float
     backward_us: float  # 0: there is none
     writes: bool  # it overwrites its inputs, or its outputs' gradients
@@ -212,13 +215,18 @@ def prepare(run: Callable[..., Any], master: Inputs, gradients: Gradients) -> Pr
 
     restore()
     torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
+    before_bytes = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     result = run(*probe.args, **probe.kwargs)
-    held = torch.cuda.memory_allocated() - held
-    inputs, out = _storages(probe.tensors()), _storages(_tensors(result))
-    kept = held - sum(size for address, size in out.items() if address not in inputs)
+    held = torch.cuda.memory_allocated() - before_bytes
+    given, out = _storages([*probe.tensors(), *dys]), _storages(_tensors(result))
+    kept = held - sum(size for address, size in out.items() if address not in given)
     if both:
-        _backward(differentiable(result), probe, dys)
+        found = _backward(differentiable(result), probe, dys)
+        out |= _storages(t for t in found if t is not None)
+        del found
+    extra = torch.cuda.max_memory_allocated() - before_bytes
+    extra -= sum(size for address, size in out.items() if address not in given)
     size = sum(_storages(_tensors(result)).values())
     del result
     restore()
@@ -258,7 +266,7 @@ def prepare(run: Callable[..., Any], master: Inputs, gradients: Gradients) -> Pr
     shorter = min(forward_us, backward_us) if both else forward_us
     calls = max(1, min(math.ceil(SAMPLE_US / max(shorter, 1.0)), MOST_CALLS, int(MOST_BYTES // max(each, 1))))
     capturable = capturable and forward_us + backward_us < GRAPH_US
-    return Prepared(run, first_call_s, max(kept, 0), forward_us, backward_us, writes, capturable, calls)
+    return Prepared(run, first_call_s, max(kept, 0), max(extra, 0), forward_us, backward_us, writes, capturable, calls)
 
 
 class DeviceClock:
@@ -387,6 +395,7 @@ def compare(
 
     Each gets ``forward_us`` and, where there are gradients, ``backward_us`` and ``full_us`` (:func:`spread`); on a GPU
     also ``kept_bytes`` (what the forward allocates and still holds when it returns, besides its outputs),
+    ``extra_bytes`` (the most that forward and backward allocate at a time, less their outputs and gradients),
     ``first_call_s`` (seconds of the first forward and backward, compilation included), ``calls`` (in a sample) and
     ``timed`` (``graph`` or ``events``). One that raises gets ``error`` instead.
     """
@@ -458,6 +467,7 @@ def _device_samplers(
             "calls": prepared.calls,
             "first_call_s": round(prepared.first_call_s, 3),
             "kept_bytes": prepared.kept_bytes,
+            "extra_bytes": prepared.extra_bytes,
         }
     return samplers
 

@@ -321,6 +321,22 @@ def _attention_kinds() -> Iterator[Shape]:
         yield Shape("attention", _KINDS_OF, {**every, **more}, frozenset({"attention"}))
 
 
+def _losses() -> Iterator[Shape]:
+    """The loss under a frozen and under a trained head, with every label and with half of them: at Llama 3.1 8B's head,
+    and at the one that TRL's own figures are of.
+    """
+    llama = dict(batch=4, seq=2048, hidden=4096, vocab=128256, softcap=None)
+    trl = dict(batch=8, seq=2048, hidden=2048, vocab=248320, softcap=None)
+    for model, sizes, more in (
+        (_KINDS_OF, llama, {}),
+        (_KINDS_OF, llama, {"trained": True}),
+        (_KINDS_OF, llama, {"ignored": 0.5}),
+        ("trl-6858", trl, {}),
+        ("trl-6858", trl, {"trained": True}),
+    ):
+        yield Shape("linear_cross_entropy", model, {**sizes, **more}, frozenset({"loss"}))
+
+
 def _nf4(model: str, tags: frozenset[str]) -> Iterator[Shape]:
     """Weights to dequantise: independent of batch and seq."""
     for out_features, in_features in dict.fromkeys((o, i) for _, o, i in linears(model)):
@@ -393,7 +409,7 @@ PRIMARY = (
     "minitron-8b",
 )
 _SMALL = ("tiny", "llama-1b")
-#: Whose heads every kind of attention's mask is measured with.
+#: Whose heads every kind of attention's mask, and of the loss, is measured with.
 _KINDS_OF = "llama-3.1-8b"
 #: Measured with 32k tokens in one sequence too.
 LONG = ("llama-3.1-8b", "minitron-8b", "minitron-4b", "nemotron-4-15b")
@@ -462,7 +478,7 @@ def _all() -> Iterator[Shape]:
         found += [*_of_model(model, 4, 2048, tags), *_nf4(model, tags)]
     found += [s for model in LONG for s in _of_model(model, 1, 32768, frozenset({"long"}))]
     real = _real(found)
-    kinds = {str(s): s for s in _attention_kinds()}
+    kinds = {str(s): s for s in (*_attention_kinds(), *_losses())}
     for s in found:
         more = ({"real"} if (s.op, str(s)) in real else set()) | set(kinds.pop(str(s), s).tags)
         yield replace(s, tags=s.tags | more)

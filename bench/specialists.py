@@ -1,4 +1,4 @@
-"""The best that others have for an op: Liger, quack, cut-cross-entropy, and PyTorch's own kernels.
+"""The best that others have for an op: Liger, quack, cut-cross-entropy, TRL, and PyTorch's own kernels.
 
 A row of :data:`SPECIALISTS` says whose implementation of which op it is, the package it needs, and what makes it for a
 shape: a function of the op's own arguments, or None where the library does not do that shape. Only libraries' public
@@ -166,6 +166,30 @@ def _cut_cross_entropy(reduction: str) -> Callable[[Shape], Run]:
     return build
 
 
+def _trl_loss(reduction: str) -> Callable[[Shape], Run]:
+    """TRL's chunked head as ``SFTTrainer`` calls it: the tokens that count, in chunks of its own width. For its loss
+    the trainer asks for the entropy and the first maximum too, to log them; here only for what the op gives.
+    """
+
+    def build(s: Shape) -> Run:
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer import utils
+
+        columns = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
+        def run(hidden: Any, weight: Any, bias: Any, labels: Any, softcap: float | None) -> Any:
+            counted = labels != -100
+            of = (hidden[counted], weight, bias, labels[counted])
+            found = ChunkedLogProbFunction.apply(*of, 1.0, columns, softcap, 1.0, ("log_probs",))[0]
+            if reduction == "mean":
+                return -found.sum() / counted.sum().clamp(min=1)
+            return found.new_zeros(labels.shape).masked_scatter(counted, found)
+
+        return run
+
+    return build
+
+
 def _quack_loss(s: Shape) -> Run | None:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
@@ -299,9 +323,11 @@ SPECIALISTS: tuple[Specialist, ...] = (
     Specialist("rotary", "Liger", "liger_kernel", _liger_rotary),
     Specialist("linear_cross_entropy", "Liger", "liger_kernel", _liger_loss("mean")),
     Specialist("linear_cross_entropy", "cut-cross-entropy", "cut_cross_entropy", _cut_cross_entropy("mean")),
+    Specialist("linear_cross_entropy", "TRL", "trl", _trl_loss("mean")),
     Specialist("linear_cross_entropy", "quack", "quack", _quack_loss),
     Specialist("linear_log_prob", "Liger", "liger_kernel", _liger_loss("none")),
     Specialist("linear_log_prob", "cut-cross-entropy", "cut_cross_entropy", _cut_cross_entropy("none")),
+    Specialist("linear_log_prob", "TRL", "trl", _trl_loss("none")),
     Specialist("attention", "SDPA cuDNN", "torch", _sdpa("CUDNN_ATTENTION")),
     Specialist("attention", "SDPA flash", "torch", _sdpa("FLASH_ATTENTION")),
     Specialist("attention", "FlexAttention", "torch", _flex_attention),

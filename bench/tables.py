@@ -11,8 +11,13 @@ from bench.files import noise_band, relative_spread
 
 OURS, INDUCTOR = "fastft", "inductor"
 PHASES = ("forward", "backward", "full")
+#: No competitors: the products of a loss alone; ours with a label for every token, beside a row that ignores some.
+PRODUCTS, EVERY = "(its GEMMs)", "(none ignored)"
 #: What an op that memory binds is to reach of the rate of a copy of as many bytes.
 COPY_TARGET = 0.9
+#: What the losses tagged ``loss`` are to keep: times of their products, bytes beside inputs and results under a frozen
+#: head, times as fast with half of the labels; and to be faster than whoever takes fewer than so many bytes.
+PRODUCTS_TARGET, EXTRA_TARGET, IGNORED_TARGET, LEAN = 1.25, 0.6 * 2**30, 1.7, 4 * 2**30
 
 
 @dataclass
@@ -121,6 +126,47 @@ def of_copy(row: Mapping[str, Any], figures: Mapping[str, Any], phase: str = "")
     return float(copy / us["median"]) if copy and us else None
 
 
+def beside(row: Mapping[str, Any], figures: Mapping[str, Any], name: str) -> float | None:
+    """A time over that of the implementation ``name`` of the same row; None where either has none."""
+    ours, theirs = time_of(figures), time_of(row["implementations"].get(name, {}))
+    return ours["median"] / theirs["median"] if ours and theirs else None
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A target of the losses that a row misses. ``found`` and ``target`` are words for a table."""
+
+    what: str
+    found: str
+    target: str
+
+
+def loss_misses(row: Mapping[str, Any]) -> tuple[list[Miss], list[str]]:
+    """Of a row that is tagged ``loss``: what it misses; and what was not measured, by name."""
+    ours = row["implementations"][OURS]
+    missed, unknown = [], []
+    if (ratio := beside(row, ours, PRODUCTS)) is None:
+        unknown.append("no time of its GEMMs alone")
+    elif ratio > PRODUCTS_TARGET:
+        missed.append(Miss("time / its GEMMs", f"{ratio:.3f}", f"≤ {PRODUCTS_TARGET}"))
+    if not row["dims"].get("trained"):
+        if (extra := ours.get("extra_bytes")) is None:
+            unknown.append("no peak of memory")
+        elif extra > EXTRA_TARGET:
+            missed.append(Miss("extra MiB", _mib(extra), f"≤ {_mib(EXTRA_TARGET)}"))
+    if row["dims"].get("ignored"):
+        if (ratio := beside(row, ours, EVERY)) is None:
+            unknown.append("no time with every label")
+        elif 1 / ratio < IGNORED_TARGET:
+            missed.append(Miss("none ignored / half ignored", f"{1 / ratio:.3f}", f"≥ {IGNORED_TARGET}"))
+    for name in competitors(row):
+        figures = row["implementations"][name]
+        ratio = beside(row, ours, name)
+        if figures.get("extra_bytes", 0) < LEAN and ratio is not None and ratio >= 1:
+            missed.append(Miss(f"time / {name}'s, of {_mib(figures.get('extra_bytes'))} MiB", f"{ratio:.3f}", "< 1"))
+    return missed, unknown
+
+
 def by_op(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -149,6 +195,9 @@ DETAILS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], str]] = {
     "% of a copy": lambda row, f: _percent(of_copy(row, f)),
     "moved MiB": lambda row, f: _mib(row.get("forward_bytes")) if time_of(f) else "",
     "kept MiB": lambda row, f: _mib(f.get("kept_bytes")),
+    "extra MiB": lambda row, f: _mib(f.get("extra_bytes")),
+    "/ its GEMMs": lambda row, f: _ratio(beside(row, f, PRODUCTS)),
+    "/ none ignored": lambda row, f: _ratio(beside(row, f, EVERY)),
     "first call s": lambda row, f: f"{f['first_call_s']:.2f}" if "first_call_s" in f else "",
     "timed by": lambda row, f: f.get("timed", ""),
 }
@@ -208,7 +257,8 @@ def overview(op: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
     names = implementations(rows)
     backward = any("full_us" in f for row in rows for f in row["implementations"].values())
     what = "forward and backward" if backward else "forward"
-    grid = Grid(f"{op}: µs, {what}", ["shape", *names, "% of roofline", "% of a copy", *BEST], [])
+    columns = ["shape", *names, "ours / its GEMMs", "% of roofline", "% of a copy", *BEST]
+    grid = Grid(f"{op}: µs, {what}", columns, [])
     grid.left = frozenset({"shape", "best other"})
     for row in rows:
         cells = []
@@ -219,8 +269,8 @@ def overview(op: str, rows: Sequence[Mapping[str, Any]]) -> Grid:
         best = best_other(row)
         ours = row["implementations"].get(OURS, {})
         grid.rows.append(
-            [row["shape"], *cells, _roofline(ours), _percent(of_copy(row, ours)), best[0] if best else "",
-             f"{best[1]:.2f}" if best else ""]
+            [row["shape"], *cells, _ratio(beside(row, ours, PRODUCTS)), _roofline(ours), _percent(of_copy(row, ours)),
+             best[0] if best else "", f"{best[1]:.2f}" if best else ""]
         )  # fmt: skip
     return grid.trimmed()
 
@@ -286,6 +336,10 @@ def _roofline(figures: Mapping[str, Any]) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _mib(size: float | None) -> str:

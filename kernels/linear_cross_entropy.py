@@ -1035,10 +1035,24 @@ def sizes(model: Model) -> Iterator[dict[str, Any]]:
     yield {**model.tokens, "hidden": model.hidden, "vocab": model.vocab, "softcap": model.logit_softcap}
 
 
-def inputs(new: New, *, batch: int, seq: int, hidden: int, vocab: int, softcap: float | None) -> Inputs:
-    """Hidden states [tokens, hidden], a frozen head [vocab, hidden], and labels, none of them ignored."""
-    h, weight = new(batch * seq, hidden, grad=True), new(vocab, hidden, scale=hidden**-0.5)
-    return Inputs((h, weight, None, new.integers(vocab, batch * seq)), {"softcap": softcap}, [h])
+def inputs(
+    new: New,
+    *,
+    batch: int,
+    seq: int,
+    hidden: int,
+    vocab: int,
+    softcap: float | None,
+    trained: bool = False,
+    ignored: float = 0.0,
+) -> Inputs:
+    """Hidden states [tokens, hidden], a head [vocab, hidden], frozen or ``trained``, and labels, of which the first of
+    each sequence are ``ignored`` (a prompt's), as a share of its tokens.
+    """
+    h, weight = new(batch * seq, hidden, grad=True), new(vocab, hidden, scale=hidden**-0.5, grad=trained)
+    labels = new.integers(vocab, batch * seq)
+    labels.view(batch, seq)[:, : round(ignored * seq)] = -100
+    return Inputs((h, weight, None, labels), {"softcap": softcap}, [h, weight] if trained else [h])
 
 
 register(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cli, files, kernels, measure, specialists
+from bench import cli, files, kernels, measure, specialists, tables
 from bench.shapes import REAL, REAL_SIZES, SHAPES, Shape, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +111,7 @@ class Device:
     """
 
     def __init__(self) -> None:
-        self.us, self.strict, self.allocated, self.flushed = 0.0, False, 0, 0
+        self.us, self.strict, self.allocated, self.most, self.flushed = 0.0, False, 0, 0, 0
         self.capturing: list[Any] = []
         device = self
 
@@ -149,12 +149,18 @@ class Device:
             synchronize=lambda: None,
             empty_cache=lambda: None,
             memory_allocated=lambda: self.allocated,
+            reset_peak_memory_stats=lambda: setattr(self, "most", self.allocated),
+            max_memory_allocated=lambda: self.most,
             current_stream=lambda: "side stream",
             set_sync_debug_mode=lambda mode: setattr(self, "strict", mode == "error"),
         )
 
     def work(self, us: float) -> None:
         self.us += us
+
+    def allocates(self, size: int) -> None:
+        self.allocated += size
+        self.most = max(self.most, self.allocated)
 
     def synchronise(self) -> None:
         if self.strict:
@@ -186,7 +192,7 @@ def doubling(device: Device, forward: float, backward: float, **does: bool) -> C
                 device.synchronise()
             if does.get("overwrites"):
                 x.data.zero_()
-            device.allocated += 96 + 24  # what it keeps, and the output: 6 fp32 numbers
+            device.allocates(96 + 24)  # what it keeps, and the output: 6 fp32 numbers
             return x.detach() * 2
 
         @staticmethod
@@ -194,7 +200,8 @@ def doubling(device: Device, forward: float, backward: float, **does: bool) -> C
             device.work(backward)
             if does.get("overwrites"):
                 g.zero_()
-            device.allocated -= 96 + 24
+            device.allocates(500 + 24)  # what it needs for a moment, and the gradient
+            device.allocates(-500 - 24 - 96 - 24)
             return g * 2
 
     return Function.apply
@@ -219,6 +226,7 @@ def test_device_times_are_of_the_call_alone(device):
     assert found["a"]["calls"] == math.ceil(measure.SAMPLE_US / 30)  # 400 µs of the shorter phase, each on its own copy
     assert len({c.args[0].data_ptr() for c in samplers["a"].copies}) == found["a"]["calls"]
     assert found["a"]["kept_bytes"] == 96
+    assert found["a"]["extra_bytes"] == 96 + 500  # at a time, besides the output and the gradient
     assert device.flushed == 2 * 2 * (1 + 3)  # before every forward and every backward
 
 
@@ -352,6 +360,39 @@ def test_attention_of_every_kind_is_the_same_everywhere(s):
     pairs = case.flops / (4 * 4 * 16)
     all_pairs = dims["batch"] * dims["seq"] ** 2 / 2
     assert (pairs == all_pairs) if plainly or s["softcap"] or s.get("sinks") else (0 < pairs < 1.1 * all_pairs)
+
+
+@pytest.mark.parametrize("s", shapes("linear_cross_entropy", tag="loss"), ids=str)
+def test_losses_are_the_same_everywhere(s):
+    """At small sizes: the op, what stock libraries run, TRL's head; and what a loss's products alone have to be."""
+    pytest.importorskip("trl")
+    dims = {**s.dims, "seq": 6, "hidden": 16, "vocab": 37}
+    small = Shape(s.op, s.model, dims)
+    case = kernels.linear_cross_entropy(small)
+    hidden, weight, bias, labels = case.args
+    counted = 1 - s.get("ignored", 0.0)
+    assert int((labels != -100).sum()) == counted * len(labels)
+    assert case.flops == 2 * counted * len(labels) * 16 * 37
+    assert len(case.wanted) == case.backward_flops / case.flops == (2 if s.get("trained") else 1)
+    op = kernels.OPS[s.op]
+    runs = [op.reference, op.call, specialists._trl_loss("mean")(small)]
+    found = [(loss := run(*case.args, **case.kwargs), *torch.autograd.grad(loss, case.wanted)) for run in runs]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
+    log_prob = specialists._trl_loss("none")(small)(*case.args, **case.kwargs)
+    torch.testing.assert_close(log_prob, op.reference(*case.args, **case.kwargs, reduction="none").neg())
+
+    products = case.others[tables.PRODUCTS](*case.args, **case.kwargs)
+    used = hidden[: round(counted * len(labels))].detach()
+    wanted = [used @ weight.mT @ weight, (used @ weight.mT).mT @ used][: len(case.wanted)]
+    grads = torch.autograd.grad(products, case.wanted)
+    assert [g.shape for g in grads] == [t.shape for t in case.wanted]
+    torch.testing.assert_close([grads[0][: len(used)], *grads[1:]], [w.detach() for w in wanted])
+    assert (tables.EVERY in case.others) == bool(s.get("ignored"))
+    if s.get("ignored"):
+        every = case.others[tables.EVERY](*case.args, **case.kwargs)
+        exact = op.call(hidden, weight, bias, labels.where(labels >= 0, 0), **case.kwargs)
+        assert torch.equal(every, exact) and not torch.equal(every, found[0][0])
 
 
 def test_lengths_of_flash_attention(monkeypatch):

@@ -312,6 +312,57 @@ def test_target_of_a_copys_rate(targets, us, status):
     assert "< 90 % of a copy" not in grid.columns
 
 
+def loss(ours: float, trained: bool = False, ignored: float = 0.0, extra: float = 500.0, **others: float) -> Any:
+    """A file of one loss. ``others``: µs by name; its GEMMs take 100, ours with every label 200, Liger 300, and
+    Inductor, with 5 GiB, as many as ours.
+    """
+    times = {"fastft": ours, "inductor": ours, "Liger": 300.0, tables.PRODUCTS: 100.0, tables.EVERY: 200.0, **others}
+    data = kernels({f"linear_cross_entropy a {name}": us for name, us in times.items() if us})
+    (row,) = data["rows"]
+    row |= {"tags": ["loss"], "dims": {"trained": trained, "ignored": ignored}, "bound": "compute"}
+    for name, figures in row["implementations"].items():
+        figures["extra_bytes"] = {"fastft": extra, "inductor": 5 * 1024}.get(name, 1000.0) * 2**20
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "missed"),
+    [
+        (loss(120.0), []),
+        (loss(126.0), ["time / its GEMMs │ 1.260 │ ≤ 1.25"]),
+        (loss(120.0, extra=615.0), ["extra MiB │ 615.0 │ ≤ 614.4"]),
+        (loss(120.0, extra=3000.0, trained=True), []),  # the gradient of a head is summed in fp32
+        (loss(120.0, Liger=110.0, inductor=130.0), ["time / Liger's, of 1,000.0 MiB │ 1.091 │ < 1"]),
+        (loss(117.0, ignored=0.5), []),
+        (loss(118.0, ignored=0.5), ["none ignored / half ignored │ 1.695 │ ≥ 1.7"]),
+        (loss(118.0), []),
+    ],
+)
+def test_targets_of_the_losses(targets, data, missed):
+    status, said = targets(data)
+    lines = [" ".join(line.split()) for line in said.splitlines() if line.startswith("│")]
+    assert lines == [f"│ a │ {line} │" for line in missed] and status == bool(missed)
+    assert f"of 1 losses, {len(missed)} miss targets of their own" in said
+    data["rows"][0]["tags"] = ["real"]
+    assert targets(data)[0] == 0
+
+
+def test_targets_of_losses_that_were_not_measured(targets):
+    data = loss(120.0, ignored=0.5, **{tables.PRODUCTS: 0.0, tables.EVERY: 0.0})
+    del data["rows"][0]["implementations"][OURS]["extra_bytes"]
+    status, said = targets(data)
+    assert status == 1
+    for what in ("no time of its GEMMs alone", "no peak of memory", "no time with every label"):
+        assert f"Not judged: linear_cross_entropy: {what} (1 shape)" in said
+
+
+def test_tables_of_losses_have_ratios():
+    details, overview, _ = tables.kernel_tables(loss(120.0, ignored=0.5))
+    ours = dict(zip(details.columns, next(r for r in details.rows if r[1] == OURS), strict=True))
+    assert (ours["/ its GEMMs"], ours["/ none ignored"], ours["extra MiB"]) == ("1.200", "0.600", "500.0")
+    assert dict(zip(overview.columns, overview.rows[0], strict=True))["ours / its GEMMs"] == "1.200"
+
+
 def test_targets_that_were_not_measured_are_not_met(targets):
     data = kernels({"rms_norm a fastft": 50.0, "rms_norm a inductor": 100.0, "rms_norm b fastft": 50.0})
     data["rows"][1]["implementations"]["inductor"] = {"error": "no"}
