@@ -102,7 +102,9 @@ def title_of(result: Result) -> str:
         return f"Training steps, {result.device}"
     trained = f"LoRA r={s['rank']}" if s["train"] == "lora" else "all weights trained"
     checkpointing = "checkpointing" if s["checkpointing"] else "no checkpointing"
-    return f"{s['model']}, {s['quant']}, {trained}, {checkpointing}, {tokens_of(s)}, {result.device}"
+    loop = ", SFTTrainer" if s.get("trainer") == "sft" else ""
+    setting = f"{s['model']}, {s['quant']}, {trained}, {checkpointing}{loop}"
+    return f"{setting}, {tokens_of(s)}, {result.device}"
 
 
 def tables(result: Result) -> Iterator[Grid]:

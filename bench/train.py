@@ -3,6 +3,7 @@
     python bench/train.py run --impl fastft --model llama-3.1-8b --quant nf4 --out fastft.json
     python bench/train.py compare --impls eager,inductor,unsloth,fastft --model llama-3.1-8b --quant nf4 --out all.json
     python bench/train.py compare --impls unsloth_xformers unsloth:data=padded fastft --data packed --batch 1 --seq 8192
+    python bench/train.py compare --trainer sft --impls eager,fastft --model llama-3.2-1b --quant bf16 --out sft.json
 
 What a row means: an architecture of ``bench/shapes.py`` with random weights, read by every implementation from the same
 checkpoint folder. NF4 is bitsandbytes' nf4 with double quantisation and bf16 compute. LoRA sits on every linear of the
@@ -17,6 +18,10 @@ many tokens, which see nothing of each other, in the form ``packed``, rows of th
 again at each, as TRL packs them, or ``padded``, a row for each with an ``attention_mask``. A seed gives the same
 documents in both forms and the same real tokens in all three: tokens/s are of real tokens, and losses are comparable.
 Shapes stay as they are from step to step: a row's documents come in another order, with fresh tokens.
+
+With ``--trainer sft`` TRL's ``SFTTrainer`` does the steps, by its own loop, loss and defaults (clipped gradients among
+them), and an implementation is no more than ``SFTConfig(torch_compile_backend=...)``: ``eager`` is stock TRL. A step's
+time goes from the trainer's ``on_step_begin`` to its ``on_step_end``.
 
 Only stock code is driven here: nothing of fastft but ``backend="fastft"`` and its report. Times are wall clock between
 device synchronisations; the peak is ``torch.cuda.max_memory_allocated`` over the measured steps (None on a CPU).
@@ -108,6 +113,7 @@ class Setup:
     warmup: int = 3
     seed: int = 0
     lr: float = 1e-4
+    trainer: str = "loop"
     options: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -117,6 +123,13 @@ class Setup:
         _one_of("--quant", self.quant, ("nf4", "bf16"))
         _one_of("--train", self.train, ("lora", "full"))
         _one_of("--data", self.data, DATA)
+        _one_of("--trainer", self.trainer, ("loop", "sft"))
+        if self.trainer == "sft":
+            _one_of("--impl with --trainer sft", self.impl, SFT_BACKENDS)
+            if self.data != "full":
+                raise ValueError(f"--data is {self.data!r}; with --trainer sft it is full")
+            if self.options:
+                raise ValueError("--options go to torch.compile, to which SFTConfig passes none")
         if self.quant == "nf4" and self.train == "full":
             raise ValueError(
                 "--quant nf4 with --train full: NF4 weights have no gradient; use --train lora or --quant bf16"
@@ -428,6 +441,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 
+#: Implementation → what ``SFTConfig`` is told: the backend of ``torch.compile``, None for none.
+SFT_BACKENDS = {"eager": None, "inductor": "inductor", "fastft": "fastft"}
+
+
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
@@ -519,6 +536,91 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
     elif timeline:
         result["timeline_note"] = "no memory timeline: PyTorch keeps no memory history of a CPU"
         say(result["timeline_note"])
+
+
+def measure_sft(setup: Setup, folder: Path, result: dict[str, Any]) -> None:
+    """As :func:`measure`, with the steps of TRL's ``SFTTrainer``."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    cuda = torch.cuda.is_available()
+    result["device"] = _device()
+    result["versions"] = _versions()
+    torch.manual_seed(setup.seed)
+    with _timed(result, "load_s"):
+        model = AutoModelForCausalLM.from_pretrained(folder, **_arguments(setup))
+    steps = setup.warmup + setup.steps
+    tokens = torch.Generator().manual_seed(setup.seed + 1)
+    # Ids 0 to 3 are the tokenizer's special tokens.
+    ids = torch.randint(4, MODELS[setup.model]["vocab_size"], (steps * setup.batch, setup.seq), generator=tokens)
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        """Milliseconds of every step; the first one's peak of memory, and that of the measured ones."""
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+                if len(times) == setup.warmup:
+                    torch.cuda.reset_peak_memory_stats()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - self.start))
+            if len(times) == 1:
+                result["first_step_peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+
+    lora = LoraConfig(r=setup.rank, lora_alpha=16, lora_dropout=0.0, target_modules=_targets(setup), bias="none")
+    with tempfile.TemporaryDirectory(prefix="fastft-bench-") as output:
+        arguments = SFTConfig(
+            output_dir=output,
+            torch_compile=SFT_BACKENDS[setup.impl] is not None,
+            torch_compile_backend=SFT_BACKENDS[setup.impl],
+            max_steps=steps,
+            per_device_train_batch_size=setup.batch,
+            max_length=setup.seq,
+            learning_rate=setup.lr,
+            lr_scheduler_type="constant",
+            gradient_checkpointing=setup.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            bf16=True,
+            use_cpu=not cuda,
+            seed=setup.seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = SFTTrainer(
+            model,
+            arguments,
+            train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+            peft_config=lora if setup.train == "lora" else None,
+            callbacks=[Clock()],
+        )
+        result["trained_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        result["weights_bytes"] = torch.cuda.memory_allocated() if cuda else None
+        trainer.train()
+    first, *warmup = times[: setup.warmup]
+    result["first_step_s"] = round(first / 1e3, 3)
+    result["warmup_ms"] = [round(ms, 3) for ms in warmup]
+    result["step_ms"] = _spread(times[setup.warmup :])
+    result["tokens_per_s"] = round(setup.batch * setup.seq / (result["step_ms"]["median"] / 1e3), 2)
+    result["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+    result["peak_reserved_bytes"] = torch.cuda.max_memory_reserved() if cuda else None
+    result["loss"] = [round(float(row["loss"]), 6) for row in trainer.state.log_history if "loss" in row]
+    say(f"{result['tokens_per_s']:.0f} tokens/s, step {result['step_ms']['median']:.1f} ms, losses {result['loss']}")
+    if setup.impl == "fastft":
+        import fastft
+
+        result["report"] = fastft.report().to_dict()
+        print(fastft.report(), file=sys.stderr, flush=True)
 
 
 def _spread(times: Sequence[float]) -> dict[str, Any]:
@@ -692,7 +794,11 @@ def run(setup: Setup, root: Path, profile: bool = False, timeline: bool = False)
         "argv": sys.argv,
     }
     try:
-        measure(setup, checkpoint(setup.model, root), result, profile, timeline)
+        folder = checkpoint(setup.model, root)
+        if setup.trainer == "sft":
+            measure_sft(setup, folder, result)
+        else:
+            measure(setup, folder, result, profile, timeline)
         result["status"] = "ok"
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"
@@ -953,6 +1059,7 @@ def _parser() -> argparse.ArgumentParser:
     setting.add_argument("--model", default="llama-3.1-8b", help=f"architecture, random weights: {', '.join(MODELS)}")
     setting.add_argument("--quant", default="nf4", help="nf4 or bf16 (default nf4)")
     setting.add_argument("--train", default="lora", help="lora or full (default lora)")
+    setting.add_argument("--trainer", default="loop", help="loop or sft: TRL's SFTTrainer (default loop)")
     setting.add_argument("--rank", type=int, default=16, help="LoRA rank (default 16)")
     setting.add_argument("--batch", type=int, default=4, help="sequences in a step (default 4)")
     setting.add_argument("--seq", type=int, default=2048, help="tokens in a sequence (default 2048)")
@@ -1022,7 +1129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_checkpoint(a.model, root / a.model)
         return 0
     sizes = ("rank", "batch", "seq", "document", "steps", "warmup", "seed")
-    common = {k: getattr(a, k) for k in ("model", "quant", "train", "data", *sizes)}
+    common = {k: getattr(a, k) for k in ("model", "quant", "train", "trainer", "data", *sizes)}
+    if a.trainer == "sft" and (a.profile or a.timeline):
+        parser.error("--profile and --timeline are of one step more, which --trainer sft does not take")
     if a.command == "run":
         setup = Setup(impl=a.impl, checkpointing=a.checkpointing == "on", options=dict(a.options), **common)
         try:
@@ -1061,7 +1170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpointing = "checkpointing" if a.checkpointing == "on" else "no checkpointing"
         adapters = f"LoRA r={a.rank}" if a.train == "lora" else "full"
         device = (result["device"] or {}).get("name", "no device")
-        title = f"{a.model}, {a.quant}, {adapters}, {checkpointing}, {tokens_of(common)}, {device}"
+        loop = ", SFTTrainer" if a.trainer == "sft" else ""
+        title = f"{a.model}, {a.quant}, {adapters}, {checkpointing}{loop}, {tokens_of(common)}, {device}"
         from rich.console import Console
 
         Console(width=150).print(table(result, title))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -19,6 +20,7 @@ import fastft
 import fastft.kernels
 from bench import context, train
 from bench.shapes import MODELS, PRIMARY, SHAPES, linears, shapes
+from fastft import compiler, reporting
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -240,6 +242,28 @@ def test_full_training_trains_every_parameter(checkpoints):
     assert adapters["trained_parameters"] == 2 * 4 * sum(o + i for _, o, i in linears("tiny"))
 
 
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_steps_of_sft_trainer(trained, checkpoints, monkeypatch):
+    """The same data, weights and figures as stock TRL's; fastft is in the steps, TRL's head among them."""
+    pytest.importorskip("trl", minversion="1.16")
+    from torch._dynamo.backends.registry import _COMPILER_FNS
+
+    torch._dynamo.reset()
+    reporting.reset()
+    quick = functools.partial(compiler.fastft, options={"residual": "eager"})
+    monkeypatch.setitem(_COMPILER_FNS, "fastft", quick)  # Inductor would take half a minute
+    changes = {"trainer": "sft", "train": trained, "rank": 4, "warmup": 2}
+    eager, fast = (train.run(setup(impl, **changes), checkpoints) for impl in ("eager", "fastft"))
+    for result in (eager, fast):
+        assert result["status"] == "ok", result["error"]
+        assert set(result) >= ALWAYS | FIGURES and json.loads(json.dumps(result)) == result
+        assert len(result["loss"]) == 4 and len(result["step_ms"]["all"]) == 2 and len(result["warmup_ms"]) == 1
+    assert fast["loss"][0] == pytest.approx(eager["loss"][0], abs=5e-3)
+    assert eager["trained_parameters"] == fast["trained_parameters"]
+    replaced = {site["pattern"] for site in fast["report"]["sites"] if site["status"] == "replaced"}
+    assert "linear_cross_entropy" in replaced and ("lora" in replaced) == (trained == "lora")
+
+
 def test_profile_lists_what_took_time(checkpoints):
     result = train.run(setup("eager"), checkpoints, profile=True, timeline=True)
     assert result["kernels"] and {"name", "calls", "ms"} <= set(result["kernels"][0])
@@ -313,6 +337,9 @@ def test_cuda_12_is_taken_from_where_pip_puts_it(tmp_path, monkeypatch):
         ({"data": "packt"}, "--data is 'packt'; it is one of full, packed, padded"),
         ({"document": 0}, "--document is 0; it is 1 or more"),
         ({"options": {"a": 1}}, "--impl eager does not call"),
+        ({"trainer": "dpo"}, "--trainer is 'dpo'; it is one of loop, sft"),
+        ({"trainer": "sft", "impl": "unsloth"}, "--impl with --trainer sft is 'unsloth'; it is one of eager, inductor"),
+        ({"trainer": "sft", "impl": "fastft", "options": {"a": 1}}, "to which SFTConfig passes none"),
     ],
 )
 def test_settings_that_cannot_be(changes, message):
