@@ -195,7 +195,7 @@ def _fused_forward_kernel(
         if HAS_BIAS:
             z += tl.load(bias_ptr + column).to(tl.float32)[None, :]
         z = z.to(hidden_ptr.dtype.element_ty).to(tl.float32)
-        z, _ = _z_of(z, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+        z, _ = _z_of(z, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, hidden_ptr.dtype.element_ty == tl.bfloat16)
         if MEAN:
             sum_z += tl.sum(tl.where((columns < V)[None, :], z, 0.0), axis=1)
         if V % BLOCK_N != 0:
@@ -341,7 +341,7 @@ def _fused_backward_kernel(
         if HAS_BIAS:
             r += tl.load(bias_ptr + at_column).to(tl.float32)
         r = r.to(own_ptr.dtype.element_ty).to(tl.float32)
-        z, slope = _z_of(r, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+        z, slope = _z_of(r, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, own_ptr.dtype.element_ty == tl.bfloat16)
         label = tl.load(labels_ptr + token)
         # What nobody asked for is not read into any result: its pointer is another's.
         dr = _gradient(

@@ -4,23 +4,34 @@
 
 from __future__ import annotations
 
+from fastft.kernels._maths import tanh
 from fastft.kernels._triton import jit, tl
 
 
 @jit
-def _z_of(z, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, INV_TEMPERATURE: tl.constexpr):
-    """z and d z / d r of raw logits, in fp32."""
-    if SCALE != 1.0:
-        z = z * SCALE
+def _z_of(
+    z,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    INV_TEMPERATURE: tl.constexpr,
+    ROUNDED: tl.constexpr,
+):
+    """z and d z / d r of raw logits, in fp32. ``ROUNDED``: to bf16."""
     slope = SCALE * INV_TEMPERATURE
+    if SCALE != 1.0 and not (HAS_SOFTCAP and ROUNDED):
+        z = z * SCALE
     if HAS_SOFTCAP:
-        # tanh |u| = (1 - e) / (1 + e) with e = exp(-2 |u|), which cannot overflow; Triton has no portable tanh.
-        u = z / SOFTCAP
-        e = tl.exp(-2.0 * tl.abs(u))
-        tanh = (1.0 - e) / (1.0 + e)
-        tanh = tl.where(u < 0, -tanh, tanh)
-        z = tanh * SOFTCAP
-        slope = (1.0 - tanh * tanh) * slope
+        if ROUNDED:
+            t = tanh(z * (SCALE / SOFTCAP), True)
+        else:
+            # tanh |u| = (1 - e) / (1 + e) with e = exp(-2 |u|), which cannot overflow, and is exact for small u.
+            u = z / SOFTCAP
+            e = tl.exp(-2.0 * tl.abs(u))
+            t = (1.0 - e) / (1.0 + e)
+            t = tl.where(u < 0, -t, t)
+        z = t * SOFTCAP
+        slope = slope - slope * (t * t)
     if INV_TEMPERATURE != 1.0:
         z = z * INV_TEMPERATURE
     return z, slope
@@ -39,7 +50,7 @@ def _load_z(
 ):
     """z and d z / d r of the logits at ``offsets``."""
     raw = tl.load(logits_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
-    return _z_of(raw, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE)
+    return _z_of(raw, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, logits_ptr.dtype.element_ty == tl.bfloat16)
 
 
 @jit

@@ -187,3 +187,23 @@ def test_the_labels_logit_is_read_before_it_is_overwritten(vocab):
     label = accesses.index("load")  # one logit, the others are read by eights
     assert "store" in accesses[label:]
     assert "barrier" in accesses[label : label + accesses[label:].index("store")]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_losss_softcap_is_the_gpus_own_tanh_for_bf16(frozen):
+    """Once for each reading of a logit, and no division beside it: of arithmetic there was more than of bytes."""
+    from tests.kernels._hopper import compiling
+
+    for dtype in (BF16, torch.float32):
+        hidden, weight = (random(n, 64).to(dtype).requires_grad_(grad) for n, grad in ((7, True), (5000, not frozen)))
+        with compiling(linear_cross_entropy) as kernels:
+            loss = linear_cross_entropy.linear_cross_entropy(hidden, weight, None, torch.arange(7), softcap=30.0)
+            loss.backward()
+        each = [k.metadata.num_warps * 32 for k in kernels]
+        assert len(kernels) == (1 if frozen else 2)
+        for kernel, threads in zip(kernels, each, strict=True):
+            ptx = kernel.asm["ptx"]
+            logits = 8192 // threads * (2 if kernel.metadata.name == "_forward_kernel" and frozen else 1)
+            extra = 1 if kernel.metadata.name == "_forward_kernel" else 0  # the label's
+            assert ptx.count("tanh.approx.f32") == (logits + extra if dtype == BF16 else 0)
+            assert (ptx.count("div.full.f32") > logits) == (dtype != BF16)
