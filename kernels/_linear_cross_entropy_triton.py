@@ -5,7 +5,20 @@
 from __future__ import annotations
 
 from fastft.kernels._maths import tanh
+from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import jit, tl
+
+#: The interpreter has no PTX.
+_INTERPRET = tl.constexpr(INTERPRET)
+
+
+@jit
+def _exp(x):
+    """exp of fp32 ``x``; below 2^-126 it is 0, and not looked after: that takes three instructions of five."""
+    if _INTERPRET:
+        return tl.exp(x)
+    x *= 1.4426950408889634
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @jit
@@ -47,10 +60,23 @@ def _load_z(
     HAS_SOFTCAP: tl.constexpr,
     INV_TEMPERATURE: tl.constexpr,
     EVICT: tl.constexpr,
+    OTHER: tl.constexpr = 0.0,
 ):
-    """z and d z / d r of the logits at ``offsets``."""
-    raw = tl.load(logits_ptr + offsets, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    """z and d z / d r of the logits at ``offsets``; a logit that is masked is ``OTHER``."""
+    raw = tl.load(logits_ptr + offsets, mask=mask, other=OTHER, eviction_policy=EVICT).to(tl.float32)
     return _z_of(raw, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, logits_ptr.dtype.element_ty == tl.bfloat16)
+
+
+@jit
+def _unlabelled(z, base, log_sum, lse, V: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr):
+    """d score / d z of what is not the label."""
+    p = _exp((z - base) - log_sum)
+    if Z_LOSS != 0.0:
+        p = (1.0 + 2.0 * Z_LOSS * lse) * p
+    gradient = -p
+    if SMOOTHING != 0.0:
+        gradient += SMOOTHING / V
+    return gradient
 
 
 @jit
@@ -106,6 +132,9 @@ def _forward_kernel(
         WIDE: tl.constexpr = BLOCK if BLOCK < 8 else 8
         RUNS: tl.constexpr = BLOCK // WIDE
         columns = tl.arange(0, RUNS)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+        # Without padding, and where -inf stays that, what is loaded past the end is -inf and needs no second mask.
+        CLEAN: tl.constexpr = STRIDE == V and SCALE > 0 and not HAS_SOFTCAP
+        PAST: tl.constexpr = -float("inf") if CLEAN else 0.0
         tops = tl.full((RUNS,), -float("inf"), tl.float32)
         before = tl.full((), -float("inf"), tl.float32)
         sums_e = tl.zeros((RUNS,), tl.float32)
@@ -116,18 +145,19 @@ def _forward_kernel(
             offsets = start + columns
             mask = offsets < V
             z, _ = _load_z(
-                logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "evict_last"
+                logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "evict_last", PAST
             )
             if MEAN_LOGITS or SMOOTHING != 0.0:
                 sums_z += tl.sum(tl.where(mask, z, 0.0), axis=1)
-            z = tl.where(mask, z, -float("inf"))
+            if not CLEAN:
+                z = tl.where(mask, z, -float("inf"))
             if IS_TOP1:
                 before = tl.maximum(before, tl.max(tl.max(tl.where(offsets < label, z, -float("inf")), axis=1), axis=0))
             new = tl.maximum(tops, tl.max(z, axis=1))
             # A run of -inf alone must not give exp(-inf + inf).
             base = tl.where(new == -float("inf"), 0.0, new)
-            rescale = tl.exp(tops - base)
-            e = tl.exp(z - base[:, None])
+            rescale = _exp(tops - base)
+            e = _exp(z - base[:, None])
             if ENTROPY:
                 # Of e (z - base): all of one sign, so that a small entropy is no difference of large numbers.
                 shift = tl.where(tops == -float("inf"), 0.0, tops - base)
@@ -144,7 +174,7 @@ def _forward_kernel(
         log_sum = tl.log(sum_e)
         # A label outside the vocabulary reads nothing and gives NaN: loud, and without a device-side assertion.
         inside = (label >= 0) & (label < V)
-        z_label, _ = _load_z(logits_ptr, label, inside, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "")
+        z_label, slope_label = _load_z(logits_ptr, label, inside, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "")
         z_label = tl.where(inside, z_label, float("nan"))
         score = (z_label - base) - log_sum
         mean = tl.sum(sums_z, axis=0) / V
@@ -175,14 +205,13 @@ def _forward_kernel(
                 z, slope = _load_z(
                     logits_ptr, offsets, offsets < STRIDE, SCALE, SOFTCAP, HAS_SOFTCAP, INV_TEMPERATURE, "evict_first"
                 )
-                p = tl.exp((z - base) - log_sum)
-                if Z_LOSS != 0.0:
-                    p = (1.0 + 2.0 * Z_LOSS * lse) * p
-                gradient = tl.where(offsets == label, 1.0 - SMOOTHING, 0.0) - p
-                if SMOOTHING != 0.0:
-                    gradient += SMOOTHING / V
-                gradient = (gradient * slope).to(logits_ptr.dtype.element_ty)
+                gradient = _unlabelled(z, base, log_sum, lse, V, SMOOTHING, Z_LOSS) * slope
+                gradient = gradient.to(logits_ptr.dtype.element_ty)
                 tl.store(logits_ptr + offsets, gradient, mask=offsets < STRIDE, eviction_policy="evict_first")
+            # The label's own, over what its column got: to look for it everywhere takes three instructions of ten.
+            tl.debug_barrier()
+            gradient = _unlabelled(z_label, base, log_sum, lse, V, SMOOTHING, Z_LOSS) + (1.0 - SMOOTHING)
+            tl.store(logits_ptr + label, (gradient * slope_label).to(logits_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -203,7 +232,7 @@ def _gradient(
 ):
     """d loss / d z, from what each token multiplies the parts by."""
     log_p = (z - top) - log_sum
-    p = tl.exp(log_p)
+    p = _exp(log_p)
     gradient = tl.zeros(p.shape, tl.float32)
     if LABEL:
         gradient += tl.where(at_label, g_label, 0.0)

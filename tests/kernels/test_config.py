@@ -46,7 +46,7 @@ BEFORE = {
     "attention": "6b0c50b7856fca711878cc636a75b924baef4fe9dbb08622b289baf4b7fd12ee",
     "glu": "1c4146e040d85c68760b6a7b627864074fbcfae38881d8b7f2072172afe1b3cb",
     "layer_norm": "b06a3cddeb9bcb9705f5f427484bf283d00dc95eea2e1d579f018f7a640f0c51",
-    "linear_cross_entropy": "4a7840d6cc071f5d4efae7ff6891e03003256ab382a13c6711a65c1b03cd97f3",
+    "linear_cross_entropy": "384c5aae31d6438203e854fd71d05cca8a605ce886b1d03504fe76baf2931687",
     "nf4": "14e12fd02398b1311702c9ff686e8c2e5cd79a95cb908a29c083a65ac84717b0",
     "rms_norm": "f71d657c3b2fac68b07ab40d6ccef1835dfa9c36b0a8a3ad69f17c887e449ab5",
     "rotary": "00df29cae8e80d14ab962d508034e0ed95ec843da4a2008f00096075ce5c10a4",

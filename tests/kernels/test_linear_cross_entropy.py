@@ -451,6 +451,19 @@ def test_vocabulary_of_several_blocks(impossible, device, monkeypatch):
     check(linear_log_prob, linear_log_prob_reference, (h, w.detach(), b.detach()), y, cotangents, **wanted)
 
 
+@pytest.mark.parametrize("maths", [{}, dict(logit_scale=-0.7), dict(softcap=3.0)], ids=["plain", "negative", "softcap"])
+def test_vocabulary_without_padding(maths, device, monkeypatch):
+    """What lies past the end of the last block is no logit, of rows too that no padding ends: all of them are small."""
+    monkeypatch.setattr(module, "_row_config", lambda vocab: {"BLOCK": 32, "num_warps": 1})
+    h, w, b, y = inputs(torch.float32, device, vocab=144)
+    with torch.no_grad():
+        b -= 20 * maths.get("logit_scale", 1.0)
+    cotangents = [torch.randn(13, device=device) for _ in range(2)]
+    wanted = dict(entropy=True, is_top1=True, log_sum_sq_probs=True, mean_logits=True, **maths)
+    check(linear_log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **wanted)
+    check(linear_log_prob, linear_log_prob_reference, (h, w.detach(), b.detach()), y, cotangents, **wanted)
+
+
 def test_label_outside_the_vocabulary(device, way):
     h, w, b, y = inputs(torch.float32, device)
     y[1] = 131
@@ -975,16 +988,16 @@ MUTANTS = (
     Mutant(
         "cross-entropy: smoothing takes the label's whole part, frozen head",
         "kernels/_linear_cross_entropy_triton.py",
-        "gradient = tl.where(offsets == label, 1.0 - SMOOTHING, 0.0) - p",
-        "gradient = tl.where(offsets == label, 1.0, 0.0) - p",
+        "V, SMOOTHING, Z_LOSS) + (1.0 - SMOOTHING)",
+        "V, SMOOTHING, Z_LOSS) + 1.0",
         "tests/kernels/test_linear_cross_entropy.py -k smoothing",
         interpret=True,
     ),
     Mutant(
         "cross-entropy: smoothing without the others' part, frozen head",
         "kernels/_linear_cross_entropy_triton.py",
-        "                    gradient += SMOOTHING / V\n",
-        "                    gradient += 0.0\n",
+        "        gradient += SMOOTHING / V\n",
+        "        gradient += 0.0\n",
         "tests/kernels/test_linear_cross_entropy.py -k smoothing",
         interpret=True,
     ),
@@ -1048,15 +1061,47 @@ MUTANTS = (
     Mutant(
         "cross-entropy: the label's logit read after it was overwritten",
         "kernels/_linear_cross_entropy_triton.py",
+        "            # The label's logit is overwritten too: not before every warp has read it.\n"
         "            tl.debug_barrier()\n",
         "",
         "tests/kernels/test_hopper.py -k labels_logit",
     ),
     Mutant(
+        "cross-entropy: the label's gradient written before its column's",
+        "kernels/_linear_cross_entropy_triton.py",
+        "takes three instructions of ten.\n            tl.debug_barrier()\n",
+        "takes three instructions of ten.\n",
+        "tests/kernels/test_hopper.py -k labels_logit",
+    ),
+    Mutant(
+        "cross-entropy: what is past the end counts as a logit of 0",
+        "kernels/_linear_cross_entropy_triton.py",
+        'PAST: tl.constexpr = -float("inf") if CLEAN else 0.0',
+        "PAST: tl.constexpr = 0.0",
+        "tests/kernels/test_linear_cross_entropy.py -k without_padding",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: what is past the end is -inf times a negative scale",
+        "kernels/_linear_cross_entropy_triton.py",
+        "STRIDE == V and SCALE > 0 and not HAS_SOFTCAP",
+        "STRIDE == V and not HAS_SOFTCAP",
+        "tests/kernels/test_linear_cross_entropy.py -k without_padding",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: what is past the end is the cap",
+        "kernels/_linear_cross_entropy_triton.py",
+        "STRIDE == V and SCALE > 0 and not HAS_SOFTCAP",
+        "STRIDE == V and SCALE > 0",
+        "tests/kernels/test_linear_cross_entropy.py -k without_padding",
+        interpret=True,
+    ),
+    Mutant(
         "cross-entropy: gradient without the label",
         "kernels/_linear_cross_entropy_triton.py",
-        "gradient = tl.where(offsets == label, 1.0 - SMOOTHING, 0.0) - p",
-        "gradient = 0.0 - p",
+        "V, SMOOTHING, Z_LOSS) + (1.0 - SMOOTHING)",
+        "V, SMOOTHING, Z_LOSS)",
         'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
         interpret=True,
     ),
@@ -1161,8 +1206,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: the largest logit swallows the log of the sum, gradient in forward",
         "kernels/_linear_cross_entropy_triton.py",
-        "p = tl.exp((z - base) - log_sum)",
-        "p = tl.exp(z - (base + log_sum))",
+        "p = _exp((z - base) - log_sum)",
+        "p = _exp(z - (base + log_sum))",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
         interpret=True,
     ),
