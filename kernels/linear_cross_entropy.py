@@ -34,10 +34,13 @@ the backward only scales: dh_t = g_t u_t, where u_t = d score_t / d h_t is kept 
 where recomputing logits in backward takes three. u is of unit scale, so storing it in bf16 or fp16 costs one relative
 rounding and no underflow.
 
-Trainable head: dW needs g_t while dr is built, so forward keeps only m and l and backward computes each chunk's logits
-again, with dW summed in fp32 over chunks. The gradients of the entropy, of lse and of the mean of z are computed
-likewise, whatever the head; as they are mostly asked for by nobody but a compiler that gives every output a gradient of
-zeros, the backward looks first. All of them are one sum for each logit, whose coefficients each token has::
+Trainable head: under a sum or a mean over tokens every token has the same g, so dW and db of g = 1 come out of forward
+too, and the backward scales: three GEMMs. Else dW needs g_t while dr is built, so forward keeps only m and l and
+backward computes each chunk's logits again. dW is summed in fp32 over chunks, which are larger then: the buffer may
+take what that sum takes, and where all tokens fit there is no sum. The gradients of the entropy, of lse and of the mean
+of z are computed likewise, whatever the head; as they are mostly asked for by nobody but a compiler that gives every
+output a gradient of zeros, the backward looks first. All of them are one sum for each logit, whose coefficients each
+token has::
 
     d / d z_v = g_label [v = y] - g_p p_v + g_mean - g_entropy p_v (log p_v + entropy)
     g_label = (1 - e) g_score        g_p = (1 + 2 c lse) g_score - g_lse        g_mean = (e g_score + g_mean_z) / vocab
@@ -107,6 +110,8 @@ class _Wanted(NamedTuple):
     mean_logits: bool
     log_sum_sq_probs: bool
     unit_gradient: bool = False
+    unit_weight: bool = False
+    unit_bias: bool = False
 
     def flags(self) -> dict[str, bool]:
         """Constants of the kernels."""
@@ -198,13 +203,17 @@ def linear_log_prob_reference(
 #: the rate that they have for all tokens at once; others leave multiprocessors without a tile (1280 tokens of 5120
 #: columns are 200 tiles, for an H100's 132), and fewer tokens read the weight too often.
 CHUNK_TOKENS, CHUNK_BYTES = 2048, 512 * 2**20
+#: Under a head that is trained, logits may take this share of its gradient's bytes in fp32, which every chunk but the
+#: first reads and writes.
+TRAINED_SHARE = 1.0
 
 
-def chunk_rows(tokens: int, vocab: int, itemsize: int) -> int:
+def chunk_rows(tokens: int, vocab: int, itemsize: int, trained: int = 0) -> int:
     """Tokens in one chunk: a power of two within the limits above, or less, so that chunks are of about equal size and
-    multiples of 128 rows (a GEMM tile).
+    multiples of 128 rows (a GEMM tile). ``trained``: the hidden size, where the head's weight has a gradient.
     """
     most = min(max(CHUNK_BYTES // max(vocab * itemsize, 1), 1), CHUNK_TOKENS)
+    most = max(most, int(TRAINED_SHARE * trained * 4 / itemsize))
     most = 1 << most.bit_length() - 1
     if tokens <= most:
         return max(tokens, 1)
@@ -243,13 +252,15 @@ class _Head:
     are written to.
     """
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, maths: _Maths) -> None:
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, maths: _Maths, trained: bool
+    ) -> None:
         self.hidden, self.dtype, self.maths = hidden, maths.dtype, maths
         _, self.weight, self.bias = _operands(hidden[:0], weight, bias, maths.dtype)
         # The kernels are fp32 inside: fp64 runs in PyTorch on every device.
         self.triton = use_triton(hidden) and self.dtype != torch.float64
         tokens, vocab = hidden.shape[0], weight.shape[0]
-        self.rows = chunk_rows(tokens, vocab, self.dtype.itemsize)
+        self.rows = chunk_rows(tokens, vocab, self.dtype.itemsize, weight.shape[1] if trained else 0)
         # Rows are padded to whole 16-byte words: at an odd vocabulary cuBLAS and the kernels would take one element at
         # a time. Kernels read and write the padding too; what is in it reaches no result.
         stride = -(-vocab // 16) * 16
@@ -275,6 +286,41 @@ class _Head:
         if self.bias is None:
             return torch.mm(self.states(chunk), self.weight.t(), out=out)
         return torch.addmm(self.bias, self.states(chunk), self.weight.t(), out=out)
+
+
+class _HeadGradients:
+    """What goes to the weight and to the bias, in ``dtype``s, added up over chunks in fp32 (fp64)."""
+
+    def __init__(self, head: _Head, weight: torch.dtype | None, bias: torch.dtype | None) -> None:
+        self.head, self.dtypes = head, (weight, bias)
+        self.once = len(head.chunks()) == 1 and weight == head.dtype
+        self.weight: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
+
+    def add(self, logits: torch.Tensor, chunk: slice, labels: torch.Tensor) -> None:
+        """The gradients of the chunk's ``logits``."""
+        weight, bias = self.dtypes
+        if weight is not None:
+            # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
+            states = self.head.states(chunk).masked_fill((labels[chunk] == self.head.maths.ignore_index)[:, None], 0)
+            if self.once:
+                self.weight = torch.mm(logits.t(), states)
+            else:
+                self.weight = _add_matmul(self.weight, logits.t(), states, _wide(self.head.dtype))
+        if bias is not None:
+            found = logits.sum(0, dtype=_wide(self.head.dtype))
+            self.bias = found if self.bias is None else self.bias.add_(found)
+
+    def found(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What nobody wants is empty, and zeros what no token is for."""
+        parts, sizes = (self.weight, self.bias), ((*self.head.weight.shape,), (self.head.weight.shape[0],))
+        results = []
+        for part, dtype, size in zip(parts, self.dtypes, sizes, strict=True):
+            if dtype is None:
+                results.append(self.head.hidden.new_empty((0, *size[1:])))
+            else:
+                results.append(self.head.hidden.new_zeros(size, dtype=dtype) if part is None else part.to(dtype))
+        return results[0], results[1]
 
 
 def _of_logits(maths: _Maths) -> dict[str, Any]:
@@ -331,7 +377,9 @@ def _scored(labels: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
 def _read(options: tuple[Any, ...]) -> tuple[_Maths, _Wanted]:
     """The forward's options. Without a buffer there is nothing that it could make the unit gradient of."""
     maths, wanted = _Maths(*options[:8]), _Wanted(*options[8:])
-    return maths, wanted if maths.way == "chunks" else wanted._replace(unit_gradient=False)
+    if maths.way != "chunks":
+        wanted = wanted._replace(unit_gradient=False, unit_weight=False, unit_bias=False)
+    return maths, wanted
 
 
 def _forward(
@@ -343,9 +391,10 @@ def _forward(
     keep = _scored(labels, maths.ignore_index)
     if keep is None:
         return _forward_all(hidden, weight, bias, labels, maths, wanted)
-    found = _forward_all(hidden[keep], weight, bias, labels[keep], maths, wanted)
+    *found, unit_weight, unit_bias = _forward_all(hidden[keep], weight, bias, labels[keep], maths, wanted)
     whole = _empty_outputs(hidden, maths.dtype, wanted)
-    return tuple(w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
+    each = (w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
+    return *each, unit_weight, unit_bias
 
 
 def _forward_all(
@@ -369,8 +418,10 @@ def _forward_all(
             z_loss=float(maths.z_loss),
             wanted=wanted.flags(),
         )
-        return outputs
-    head = _Head(hidden, weight, bias, maths)
+        return *outputs, *_empty_units(weight, bias, wanted)
+    units = [unit.dtype if unit.shape[0] else None for unit in _empty_units(weight[:1], bias, wanted)]
+    head = _Head(hidden, weight, bias, maths, wanted.unit_weight)
+    gradients = _HeadGradients(head, *units)
     for chunk in head.chunks():
         logits = head.logits(chunk)
         # An output nobody asked for is empty; its kernel argument is never touched.
@@ -383,14 +434,15 @@ def _forward_all(
                 SMOOTHING=float(maths.label_smoothing),
                 Z_LOSS=float(maths.z_loss),
                 **wanted.flags(),
-                GRADIENT=wanted.unit_gradient,
+                GRADIENT=any(wanted[4:]),
                 **head.constants,
             )
         else:
-            _forward_chunk(logits, labels[chunk], parts, maths, wanted.unit_gradient)
+            _forward_chunk(logits, labels[chunk], parts, maths, any(wanted[4:]))
         if wanted.unit_gradient:
             torch.mm(logits, head.weight, out=outputs[7][chunk])
-    return outputs
+        gradients.add(logits, chunk, labels)
+    return *outputs, *gradients.found()
 
 
 def _forward_chunk(
@@ -456,11 +508,21 @@ def _empty_outputs(hidden: torch.Tensor, dtype: torch.dtype, wanted: _Wanted) ->
     )
 
 
+def _empty_units(weight: torch.Tensor, bias: torch.Tensor | None, wanted: _Wanted) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unit gradients of weight and bias: of all tokens together, so that fp16 could overflow."""
+
+    def unit(wanted: bool, of: torch.Tensor, *size: int) -> torch.Tensor:
+        dtype = torch.float32 if of.dtype == torch.float16 else of.dtype
+        return weight.new_empty((weight.shape[0] if wanted else 0, *size), dtype=dtype)
+
+    return unit(wanted.unit_weight, weight, weight.shape[1]), unit(wanted.unit_bias, weight if bias is None else bias)
+
+
 def _forward_fake(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, ...]:
     maths, wanted = _read(options)
-    return _empty_outputs(hidden, maths.dtype, wanted)
+    return *_empty_outputs(hidden, maths.dtype, wanted), *_empty_units(weight, bias, wanted)
 
 
 def _empty_grads(
@@ -480,14 +542,17 @@ def _empty_grads(
     )
 
 
-def _add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``total += a @ b`` for an fp32 (fp64) ``total``, without rounding the product to the operands' dtype first."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+def _add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``total + a @ b`` in fp32 (fp64), in ``total``'s place, without rounding the product to the operands' dtype
+    first. None: there is no total yet.
+    """
+    if a.dtype != dtype and not a.is_cuda:
+        a, b = a.to(dtype), b.to(dtype)
+    if a.dtype == dtype:
+        return torch.mm(a, b) if total is None else total.addmm_(a, b)
+    if total is None:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.addmm(total, a, b, out_dtype=dtype, out=total)
 
 
 class _Coefficients(NamedTuple):
@@ -570,7 +635,7 @@ def _backward_all(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    labels, wide = labels.contiguous(), _wide(maths.dtype)
+    labels = labels.contiguous()
     top, log_sum, entropy = saved
     coefficients = _coefficients(grads, top, log_sum, weight.shape[0], maths)
     bias_dtype = weight.dtype if bias is None else bias.dtype
@@ -588,10 +653,9 @@ def _backward_all(
             need_bias=need_bias,
         )
         return dh.to(hidden.dtype), dw.to(weight.dtype), db.to(bias_dtype)
-    head = _Head(hidden, weight, bias, maths)
+    head = _Head(hidden, weight, bias, maths, need_weight)
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0, hidden.shape[1]), dtype=maths.dtype)
-    grad_weight = hidden.new_zeros(weight.shape if need_weight else (0, weight.shape[1]), dtype=wide)
-    grad_bias = hidden.new_zeros((weight.shape[0] if need_bias else 0,), dtype=wide)
+    gradients = _HeadGradients(head, weight.dtype if need_weight else None, bias_dtype if need_bias else None)
     for chunk in head.chunks():
         logits, each = head.logits(chunk), coefficients.of(chunk)
         of_chunk = (top[chunk], log_sum[chunk], entropy[chunk] if entropy.shape[0] else top[chunk])
@@ -611,13 +675,8 @@ def _backward_all(
             _backward_chunk(logits, labels[chunk], of_chunk, each, maths)
         if need_hidden:
             torch.mm(logits, head.weight, out=grad_hidden[chunk])
-        if need_weight:
-            # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
-            states = head.states(chunk).masked_fill((labels[chunk] == maths.ignore_index)[:, None], 0)
-            _add_matmul(grad_weight, logits.t(), states)
-        if need_bias:
-            grad_bias += logits.sum(0, dtype=wide)
-    return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias_dtype)
+        gradients.add(logits, chunk, labels)
+    return grad_hidden.to(hidden.dtype), *gradients.found()
 
 
 def _backward_chunk(
@@ -669,7 +728,8 @@ _MATHS = (
 
 _forward_op = raw_op(
     f"linear_log_prob({_HEAD}, {_MATHS}, bool entropy, bool is_top1, bool mean_logits, bool log_sum_sq_probs, "
-    "bool unit_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool unit_gradient, bool unit_weight, bool unit_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
@@ -705,7 +765,7 @@ class _LinearLogProb(torch.autograd.Function):
         differentiable = (entropy_gradient, mean_gradient, gradients[2])
         # With a gradient of lse or the mean, the unit gradient would be of no use: backward needs the logits anyway.
         frozen = need_hidden and not (need_weight or need_bias or any(differentiable[1:])) and maths.way == "chunks"
-        *outputs, unit = _forward_op(hidden, weight, bias, labels, *maths, *wanted._replace(unit_gradient=frozen))
+        *outputs, unit, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted._replace(unit_gradient=frozen))
         score, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
         lse = top + log_sum
         ctx.maths, ctx.frozen, ctx.hidden_dtype, ctx.differentiable = maths, frozen, hidden.dtype, differentiable
@@ -742,6 +802,37 @@ class _LinearLogProb(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
+class _SumOfScores(torch.autograd.Function):
+    """Trained head: one gradient for all tokens, so that the head's own comes out of forward with theirs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        maths: _Maths,
+    ) -> torch.Tensor:
+        wanted = _Wanted(False, False, False, False, *ctx.needs_input_grad[:3])
+        score, *_, unit, unit_weight, unit_bias = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
+        ctx.save_for_backward(labels, unit, unit_weight, unit_bias)
+        ctx.ignore_index, ctx.dtypes = (
+            maths.ignore_index,
+            [None if x is None else x.dtype for x in (hidden, weight, bias)],
+        )
+        return score.sum()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        labels, *units = ctx.saved_tensors
+        # Plain PyTorch, for Inductor to fuse. A division by no tokens under "mean" makes g inf or NaN, for nobody.
+        counts = labels != ctx.ignore_index
+        each = g.masked_fill(~counts, 0)[:, None], *[g.masked_fill(~counts.any(), 0)] * 2
+        found = zip(units, each, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        return *((unit * of).to(dtype) if need else None for unit, of, dtype, need in found), None, None
+
+
 def _scores(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -757,7 +848,7 @@ def _scores(
     if torch.is_grad_enabled():
         return LogProb(*_LinearLogProb.apply(hidden, weight, bias, labels, maths, wanted, gradients))
     # autograd.Function reports needs_input_grad even here, and would compute the gradient for nothing.
-    score, top, log_sum, *optional, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
+    score, top, log_sum, *optional, _, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
     return LogProb._make((score, *optional, top + log_sum))
 
 
@@ -855,7 +946,10 @@ def filtered_log_prob(*args: Any, **options: Any) -> LogProb:
 def _reduce(loss: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:
     if reduction == "none":
         return loss
-    total = loss.sum()
+    return _averaged(loss.sum(), labels, ignore_index, reduction)
+
+
+def _averaged(total: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:
     # No valid token: 0 / 0 = NaN under "mean", as F.cross_entropy has it.
     return total if reduction == "sum" else total / (labels != ignore_index).sum()
 
@@ -924,6 +1018,9 @@ def _cross_entropy(
     flat, dtype = labels.reshape(-1), _head_dtype(hidden, dtype)
     maths = _Maths(ignore_index, softcap, logit_scale, 1.0, label_smoothing, z_loss, dtype, way)
     rows = hidden.reshape(-1, hidden.shape[-1])
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
+    if trained and reduction != "none" and way == "chunks":
+        return _averaged(-_SumOfScores.apply(rows, weight, bias, flat, maths), flat, ignore_index, reduction)
     score = _scores(rows, weight, bias, flat, maths, _Wanted(False, False, False, False)).log_prob
     loss = _reduce(-score, flat, ignore_index, reduction)
     return loss.view(labels.shape) if reduction == "none" else loss

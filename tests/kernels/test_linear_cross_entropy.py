@@ -87,8 +87,9 @@ def small_tiles(kernel, device, dtype, own, other):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks, the last one shorter: 4 rows of 131 fp32 logits."""
+    """Several chunks, the last one shorter: 4 rows of 131 fp32 logits, under a trained head too."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 131 * 4)
+    monkeypatch.setattr(module, "TRAINED_SHARE", 0.0)
     monkeypatch.setattr(fused, "_tiles", small_tiles)
     monkeypatch.setattr(fused, "GROUP", 2)
 
@@ -187,6 +188,36 @@ def test_a_frozen_head_is_one_pass_with_smoothing_and_z_loss(options, device, mo
     assert torch.autograd.grad(loss, h)[0].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["chunks", "at once"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("trained", ["hwb", "wb", "hb", "w"])
+def test_a_trained_head_is_one_pass_under_a_sum(trained, reduction, share, dtype, device, monkeypatch):
+    """No logits in the backward, whoever has a gradient; and the same one as from all logits."""
+    monkeypatch.setattr(module, "TRAINED_SHARE", share)
+    monkeypatch.setattr(module, "_backward_op", None)
+    tensors = [t.detach().requires_grad_(n in trained) for n, t in zip("hwb", inputs(dtype, device), strict=False)]
+    y = inputs(dtype, device)[3]
+    scale = [torch.tensor(3.0, device=device)]
+    for labels in (y, y.abs()):  # with tokens that are left out, and without
+        for options in ({}, dict(label_smoothing=0.1, z_loss=1e-2, softcap=3.0)):
+            options |= {"reduction": reduction}
+            check(
+                linear_cross_entropy, linear_cross_entropy_reference, tensors, labels.clamp(max=130), scale, **options
+            )
+
+
+def test_unit_gradients_of_a_head_do_not_overflow(device):
+    """In fp16 a sum over tokens may be more than 65504, where the mean over them is not."""
+    h = torch.full((1024, 4), 100.0, device=device, dtype=torch.float16)
+    w = torch.zeros(33, 4, device=device, dtype=torch.float16, requires_grad=True)
+    y = torch.zeros(1024, dtype=torch.int64, device=device)
+    (found,) = torch.autograd.grad(linear_cross_entropy(h, w, None, y), w)
+    assert found.dtype == torch.float16 and found.isfinite().all()
+    (exact,) = torch.autograd.grad(linear_cross_entropy_reference(h, w, None, y), w)
+    assert_within("dw", found, exact, exact.double())
+
+
 def test_lse_and_mean_logits_are_constants_unless_asked_for(device):
     h, w, b, y = inputs(torch.float32, device)
     found = linear_log_prob(h, w, b, y, mean_logits=True)
@@ -240,9 +271,12 @@ def test_the_gradient_of_an_fp32_weight_is_summed_in_fp32(device, monkeypatch):
         return torch.autograd.grad(loss, w)[0]
 
     in_many = gradient()
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 20)
-    in_one = gradient()
-    assert (in_many - in_one).norm() <= 1e-5 * in_one.norm()
+    for changed in ({"CHUNK_BYTES": 1 << 20}, {"TRAINED_SHARE": 99.0}):
+        with monkeypatch.context() as patched:
+            for name, value in changed.items():
+                patched.setattr(module, name, value)
+            in_one = gradient()
+        assert in_one.dtype == torch.float32 and (in_many - in_one).norm() <= 1e-5 * in_one.norm()
 
 
 def test_gradients_are_not_biased(device, way):
@@ -510,7 +544,7 @@ def test_kernels_compile_for_an_h100(vocab, softcap):
     y, g = torch.tensor([3, -100]), torch.zeros(2)
     maths = (-100, softcap, 1.0, 1.0, 0.1, 1e-4, torch.bfloat16, "chunks")
     with compiling(module) as kernels:
-        _, *saved = torch.ops.fastft.linear_log_prob(h, w, None, y, *maths, True, True, True, True, True)[:4]
+        _, *saved = torch.ops.fastft.linear_log_prob(h, w, None, y, *maths, *[True] * 6, False)[:4]
         torch.ops.fastft.linear_log_prob_backward(g, g, g, g, h, w, None, y, *saved, *maths, True, True, False)
     assert {k.metadata.name for k in kernels} == {"_forward_kernel", "_backward_kernel"}
     for kernel in kernels:
@@ -531,7 +565,7 @@ def test_kernels_without_a_buffer_compile_for_an_h100(vocab, softcap, name, monk
     y, g = torch.zeros(512, dtype=torch.int64), torch.zeros(512)
     maths = (-100, softcap, 1.0, 1.0, 0.0, 0.0, torch.bfloat16, name)
     with compiling(module) as kernels:
-        _, *saved = torch.ops.fastft.linear_log_prob(h, w, None, y, *maths, *[False] * 5)[:4]
+        _, *saved = torch.ops.fastft.linear_log_prob(h, w, None, y, *maths, *[False] * 7)[:4]
         torch.ops.fastft.linear_log_prob_backward(g, None, None, None, h, w, None, y, *saved, *maths, True, True, False)
     names = [k.metadata.name for k in kernels]
     assert names == ["_fused_forward_kernel", "_join_kernel", "_fused_backward_kernel", "_fused_backward_kernel"]
@@ -636,21 +670,22 @@ def test_a_graph_takes_the_variant_that_is_asked_for(name, device):
     assert torch.equal(found, WAYS[name].cross_entropy(h, w, b, y))
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_compiles_as_opaque_ops(frozen, device):
+@pytest.mark.parametrize(("frozen", "reduction"), [(True, "mean"), (False, "mean"), (False, "none")])
+def test_compiles_as_opaque_ops(frozen, reduction, device):
     from torch._dynamo.testing import AotEagerAndRecordGraphs
 
     h, w, b, y = inputs(torch.float32, device, frozen=frozen)
     wanted = [t for t in (h, w, b) if t.requires_grad]
     backend = AotEagerAndRecordGraphs()
-    compiled = torch.compile(lambda *t: linear_cross_entropy(*t, softcap=4.0), backend=backend, fullgraph=True)
-    ours = torch.autograd.grad(compiled(h, w, b, y), wanted)
-    eager = torch.autograd.grad(linear_cross_entropy(h, w, b, y, softcap=4.0), wanted)
+    loss = functools.partial(linear_cross_entropy, softcap=4.0, reduction=reduction)
+    compiled = torch.compile(lambda *t: loss(*t), backend=backend, fullgraph=True)
+    g = torch.rand(13, device=device) if reduction == "none" else None
+    ours, eager = (torch.autograd.grad(fn(h, w, b, y), wanted, g) for fn in (compiled, loss))
     assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
     text = [str(g.graph) for g in (*backend.fw_graphs, *backend.bw_graphs)]
     assert "fastft.linear_log_prob.default" in text[0]
-    # A frozen head's backward is a scaling.
-    assert ("fastft.linear_log_prob_backward" in text[1]) is not frozen
+    # The backward is a scaling, but of a trained head whose tokens have gradients of their own.
+    assert ("fastft.linear_log_prob_backward" in text[1]) is (reduction == "none")
 
 
 @pytest.mark.parametrize("way", NAMES)
@@ -659,9 +694,9 @@ def test_raw_ops(bias, way, device):
     small = inputs(torch.float32, device, tokens=3, vocab=33, bias=bias)
     h, w, b, y = (t.detach() if t is not None else None for t in small)
     maths = (-100, 3.0, 0.7, 1.3, 0.1, 1e-2, torch.float16, way)
-    for wanted in [(True, True, True, True, True), (False,) * 5]:
+    for wanted in [(*[True] * 6, bias), (*[True] * 4, False, True, False), (False,) * 7]:
         torch.library.opcheck(torch.ops.fastft.linear_log_prob.default, (h, w, b, y, *maths, *wanted))
-    _, *saved = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, True, False, False, False, False)[:4]
+    _, *saved = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, True, *[False] * 6)[:4]
     g = torch.randn(len(y), device=device)
     all_, one = (True, True, bias), (True, False, False)
     nothing = torch.zeros_like(g)
@@ -687,6 +722,10 @@ def test_chunk_rows(monkeypatch):
             assert rows <= module.CHUNK_TOKENS and rows * vocab * 2 <= module.CHUNK_BYTES
             assert rows == tokens or rows % 128 == 0
     assert chunk_rows(2100, 128256, 2) == 1152  # two chunks of about the same size
+    # With a gradient of the weight, what its fp32 sum takes: here no more than all logits, there a quarter of them.
+    monkeypatch.setattr(module, "TRAINED_SHARE", 1.0)
+    assert chunk_rows(8192, 128256, 2, 4096) == 8192 and chunk_rows(16384, 248320, 2, 2048) == 4096
+    assert chunk_rows(8192, 128256, 2, 64) == 2048 and chunk_rows(8192, 128256, 4, 4096) == 4096
 
 
 @pytest.mark.parametrize(
@@ -1031,6 +1070,49 @@ MUTANTS = (
         "tests/kernels/test_linear_cross_entropy.py -k one_pass",
     ),
     Mutant(
+        "cross-entropy: a trained head's logits only where hidden states have a gradient",
+        "kernels/linear_cross_entropy.py",
+        "labels[chunk], parts, maths, any(wanted[4:])",
+        "labels[chunk], parts, maths, wanted.unit_gradient",
+        "tests/kernels/test_linear_cross_entropy.py -k under_a_sum",
+    ),
+    Mutant(
+        "cross-entropy: a trained head's logits only where hidden states have a gradient, in the kernel",
+        "kernels/linear_cross_entropy.py",
+        "GRADIENT=any(wanted[4:])",
+        "GRADIENT=wanted.unit_gradient",
+        "tests/kernels/test_linear_cross_entropy.py -k under_a_sum",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: a trained head's part of a token that does not count",
+        "kernels/linear_cross_entropy.py",
+        "*[g.masked_fill(~counts.any(), 0)] * 2",
+        "*[g] * 2",
+        "tests/kernels/test_linear_cross_entropy.py -k every_label_is_ignored",
+    ),
+    Mutant(
+        "cross-entropy: fp16 sums of a trained head overflow",
+        "kernels/linear_cross_entropy.py",
+        "torch.float32 if of.dtype == torch.float16 else of.dtype",
+        "of.dtype",
+        "tests/kernels/test_linear_cross_entropy.py -k do_not_overflow",
+    ),
+    Mutant(
+        "cross-entropy: an fp32 head's gradient rounded where it is one product",
+        "kernels/linear_cross_entropy.py",
+        "self.once = len(head.chunks()) == 1 and weight == head.dtype",
+        "self.once = len(head.chunks()) == 1",
+        "tests/kernels/test_linear_cross_entropy.py -k summed_in_fp32",
+    ),
+    Mutant(
+        "cross-entropy: a trained head's logits again in the backward",
+        "kernels/linear_cross_entropy.py",
+        'if trained and reduction != "none" and way == "chunks":',
+        'if trained and reduction == "sum" and way == "chunks":',
+        "tests/kernels/test_linear_cross_entropy.py -k under_a_sum",
+    ),
+    Mutant(
         "cross-entropy: lse's gradient with the sign of the log-probability's",
         "kernels/linear_cross_entropy.py",
         "p = -g_lse if p is None else p - g_lse",
@@ -1168,15 +1250,15 @@ MUTANTS = (
     Mutant(
         "cross-entropy: dW of the last chunk only",
         "kernels/linear_cross_entropy.py",
-        "            _add_matmul(grad_weight, logits.t(), states)\n",
-        "            grad_weight.zero_()\n            _add_matmul(grad_weight, logits.t(), states)\n",
+        "_add_matmul(self.weight, logits.t(), states",
+        "_add_matmul(None, logits.t(), states",
         'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
     ),
     Mutant(
         "cross-entropy: dW rounded chunk by chunk",
         "kernels/linear_cross_entropy.py",
-        "        total.addmm_(a.to(total.dtype), b.to(total.dtype))\n",
-        "        total.add_((a.float() @ b.float()).to(a.dtype))\n",
+        "if total is None else total.addmm_(a, b)",
+        "if total is None else total.add_((a @ b).bfloat16())",
         'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
     ),
     Mutant(
