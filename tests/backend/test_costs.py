@@ -236,10 +236,19 @@ def test_raw_calls_compute_what_the_formula_says(name: str) -> None:
 
 
 def test_what_ops_take_for_themselves() -> None:
-    maths = (-100, None, 1.0, 1.0, 0.0, 0.0, torch.bfloat16, "chunks", False, False, False, False, True)
+    maths = (-100, None, 1.0, 1.0, 0.0, 0.0, torch.bfloat16, "chunks", *[False] * 4, True, False, False)
     labels = meta(5000, dtype=torch.int64)
     loss = called(torch.ops.fastft.linear_log_prob.default, meta(5000, 64), meta(128256, 64), None, labels, *maths)
     assert costs.scratch(loss)(int) == chunk_rows(5000, 128256, 2) * 128256 * 2
+    head = (meta(5000, 4096), meta(128256, 4096), None, labels)
+    loss = called(torch.ops.fastft.linear_log_prob.default, *head, *maths[:-2], True, False)
+    saved = [meta(5000, dtype=torch.float32)] * 3
+    options = (*maths[:8], True, True, False)
+    backward = called(
+        torch.ops.fastft.linear_log_prob_backward.default, saved[0], None, None, None, *head, *saved, *options
+    )
+    for trained in (loss, backward):  # no more than the gradient of the head in fp32, if it had to be summed
+        assert costs.scratch(trained)(int) == 5000 * 128256 * 2
     fused = (*maths[:7], "fused", *maths[8:])
     loss = called(torch.ops.fastft.linear_log_prob.default, meta(5000, 64), meta(128256, 64), None, labels, *fused)
     assert costs.scratch(loss)(int) == 28 * 5000 * 32, "seven numbers for each token and part of the vocabulary"

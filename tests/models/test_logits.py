@@ -144,6 +144,7 @@ def test_unread_logits_are_never_allocated(lora: float | None, labels: bool, mon
     Neither by a loss of the caller's, a number a token.
     """
     monkeypatch.setattr(loss_op, "CHUNK_BYTES", 16 * VOCAB * 4)
+    monkeypatch.setattr(loss_op, "TRAINED_SHARE", 0.0)
     # A vocabulary much wider than the MLP, and enough tokens that [tokens, vocab] is larger than any weight.
     data = batch("plain", rows=4, length=250)
     model = build("llama3", lora=lora)

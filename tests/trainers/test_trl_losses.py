@@ -153,6 +153,7 @@ def test_distillation_keeps_trls_own_divergence(calls: Calls, tmp_path: Path) ->
 @pytest.mark.parametrize("case, adapter", [*((case, True) for case in CASES), ("dpo", False), ("sft dft", False)])
 def test_as_stock(calls: Calls, tmp_path: Path, case: str, adapter: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_op, "CHUNK_BYTES", 16 * WIDE * 4)
+    monkeypatch.setattr(loss_op, "TRAINED_SHARE", 0.0)
     run, largest = train(tmp_path, case, compiled=True, adapter=adapter)
     report = fastft.report()
     assert report.breaks == 0 and not report.missed and not report.errors, str(report)
