@@ -300,6 +300,25 @@ def test_gradients_are_not_biased(device, way):
     assert (found.std(0) < 1e-3).all(), "after 300 steps a bias of a fiftieth of bf16's rounding would show"
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_under_a_mean_are_not_biased(frozen, device):
+    """As above, of what comes out of the forward: unit gradients, whose label's part is 1 - p and no multiple."""
+    steps, signed = 40 if INTERPRET else 300, []
+    for _ in range(steps):
+        h, w, _, y = inputs(torch.bfloat16, device, tokens=24, hidden=16, vocab=64, bias=False)
+        wide = [t.detach().float().requires_grad_(grad) for t, grad in ((h, True), (w, not frozen))]
+        loss = linear_cross_entropy(*wide, None, y, dtype=torch.bfloat16)
+        ours = torch.autograd.grad(loss, wide[: 2 - frozen])
+        logits = F.linear(h, w).double().detach().requires_grad_()
+        (dr,) = torch.autograd.grad(F.cross_entropy(logits, y), logits)
+        exact = [dr @ w.detach().double(), dr.t() @ h.detach().double()]
+        signed.append([float(((a - e) * e).sum() / e.square().sum()) for a, e in zip(ours, exact, strict=False)])
+    found = torch.tensor(signed)
+    noise = found.std(0) / steps**0.5
+    assert (found.mean(0).abs() <= 4 * noise + 1e-6).all(), (found.mean(0), noise)
+    assert (found.std(0) < 1e-3).all()
+
+
 @pytest.mark.parametrize("shape", shapes("linear_cross_entropy", tag="test"), ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_cross_entropy(shape, reduction, device, way):
