@@ -553,9 +553,9 @@ def measure_sft(setup: Setup, folder: Path, result: dict[str, Any]) -> None:
     with _timed(result, "load_s"):
         model = AutoModelForCausalLM.from_pretrained(folder, **_arguments(setup))
     steps = setup.warmup + setup.steps
-    tokens = torch.Generator().manual_seed(setup.seed + 1)
-    # Ids 0 to 3 are the tokenizer's special tokens.
-    ids = torch.randint(4, MODELS[setup.model]["vocab_size"], (steps * setup.batch, setup.seq), generator=tokens)
+    data = batches(setup, "cpu")
+    ids = torch.cat([next(data)["input_ids"] for _ in range(steps)])
+    result["data"] = described(setup, next(data))
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -611,7 +611,7 @@ def measure_sft(setup: Setup, folder: Path, result: dict[str, Any]) -> None:
     result["first_step_s"] = round(first / 1e3, 3)
     result["warmup_ms"] = [round(ms, 3) for ms in warmup]
     result["step_ms"] = _spread(times[setup.warmup :])
-    result["tokens_per_s"] = round(setup.batch * setup.seq / (result["step_ms"]["median"] / 1e3), 2)
+    result["tokens_per_s"] = round(result["data"]["real_tokens"] / (result["step_ms"]["median"] / 1e3), 2)
     result["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
     result["peak_reserved_bytes"] = torch.cuda.max_memory_reserved() if cuda else None
     result["loss"] = [round(float(row["loss"]), 6) for row in trainer.state.log_history if "loss" in row]
