@@ -61,6 +61,7 @@ import torch
 import torch.nn.functional as F
 
 from fastft.kernels import _linear_cross_entropy_fused as fused
+from fastft.kernels import _products as products
 from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._linear_cross_entropy_triton import _backward_kernel, _forward_kernel
@@ -304,7 +305,7 @@ class _HeadGradients:
             # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
             states = self.head.states(chunk).masked_fill((labels[chunk] == self.head.maths.ignore_index)[:, None], 0)
             if self.once:
-                self.weight = torch.mm(logits.t(), states)
+                self.weight = products.mm(logits.t(), states)
             else:
                 self.weight = _add_matmul(self.weight, logits.t(), states, _wide(self.head.dtype))
         if bias is not None:
@@ -440,7 +441,7 @@ def _forward_all(
         else:
             _forward_chunk(logits, labels[chunk], parts, maths, any(wanted[4:]))
         if wanted.unit_gradient:
-            torch.mm(logits, head.weight, out=outputs[7][chunk])
+            _multiply(logits, head.weight, outputs[7][chunk])
         gradients.add(logits, chunk, labels)
     return *outputs, *gradients.found()
 
@@ -542,6 +543,14 @@ def _empty_grads(
     )
 
 
+def _multiply(logits: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """``out`` = logits @ weight, over every column of an odd vocabulary: ``_products.py``."""
+    if logits.element_size() == 2 and products.whole_blocks(logits, weight) != logits.shape[1]:
+        out.copy_(products.mm_single(logits, weight))
+    else:
+        torch.mm(logits, weight, out=out)
+
+
 def _add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``total + a @ b`` in fp32 (fp64), in ``total``'s place, without rounding the product to the operands' dtype
     first. None: there is no total yet.
@@ -551,7 +560,9 @@ def _add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dt
     if a.dtype == dtype:
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
     if total is None:
-        return torch.mm(a, b, out_dtype=dtype)
+        return products.mm_single(a, b)
+    if products.whole_blocks(a, b) != a.shape[1]:
+        return total.add_(products.mm_single(a, b))
     return torch.addmm(total, a, b, out_dtype=dtype, out=total)
 
 
@@ -674,7 +685,7 @@ def _backward_all(
         else:
             _backward_chunk(logits, labels[chunk], of_chunk, each, maths)
         if need_hidden:
-            torch.mm(logits, head.weight, out=grad_hidden[chunk])
+            _multiply(logits, head.weight, grad_hidden[chunk])
         gradients.add(logits, chunk, labels)
     return grad_hidden.to(hidden.dtype), *gradients.found()
 

@@ -207,6 +207,21 @@ def test_a_trained_head_is_one_pass_under_a_sum(trained, reduction, share, dtype
             )
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["chunks", "at once"])
+def test_sums_of_odd_sizes_have_all_their_terms(share, device, monkeypatch):
+    """Every product over an odd vocabulary, or an odd number of tokens, is one that cuBLAS does not cut."""
+    monkeypatch.setattr(module, "TRAINED_SHARE", share * 100)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 2**30)
+    sums, mm_single = [], module.products.mm_single
+    monkeypatch.setattr(module.products, "mm_single", lambda a, b: sums.append(a.shape[1]) or mm_single(a, b))
+    tokens, vocab = 1100, 1089
+    h, w, _, y = inputs(torch.bfloat16, device, tokens=tokens, vocab=vocab, bias=False)
+    y = y.clamp(min=0)
+    cotangents = [torch.ones((), device=device)]
+    check(linear_cross_entropy, linear_cross_entropy_reference, (h, w, None), y, cotangents)
+    assert {tokens, vocab} <= {*sums} if share else vocab in sums
+
+
 def test_unit_gradients_of_a_head_do_not_overflow(device):
     """In fp16 a sum over tokens may be more than 65504, where the mean over them is not."""
     h = torch.full((1024, 4), 100.0, device=device, dtype=torch.float16)
@@ -1109,6 +1124,20 @@ MUTANTS = (
         "*[g.masked_fill(~counts.any(), 0)] * 2",
         "*[g] * 2",
         "tests/kernels/test_linear_cross_entropy.py -k every_label_is_ignored",
+    ),
+    Mutant(
+        "cross-entropy: the last columns of an odd vocabulary left to cuBLAS",
+        "kernels/linear_cross_entropy.py",
+        "if logits.element_size() == 2 and products.whole_blocks(logits, weight) != logits.shape[1]:",
+        "if False:",
+        "tests/kernels/test_linear_cross_entropy.py -k odd_sizes",
+    ),
+    Mutant(
+        "cross-entropy: the last tokens of an odd number left to cuBLAS",
+        "kernels/linear_cross_entropy.py",
+        "self.weight = products.mm(logits.t(), states)",
+        "self.weight = torch.mm(logits.t(), states)",
+        "tests/kernels/test_linear_cross_entropy.py -k odd_sizes",
     ),
     Mutant(
         "cross-entropy: fp16 sums of a trained head overflow",
