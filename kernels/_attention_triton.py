@@ -7,7 +7,7 @@ the edges look at the mask.
 
 from __future__ import annotations
 
-from fastft.kernels._maths import tanh
+from fastft.kernels._maths import exp2, tanh
 from fastft.kernels._triton import jit, tl
 
 # ---------------------------------------------------------------- device functions
@@ -84,7 +84,7 @@ def _dense_mask(s, mask, DENSE: tl.constexpr):
 @jit
 def _weights(s, lse, Sk, DENSE: tl.constexpr):
     """The forward's weights again, out of its scores and logsumexp."""
-    p = tl.exp2(s - lse)
+    p = exp2(s - lse)
     if DENSE == 2:  # of a row that is hidden everywhere: beside 1e38 the logarithm of a sum is lost
         p = tl.where(lse < -1e37, tl.where(s == float("-inf"), 0.0, 1.0 / Sk), p)
     return p
@@ -127,13 +127,13 @@ def _forward_tiles(
                 seen = seen & (cols[None, :] <= rows[:, None])
             s = tl.where(seen, s, float("-inf"))
         if BOUNDED:  # by themselves, then, and not below their maximum
-            p = tl.exp2(s)
+            p = exp2(s)
             l_i += tl.sum(p, 1)
         else:
             m_new = tl.maximum(m_i, tl.max(s, 1))
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s - m_safe[:, None])
-            alpha = tl.exp2(m_i - m_safe)
+            p = exp2(s - m_safe[:, None])
+            alpha = exp2(m_i - m_safe)
             l_i = l_i * alpha + tl.sum(p, 1)
             acc = acc * alpha[:, None]
             m_i = m_new
@@ -249,7 +249,7 @@ def _delta_kernel(
     tl.store(delta_ptr + head.to(tl.int64) * Sq + rows, delta, mask=rows < Sq)
     if HAS_SINKS:
         lse = tl.load(lse_ptr + head.to(tl.int64) * Sq + rows, mask=rows < Sq, other=float("inf"))
-        p = tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634 - lse)
+        p = exp2(tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634 - lse)
         tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(p * delta, 0))
 
 

@@ -4,21 +4,14 @@
 
 from __future__ import annotations
 
-from fastft.kernels._maths import tanh
-from fastft.kernels._op import INTERPRET
+from fastft.kernels._maths import exp2, tanh
 from fastft.kernels._triton import jit, tl
-
-#: The interpreter has no PTX.
-_INTERPRET = tl.constexpr(INTERPRET)
 
 
 @jit
 def _exp(x):
-    """exp of fp32 ``x``; below 2^-126 it is 0, and not looked after: that takes three instructions of five."""
-    if _INTERPRET:
-        return tl.exp(x)
-    x *= 1.4426950408889634
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    """exp of fp32 ``x``, or 0."""
+    return exp2(x * 1.4426950408889634)
 
 
 @jit

@@ -9,23 +9,20 @@ from fastft.kernels._triton import jit, tl
 _INTERPRET = tl.constexpr(INTERPRET)
 
 
-#: Two at a time: the special function units are what a softcap's scores wait for, and take two halves in one turn.
-_TANH = tl.constexpr("""{
-    .reg .b32 both;
-    .reg .b16 first, second;
-    cvt.rn.f16x2.f32 both, $3, $2;
-    tanh.approx.f16x2 both, both;
-    mov.b32 {first, second}, both;
-    cvt.f32.f16 $0, first;
-    cvt.f32.f16 $1, second;
-}""")
+@jit
+def exp2(x):
+    """2^x of fp32 ``x``; below 2^-126 it is 0, and not looked after: that takes three instructions of five."""
+    if _INTERPRET:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @jit
 def tanh(x, ROUNDED: tl.constexpr):
-    """tanh of fp32 ``x``. ``ROUNDED``: where others round ``x`` and the result to bf16, by the GPU's own instruction,
-    which rounds both to 11 bits and is off by 2⁻¹¹ at most (Parallel Thread Execution ISA, ``tanh.approx.f16x2``).
+    """tanh of fp32 ``x``. ``ROUNDED``: where others round ``x`` and the result to bf16, an eighth of which the GPU's
+    own instruction is off by (2⁻¹¹ of the result; Parallel Thread Execution ISA, ``tanh.approx.f32``). Of two halves
+    (``.f16x2``) it is two instructions on sm_90, not one.
     """
     if ROUNDED and not _INTERPRET:
-        return tl.inline_asm_elementwise(_TANH, "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return 2 * tl.sigmoid(2 * x) - 1
