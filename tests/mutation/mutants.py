@@ -868,14 +868,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_bridges.py -k hook",
     ),
     *(
-        Mutant(f"flex: {name}", f"patterns/{file}.py", old, new, f"tests/patterns/test_flex.py -k {which}")
+        Mutant(f"flex: {name}", f"patterns/{file}.py", old, new, f"tests/patterns/test_flex.py -k '{which}'")
         for name, file, old, new, which in (
             (
                 "blocks from anywhere",
                 "flex",
                 "        if not _made(node):\n            return unknown\n",
                 "        if not _made(node):\n            continue\n",
-                '"outside or own"',
+                "outside or own",
             ),
             (
                 "blocks of another mask",
@@ -896,35 +896,35 @@ MUTANTS: tuple[Mutant, ...] = (
                 "flex",
                 "        if any(in_place(user) and not _made(user) for user in node.users):\n",
                 "        if False:\n",
-                "own",
+                "written",
             ),
             (
                 "a mask in score_mod is forgotten",
                 "flex",
                 "    if scores.mask is None:\n        return structure\n",
                 "    if True:\n        return structure\n",
-                "scores",
+                "test_scores and mask",
             ),
             (
                 "a cap of any size",
                 "flex",
                 "if math.isclose(divided[0] * factor, 1.0, rel_tol=1e-6):",
                 "if True:",
-                "scores_that_are_left",
+                "scores_that_are_left and other",
             ),
             (
                 "what score_mod multiplies by",
                 "flex",
                 "replace(found, scale=found.scale * factor)",
                 "found",
-                "scores",
+                "test_scores and scaled",
             ),
             (
                 "a capped score may be scaled",
                 "flex",
                 "if divided is not None and not found.softcap and found.scale == 1.0 and factor > 0:",
                 "if divided is not None and not found.softcap and factor > 0:",
-                "scores_that_are_left",
+                "scores_that_are_left and scaled",
             ),
             (
                 "blocks that nobody reads stay",
@@ -938,7 +938,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "attention",
                 "scale=scale * scores.scale, softcap=scores.softcap",
                 "scale=scale, softcap=scores.softcap",
-                "scores",
+                "test_scores and scaled",
             ),
             (
                 "sinks of a logarithm of base e",
@@ -952,7 +952,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "masks",
                 "            return Distance(a, b)\n",
                 "            return Distance(b, a)\n",
-                "masks",
+                "masks and window",
             ),
         )
     ),
@@ -988,7 +988,11 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *(
         Mutant(
-            f"attention by flex: {name}", "kernels/attention.py", old, new, "tests/autotune/test_variants.py -k flex"
+            f"attention by flex: {name}",
+            "kernels/attention.py",
+            old,
+            new,
+            "tests/autotune/test_variants.py -k 'flex and not is_taken'",
         )
         for name, old, new in (
             (
