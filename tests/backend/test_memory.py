@@ -389,7 +389,7 @@ def test_a_deep_graph_is_cut_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once with all levels at a time, and once by the plan; and a layer's numbers are those that it has where all
     layers have its level.
     """
-    monkeypatch.setitem(families._SIZES, "num_hidden_layers", 14)
+    monkeypatch.setitem(families._SIZES, "num_hidden_layers", 16)
     cuts: list[Any] = []
     problems: list[Any] = []
     partition, problem_of = compat.partition, Memory._problem
@@ -414,7 +414,7 @@ def test_a_deep_graph_is_cut_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Memory, "_problem", both)
     network = model(checkpointing=True)
     report = fastft.explain(network, **batch(), options={"memory": "lean", "host_memory": "1GiB", "strict": True})
-    assert report.errors == [] and sum(report.memory[0]["levels"].values()) == 14
+    assert report.errors == [] and sum(report.memory[0]["levels"].values()) == 16
     assert len(cuts) == 2
     quick, slow = problems
     assert (quick.before, quick.after) == (slow.before, slow.after)
