@@ -412,7 +412,7 @@ def test_a_deep_graph_is_cut_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(compat, "partition", counted)
     monkeypatch.setattr(Memory, "_problem", both)
-    network = model(checkpointing=True)
+    network = model(checkpointing=True, lora=0.0)
     report = fastft.explain(network, **batch(), options={"memory": "lean", "host_memory": "1GiB", "strict": True})
     assert report.errors == [] and sum(report.memory[0]["levels"].values()) == 16
     assert len(cuts) == 2
