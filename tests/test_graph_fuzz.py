@@ -412,7 +412,7 @@ def run(family: str, count: int, residual: str = "eager", first: Sequence[Case] 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "any"])
 def test_networks(family: str, record_property: Callable[[str, object], None]) -> None:
-    done, reached = run(family, max(settings().max_examples // 10, 1), first=list(each(family)))
+    done, reached = run(family, max(settings().max_examples // 20, 1), first=list(each(family)))
     record_property("graphs", {"cases": done, **reached})
     missing = set(FAMILIES[family][1] if family in FAMILIES else ()) - reached.keys()
     assert not missing, f"never replaced in {done} networks: {', '.join(sorted(missing))}"

@@ -57,12 +57,12 @@ def test_the_example_is_verified_and_used(run: Any) -> None:
     assert found.returncode == 0 and "It passed" in found.stdout, found.stdout + found.stderr
     used = run("use.py")
     assert used.returncode == 0, used.stderr[-2000:]
-    assert run("-c", SNIPPETS[0]).returncode == 0
     # The verdict is kept, and tune would offer it.
     offered = (
         "import my_kernels; from fastft.autotune.tuning import offered; print([v.name for v in offered('glu', '')])"
     )
-    assert "'mine'" in run("-c", offered).stdout
+    listed = run("-c", f"{SNIPPETS[0]}\n{offered}")
+    assert listed.returncode == 0 and "'mine'" in listed.stdout, listed.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it would tune")

@@ -1069,7 +1069,7 @@ MUTANTS = (
         "kernels/attention.py",
         "return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1",
         "return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) > 1",
-        "tests/kernels/test_attention.py -k mask_op",
+        "tests/kernels/test_attention.py::test_mask_op[none-True-0]",
     ),
     Mutant(
         "attention: the kind of mask is not waited for",
@@ -1112,7 +1112,7 @@ MUTANTS = (
         "        dk = tl.where((cols < end)[:, None], dk, 0.0)\n"
         "        dv = tl.where((cols < end)[:, None], dv, 0.0)\n",
         "",
-        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        "tests/kernels/test_attention.py::test_forward_and_gradients[causal=False,padding=right-float16]",
         interpret=True,
     ),
     *(

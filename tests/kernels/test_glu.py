@@ -237,7 +237,7 @@ MUTANTS = (
         "kernels/glu.py",
         "(1.0 + 0.134145 * g * g)",
         "(1.0 + 0.044715 * g * g)",
-        'tests/kernels/test_glu.py -k "matches_reference"',
+        "tests/kernels/test_glu.py::test_matches_reference[shape0-gelu_tanh-dtype0]",
         interpret=True,
     ),
     Mutant(
@@ -253,7 +253,7 @@ MUTANTS = (
         "kernels/glu.py",
         "0.3989422804014327 * tl.exp(-0.5 * g * g)",
         "0.3989422804014327 * tl.exp(-g * g)",
-        'tests/kernels/test_glu.py -k "matches_reference"',
+        "tests/kernels/test_glu.py::test_matches_reference[shape0-gelu-dtype0]",
         interpret=True,
     ),
     Mutant(
@@ -261,13 +261,13 @@ MUTANTS = (
         "kernels/glu.py",
         "return g * cdf, cdf + g * torch.exp(-0.5 * g * g) / math.sqrt(2 * math.pi)",
         "return g * cdf, cdf",
-        'tests/kernels/test_glu.py -k "matches_reference"',
+        "tests/kernels/test_glu.py::test_matches_reference[shape0-gelu-dtype0]",
     ),
     Mutant(
         "glu: packed halves swapped",
         "kernels/glu.py",
         "return (first, second) if gate_first else (second, first)",
         "return first, second",
-        "tests/kernels/test_glu.py -k packed",
+        "tests/kernels/test_glu.py::test_packed_matches_reference[False-silu-dtype0]",
     ),
 )

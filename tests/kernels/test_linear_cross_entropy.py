@@ -1049,14 +1049,14 @@ MUTANTS = (
         "kernels/linear_cross_entropy.py",
         "g_score * (1 - maths.label_smoothing), g_score * maths.label_smoothing",
         "g_score, g_score * maths.label_smoothing",
-        "tests/kernels/test_linear_cross_entropy.py -k smoothing",
+        "tests/kernels/test_linear_cross_entropy.py::test_label_smoothing_and_z_loss[chunks-options0-mean-False-dtype0]",
     ),
     Mutant(
         "cross-entropy: z-loss of p without lse, trainable head",
         "kernels/linear_cross_entropy.py",
         "p = g_score * (1 + 2 * maths.z_loss * (top + log_sum))",
         "p = g_score * (1 + 2 * maths.z_loss)",
-        "tests/kernels/test_linear_cross_entropy.py -k z_loss",
+        "tests/kernels/test_linear_cross_entropy.py::test_label_smoothing_and_z_loss[chunks-options1-mean-False-dtype0]",
     ),
     Mutant(
         "cross-entropy: smoothing takes the label's whole part, frozen head",
@@ -1079,7 +1079,7 @@ MUTANTS = (
         "kernels/_linear_cross_entropy_triton.py",
         "p = (1.0 + 2.0 * Z_LOSS * lse) * p",
         "p = (1.0 + 0.0 * lse) * p",
-        "tests/kernels/test_linear_cross_entropy.py -k z_loss",
+        "tests/kernels/test_linear_cross_entropy.py::test_label_smoothing_and_z_loss[chunks-options1-mean-True-dtype0]",
         interpret=True,
     ),
     Mutant(
@@ -1087,7 +1087,7 @@ MUTANTS = (
         "kernels/linear_cross_entropy.py",
         "            dr.mul_(1 + 2 * maths.z_loss * lse[:, None])\n",
         "            pass\n",
-        "tests/kernels/test_linear_cross_entropy.py -k z_loss",
+        "tests/kernels/test_linear_cross_entropy.py::test_label_smoothing_and_z_loss[chunks-options1-mean-True-dtype0]",
     ),
     Mutant(
         "cross-entropy: smoothing without the others' part, frozen head, in PyTorch",
@@ -1186,7 +1186,7 @@ MUTANTS = (
         "kernels/linear_cross_entropy.py",
         "found = found - maths.z_loss * lse * lse",
         "found = found - maths.z_loss * lse",
-        "tests/kernels/test_linear_cross_entropy.py -k z_loss",
+        "tests/kernels/test_linear_cross_entropy.py::test_label_smoothing_and_z_loss[chunks-options1-mean-True-dtype0]",
     ),
     Mutant(
         "cross-entropy: the label's logit read after it was overwritten",
@@ -1240,7 +1240,7 @@ MUTANTS = (
         "kernels/_linear_cross_entropy_triton.py",
         "sums_e = sums_e * rescale + tl.sum(e, axis=1)",
         "sums_e = sums_e + tl.sum(e, axis=1)",
-        'tests/kernels/test_linear_cross_entropy.py -k "several_blocks or log_prob"',
+        "tests/kernels/test_linear_cross_entropy.py::test_vocabulary_of_several_blocks[]",
         interpret=True,
     ),
     Mutant(
@@ -1272,28 +1272,28 @@ MUTANTS = (
         "kernels/linear_cross_entropy.py",
         "        if tanh is not None:\n            dr.mul_(1 - tanh * tanh)\n",
         "",
-        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+        "tests/kernels/test_linear_cross_entropy.py::test_log_prob[chunks-softcap-True-dtype0]",
     ),
     Mutant(
         "cross-entropy: scale forgotten in backward",
         "kernels/linear_cross_entropy.py",
         "    dr *= maths.logit_scale / maths.temperature\n",
         "",
-        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+        "tests/kernels/test_linear_cross_entropy.py::test_log_prob[chunks-softcap-True-dtype0]",
     ),
     Mutant(
         "cross-entropy: mean over all tokens",
         "kernels/linear_cross_entropy.py",
         "total / (labels != ignore_index).sum()",
         "total / labels.numel()",
-        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+        "tests/kernels/test_linear_cross_entropy.py::test_label_smoothing_and_z_loss[chunks-options0-mean-True-dtype0]",
     ),
     Mutant(
         "cross-entropy: ignore_index is always -100",
         "kernels/linear_cross_entropy.py",
         "keep = (labels != ignore_index).nonzero().squeeze(1)",
         "keep = (labels != -100).nonzero().squeeze(1)",
-        'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
+        "tests/kernels/test_linear_cross_entropy.py::test_ignored_tokens_are_left_out_of_every_gemm[chunks-130]",
     ),
     Mutant(
         "cross-entropy: dW of the last chunk only",
@@ -1322,7 +1322,7 @@ MUTANTS = (
         "kernels/_linear_cross_entropy_triton.py",
         "gradient = tl.where(label == IGNORE_INDEX, 0.0, gradient * slope)",
         "gradient = gradient * slope",
-        "tests/kernels/test_linear_cross_entropy.py",
+        "tests/kernels/test_linear_cross_entropy.py::test_gradients_of_lse_and_mean_logits[chunks-plain-True-dtype0]",
         interpret=True,
     ),
     Mutant(
@@ -1440,7 +1440,7 @@ MUTANTS = (
         "kernels/_linear_cross_entropy_fused.py",
         "(column < V) & (label != -1), dr",
         "(column < V), dr",
-        'tests/kernels/test_linear_cross_entropy.py -k "fused and poison"',
+        "tests/kernels/test_linear_cross_entropy.py::test_ignored_tokens_poison_nothing[fused-True-False]",
         interpret=True,
     ),
     Mutant(
@@ -1448,7 +1448,7 @@ MUTANTS = (
         "kernels/_linear_cross_entropy_fused.py",
         "walked = (other < others) & (tl.load(labels_ptr + other_at) != -1)",
         "walked = other < others",
-        'tests/kernels/test_linear_cross_entropy.py -k "fused and poison"',
+        "tests/kernels/test_linear_cross_entropy.py::test_ignored_tokens_poison_nothing[fused-False-False]",
         interpret=True,
     ),
     Mutant(

@@ -328,7 +328,7 @@ MUTANTS = (
         "kernels/lora_glu.py",
         "part = parts_ptr + (row.to(tl.int64) + split * rows)[:, None]",
         "part = parts_ptr + (row.to(tl.int64) + 0 * rows)[:, None]",
-        "tests/kernels/test_lora_glu.py -k several_programs",
+        "tests/kernels/test_lora_glu.py::test_several_programs_share_a_row[4]",
         interpret=True,
     ),
     Mutant(

@@ -877,7 +877,7 @@ MUTANTS = (
         "kernels/_dense_weights.py",
         "state, sizes = quant[i * of_each : (i + 1) * of_each], ",
         "state, sizes = quant[:of_each], ",
-        "tests/kernels/test_lora_linear.py -k joint_nf4",
+        'tests/kernels/test_lora_linear.py -k "joint_nf4 and fp32-double"',
     ),
     Mutant(
         "lora_linear: h of the first layer for all",
@@ -892,7 +892,7 @@ MUTANTS = (
         "wide = mm_single(left, torch.cat(_bf16_parts(right, 3), 1))",
         "wide = mm_single(left, torch.cat(_bf16_parts(right, 1) + [torch.zeros_like(right, "
         "dtype=torch.bfloat16)] * 2, 1))",
-        "tests/kernels/test_lora_linear.py -k bf16_parts_on_any",
+        "tests/kernels/test_lora_linear.py::test_bf16_parts_on_any_device[bf16-fp32-adapters-x]",
     ),
     Mutant(
         "lora_linear: no lock of shape on the scratch",
@@ -906,7 +906,7 @@ MUTANTS = (
         "kernels/lora_linear.py",
         "own = [None if t is None and shared else",
         "own = [None if shared else",
-        "tests/kernels/test_lora_linear.py -k test_dtypes",
+        "tests/kernels/test_lora_linear.py -k dropout-fp32",
     ),
     Mutant(
         "lora_linear: adapters share the first one's dropout",
@@ -1018,7 +1018,7 @@ MUTANTS = (
         "kernels/_dense_weights.py",
         "    key = (n, k, dtype, *(t.data_ptr() for t in of))\n",
         "    key = (n, k, dtype)\n",
-        "tests/kernels/test_lora_mlp.py -k nf4_weights",
+        "tests/kernels/test_lora_mlp.py::test_nf4_weights[torch.float32-None-none-4-single]",
     ),
     Mutant(
         "dense_once: a copy for every slice",

@@ -503,14 +503,14 @@ MUTANTS = (
         "kernels/lora_mlp.py",
         "for start in range(0, tokens, rows))",
         "for start in range(0, tokens - tokens % rows or tokens, rows))",
-        "tests/kernels/test_lora_mlp.py -k matches_reference",
+        "'tests/kernels/test_lora_mlp.py::test_matches_reference[one adapter each-fp32-4]'",
     ),
     Mutant(
         "lora_mlp: sums of the last slice alone",
         "kernels/lora_mlp.py",
         "[total.add_(t) for total, t in zip(totals, found, strict=True)] if totals else found",
         "found",
-        "tests/kernels/test_lora_mlp.py -k matches_reference",
+        "'tests/kernels/test_lora_mlp.py::test_matches_reference[one adapter each-fp32-4]'",
     ),
     Mutant(
         "lora_mlp: sums in the adapters' dtype",
@@ -524,7 +524,7 @@ MUTANTS = (
         "kernels/lora_mlp.py",
         "None if zs is None else zs[part])",
         "None if zs is None else zs[: part.stop - part.start])",
-        "tests/kernels/test_lora_mlp.py -k matches_reference",
+        "'tests/kernels/test_lora_mlp.py::test_matches_reference[none, and the stream-fp32-4]'",
     ),
     Mutant(
         "lora_mlp: down's adapters are gate's",
@@ -538,7 +538,7 @@ MUTANTS = (
         "kernels/lora_mlp.py",
         "            need_x = mine.any\n",
         "",
-        "tests/kernels/test_lora_mlp.py -k only_what_is_asked_for",
+        "tests/kernels/test_lora_mlp.py::test_only_what_is_asked_for[a]",
     ),
     Mutant(
         "lora_mlp: the activation of all tokens",

@@ -205,7 +205,7 @@ MUTANTS = (
         "kernels/lora_stack.py",
         "        with stacked(weight, quant, shape, blocks, a, x.dtype) as dense:\n",
         "        with stacked(weight, quant, shape, blocks, a, x.dtype) as dense:\n            dense[-8:] = 0\n",
-        "tests/kernels/test_lora_stack.py -k matches_reference",
+        "'tests/kernels/test_lora_stack.py::test_matches_reference[(24, 40)-(3, 8)-torch.float32-None-single]'",
     ),
     Mutant(
         "lora_stack: dx without the adapters",

@@ -332,7 +332,7 @@ MUTANTS = (
             ),
             (
                 "offset forgotten",
-                "sizes",
+                "sizes and 1.0",
                 "mask=pair < HALF, other=0.0).to(tl.float32) + OFFSET\n        second",
                 "mask=pair < HALF, other=0.0).to(tl.float32)\n        second",
                 True,

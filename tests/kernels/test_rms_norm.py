@@ -259,7 +259,7 @@ MUTANTS = (
         "        w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32) + OFFSET\n"
         "    # Each",
         "    if HAS_WEIGHT:\n        w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)\n    # Each",
-        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+        "tests/kernels/test_rms_norm.py::test_matches_reference[1.0-shape0-dtype0]",
         interpret=True,
     ),
     Mutant(
@@ -267,7 +267,7 @@ MUTANTS = (
         "kernels/rms_norm.py",
         "r = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + EPS)",
         "r = 1.0 / (tl.sqrt_rn(tl.sum(x * x, axis=1) / N) + EPS)",
-        'tests/kernels/test_rms_norm.py -k "matches_reference or without_weight"',
+        "tests/kernels/test_rms_norm.py::test_matches_reference[0.0-shape2-dtype0]",
         interpret=True,
     ),
     Mutant(
@@ -275,7 +275,7 @@ MUTANTS = (
         "kernels/rms_norm.py",
         "    y = x * r[:, None]\n    if HAS_WEIGHT",
         "    y = (x * r[:, None]).to(x_ptr.dtype.element_ty).to(tl.float32)\n    if HAS_WEIGHT",
-        "tests/kernels/test_rms_norm.py",
+        "tests/kernels/test_rms_norm.py::test_weight_and_result_in_other_dtypes[out_dtype0]",
         interpret=True,
     ),
     Mutant(
@@ -290,7 +290,7 @@ MUTANTS = (
         "kernels/rms_norm.py",
         "dweight.copy_(partial.sum(0)) if",
         "dweight.copy_(partial[0]) if",
-        "tests/kernels/test_rms_norm.py",
+        "tests/kernels/test_rms_norm.py::test_matches_reference[0.0-shape1-dtype0]",
         interpret=True,
     ),
     Mutant(

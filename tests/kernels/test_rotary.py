@@ -377,7 +377,7 @@ MUTANTS = (
         "kernels/rotary.py",
         "tl.store(y_ptr + at[:, None] + col[None, :], rest.to(y_ptr.dtype.element_ty), mask=both)",
         "tl.store(y_ptr + at[:, None] + col[None, :], (0.0 * rest).to(y_ptr.dtype.element_ty), mask=both)",
-        'tests/kernels/test_rotary.py -k "matches_reference"',
+        "tests/kernels/test_rotary.py::test_matches_reference[12-12-half-dtype0]",
         interpret=True,
     ),
     Mutant(

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -62,12 +64,30 @@ def main(file: str, old: str, new: str, *arguments: str) -> int:
         sys.meta_path.insert(0, injector)  # type: ignore[arg-type]
         import pytest
 
+        if autoload := sys.modules.get("fastft.autoload"):
+            autoload.autoload()
+
         code = int(
             pytest.main(["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=line", *arguments])
         )
         return code if injector.found else NOT_IMPORTED
 
 
+#: What tests of many mutants import: most of the time of a short run.
+IMPORTED = (
+    "hypothesis",
+    "pytest",
+    "_hypothesis_pytestplugin",
+    "anyio.pytest_plugin",
+    "pytest_benchmark.plugin",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch._functorch.partitioners",
+    "networkx",
+    "bitsandbytes",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+)
 #: Seconds that one mutant's tests may take.
 LIMIT_S = 600
 
@@ -95,9 +115,14 @@ def serve() -> None:
     """For each line of standard input, a JSON list of ``main``'s arguments, a line ``[exit code, output]``. A run that
     takes too long is killed, and its exit code negative.
     """
-    import hypothesis  # noqa: F401
-    import pytest  # noqa: F401
-    import torch._dynamo  # noqa: F401
+    # What bridges wait for is imported before there are any; each fork lays its own, mutants perhaps.
+    os.environ["FASTFT_AUTOLOAD"] = "0"
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    del os.environ["FASTFT_AUTOLOAD"]
+    gc.collect()
+    gc.freeze()
 
     assert threading.active_count() == 1, "a thread of the parent's would be missing in its forks"
     assert not {n for n in sys.modules if n.startswith("fastft.")} - {"fastft.autoload"}, "what a mutant may be of"

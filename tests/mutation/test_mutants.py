@@ -65,7 +65,7 @@ def test_the_list_is_current() -> None:
         source = (ROOT / mutant.file).read_text(encoding="utf-8")
         assert source.count(mutant.old) == 1, f"{mutant.name}: its line is {source.count(mutant.old)} times in its file"
         assert mutant.old != mutant.new
-        assert (ROOT / mutant.tests.split()[0].partition("::")[0]).exists(), mutant.tests
+        assert (ROOT / shlex.split(mutant.tests)[0].partition("::")[0]).exists(), mutant.tests
     assert len({m.name for m in MUTANTS}) == len(MUTANTS) >= 40
 
 

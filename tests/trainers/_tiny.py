@@ -15,12 +15,12 @@ LAYERS, HIDDEN, VOCAB, SEQ, STEPS = 2, 64, 128, 16, 2
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def llama(vocab_size: int = VOCAB) -> LlamaForCausalLM:
+def llama(vocab_size: int = VOCAB, layers: int = LAYERS) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=vocab_size,
