@@ -30,14 +30,17 @@ def _z_of(
     if HAS_SOFTCAP:
         if ROUNDED:
             t = tanh(z * (SCALE / SOFTCAP), True)
+            slope = slope - slope * (t * t)
         else:
-            # tanh |u| = (1 - e) / (1 + e) with e = exp(-2 |u|), which cannot overflow, and is exact for small u.
+            # tanh |u| = (1 - e) / (1 + e) with e = exp(-2 |u|), which cannot overflow, and is exact for small u; and
+            # 1 - tanh^2 u = 4 e / (1 + e)^2, without the cancellation of 1 - t t near the cap.
             u = z / SOFTCAP
             e = tl.exp(-2.0 * tl.abs(u))
-            t = (1.0 - e) / (1.0 + e)
+            inverse = 1.0 / (1.0 + e)
+            t = (1.0 - e) * inverse
             t = tl.where(u < 0, -t, t)
+            slope = slope * (4.0 * e * inverse * inverse)
         z = t * SOFTCAP
-        slope = slope - slope * (t * t)
     if INV_TEMPERATURE != 1.0:
         z = z * INV_TEMPERATURE
     return z, slope

@@ -189,7 +189,7 @@ def _store_heads(
 
 
 @jit
-def _kernel(
+def _rotary_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr,
     seq,
     q_b, q_h, q_s, k_b, k_h, k_s, qo_b, qo_h, qo_s, ko_b, ko_h, ko_s, cos_b, cos_s, cos_d, sin_b, sin_s, sin_d,
@@ -313,7 +313,7 @@ def _launch(
     config = CONFIG(q_in.device, q_in.dtype, batch * seq, *heads, width, rotary_dim, style, transpose)
     tiles = [min(triton.next_power_of_2(h), max(1, config["TILE"] // (2 * block))) for h in heads]
     x_pairs, y_pairs = STYLES[style]
-    _kernel[(batch * seq,)](
+    _rotary_kernel[(batch * seq,)](
         q_in, k_in, q_out, k_out, cos, sin,
         seq,
         *strides(q_in), *strides(k_in), *strides(q_out), *strides(k_out),

@@ -49,7 +49,7 @@ BEFORE = {
     "linear_cross_entropy": "384c5aae31d6438203e854fd71d05cca8a605ce886b1d03504fe76baf2931687",
     "nf4": "14e12fd02398b1311702c9ff686e8c2e5cd79a95cb908a29c083a65ac84717b0",
     "rms_norm": "f71d657c3b2fac68b07ab40d6ccef1835dfa9c36b0a8a3ad69f17c887e449ab5",
-    "rotary": "00df29cae8e80d14ab962d508034e0ed95ec843da4a2008f00096075ce5c10a4",
+    "rotary": "e2eff73affde384bc993f5f3f33669526a034ab45d4271f78c84218f79038a7d",
 }
 
 
