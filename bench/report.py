@@ -35,6 +35,11 @@ COLORS = {
     "F.rms_norm": "#59a14f",
     "cut-cross-entropy": "#4a7c59",
     "bitsandbytes": "#a8765a",
+    "FlexAttention": "#59a14f",
+    "SDPA cuDNN": "#17becf",
+    "SDPA flash": "#e377c2",
+    "varlen flash": "#5c4d7d",
+    "TRL": "#bcbd22",
 }
 MORE = ("#17becf", "#bcbd22", "#e377c2", "#5c4d7d", "#9c755f", "#59a14f")
 
