@@ -26,7 +26,7 @@ from numpy.lib.stride_tricks import as_strided
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastft.kernels import _rows
+from fastft.kernels import _maths, _rows
 from tests.kernels._each import homes, parts
 
 # ----------------------------------------------------------------------------------------------------- exact numbers
@@ -392,7 +392,7 @@ class Language:
     """What the kernels use of ``triton.language``, for one program after another."""
 
     INTEGERS = int1, int8, int32, int64 = ("int1", "int8", "int32", "int64")
-    float32 = "float32"
+    float32, bfloat16 = "float32", "bfloat16"
     program: tuple[int, ...] = ()
     grid: tuple[int, ...] = ()
 
@@ -455,7 +455,7 @@ class Language:
     split = staticmethod(lambda x: (x[..., 0], x[..., 1]))
     join = staticmethod(lambda a, b: np.stack((a, b), -1))
     exp = staticmethod(lambda x: block(EXP(exactly(x))))
-    exp2 = staticmethod(lambda x: block(unary(lambda v: sympy.Integer(2) ** v)(x)))
+    exp2 = staticmethod(lambda x: block(EXP(exactly(x) * _LOG2())))
     log = staticmethod(lambda x: block(LOG(x)))
     log2 = staticmethod(lambda x: block(LOG(x) / _LOG2()))
     sqrt_rn = staticmethod(lambda x: block(SQRT(x)))
@@ -505,11 +505,11 @@ def triton_bodies() -> Iterator[None]:
     """Within, ops launch their kernels, and these run on expressions."""
     jitted, language = type(_rows.row_offset), Language()
     with contextlib.ExitStack() as stack:
-        for module in {_rows, *(m for home in homes() for m in parts(home))}:
+        for module in {_maths, _rows, *(m for home in homes() for m in parts(home))}:
             for name, value in vars(module).copy().items():
                 if isinstance(value, jitted):
                     stack.enter_context(mock.patch.object(module, name, Kernel(value.fn, language)))  # type: ignore[attr-defined]
-            for name, value in (("tl", language), ("use_triton", lambda x: True)):
+            for name, value in (("tl", language), ("use_triton", lambda x: True), ("_INTERPRET", True)):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
         yield

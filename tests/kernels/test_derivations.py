@@ -194,7 +194,9 @@ def test_softcaps_in_the_kernels_are_their_own_derivatives(monkeypatch: pytest.M
     s, cap, scale, temperature = sympy.symbols("s c a T", positive=True)
     textbook = cap * sympy.tanh(scale * s / cap)
     with triton_bodies():
-        score, tanh = (np.asarray(v).item() for v in _attention_triton._softcap(block(s), block(scale), block(cap)))
+        score, tanh = (
+            np.asarray(v).item() for v in _attention_triton._softcap(block(s), block(scale), block(cap), False)
+        )
         logits = Pointer(np.array([s], dtype=object), 0)
         loaded = _linear_cross_entropy_triton._load_z(
             logits, block(0), True, block(scale), block(cap), True, block(1 / temperature), ""
