@@ -29,6 +29,15 @@ GRAPH_US = 4000.0
 Clock = Callable[[], float]
 
 
+def order_of(names: Sequence[str], turn: int) -> list[str]:
+    """Who comes after whom in a turn: one turn there, the next one back, and then beginning with another. A GPU is
+    slower after a long call, so nobody may come after the same one in every turn, or always after himself.
+    """
+    first = turn // 2 % max(len(names), 1)
+    order = [*names[first:], *names[:first]]
+    return order if turn % 2 == 0 else order[::-1]
+
+
 def in_turns(
     labels: Sequence[str],
     sample: Callable[[str], float],
@@ -46,7 +55,7 @@ def in_turns(
     for turn in range(rounds[1]):
         if turn >= rounds[0] and clock() >= end:
             break
-        for label in list(labels) if turn % 2 == 0 else reversed(list(labels)):
+        for label in order_of(labels, turn):
             if label in failed:
                 continue
             try:

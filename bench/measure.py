@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from bench.files import spread
+from fastft.autotune.timing import order_of
 from fastft.kernels._inputs import Inputs
 
 #: A sample of a shorter phase than this many µs repeats the call, at most so many times, on copies of so many bytes.
@@ -66,7 +67,7 @@ def interleave(
     for round_ in range(most):
         if round_ >= least and clock() >= end:
             break
-        for name in list(samplers) if round_ % 2 == 0 else reversed(list(samplers)):
+        for name in order_of(list(samplers), round_):
             if name in failed:
                 continue
             try:

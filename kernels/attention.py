@@ -562,14 +562,14 @@ def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _forward_fake(q, k, v, *mask)
-    if out.numel() == 0:
-        return out, lse
-    if k.shape[2] == 0:  # nothing to see
+    if q.numel() == 0 or v.shape[2] * v.shape[3] == 0:  # nothing to compute, or nothing to see
+        out, lse = _forward_fake(q, k, v, *mask)
         return out.zero_(), lse.fill_(math.inf)
     q, k, v = _unit(q), _unit(k), _unit(v)
     call = _Call(q, k, v, *mask)
-    out, lse = _forward_by(call, q, k, v, out, lse)
+    if call.backend in GIVEN:
+        return _forward_given(call, q, k, v)
+    out, lse = _forward_by(call, q, k, v, *_forward_fake(q, k, v, *mask))
     if call.means:  # queries of padding, which nobody looks at: the kernels need not know them
         mean = v.mean(2, keepdim=True, dtype=lse.dtype).repeat_interleave(call.group, 1)
         out.copy_(torch.where(_blind(lse), mean, out))
@@ -581,18 +581,24 @@ def _blind(lse: torch.Tensor) -> torch.Tensor:
     return (lse == math.inf).unsqueeze(-1)
 
 
-def _forward_by(
-    call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+#: Backends whose results are in memory of their own, so that none of ours is there beside it.
+GIVEN = ("cudnn", "varlen")
+
+
+def _forward_given(call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if call.backend == "cudnn":
         got, stats, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, call.causal, False, scale=call.scale
         )
-        return _as_bshd(got), stats.reshape(lse.shape)
-    if call.backend == "varlen":
-        lengths, options = _flash_arguments(call, q)
-        got, stats, *_ = torch.ops.aten._flash_attention_forward(*map(_in_rows, (q, k, v)), *lengths, False, **options)
-        return _out_of_rows(got, call.batch), stats.unflatten(1, (call.batch, -1)).transpose(0, 1).contiguous()
+        return _as_bshd(got), stats.reshape(call.batch, call.heads, call.q_length)
+    lengths, options = _flash_arguments(call, q)
+    got, stats, *_ = torch.ops.aten._flash_attention_forward(*map(_in_rows, (q, k, v)), *lengths, False, **options)
+    return _out_of_rows(got, call.batch), stats.unflatten(1, (call.batch, -1)).transpose(0, 1).contiguous()
+
+
+def _forward_by(
+    call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     if call.backend == "cpu":
         bias = call.bias(q) if not _only_causal(call) else None
         got, stats = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -699,16 +705,46 @@ def _backward(
     want_sinks: bool,
     *mask: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv, dsinks = _backward_fake(do, q, k, v, out, lse, want_q, want_kv, want_sinks, *mask)
+    results = do, q, k, v, out, lse, want_q, want_kv, want_sinks, *mask
     if out.numel() == 0 or k.shape[2] == 0 or not (want_q or want_kv or want_sinks):
+        dq, dk, dv, dsinks = _backward_fake(*results)
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks.zero_()
     do, q, k, v = _unit(do), _unit(q), _unit(k), _unit(v)
     call = _Call(q, k, v, *mask)
+    if call.backend in GIVEN:  # of calls without sinks
+        grads = zip(_backward_given(call, do, q, k, v, out, lse), (want_q, want_kv, want_kv), strict=True)
+        dq, dk, dv = (grad if want else q.new_empty(0) for grad, want in grads)
+        return dq, dk, dv, q.new_empty(0)
+    dq, dk, dv, dsinks = _backward_fake(*results)
     dq, dk, dv = _backward_by(call, do, q, k, v, out, lse, dq, dk, dv, dsinks)
     if call.means and want_kv:
         mean = torch.where(_blind(lse), do, 0.0).sum(2, keepdim=True, dtype=lse.dtype) / call.k_length
         dv.copy_(dv + _group_sum(mean, call.group))
     return dq, dk, dv, dsinks
+
+
+def _backward_given(
+    call: _Call,
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> list[torch.Tensor]:
+    if call.backend == "cudnn":
+        seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            _as_bshd(do), q, k, v, out, lse.unsqueeze(-1), seed, seed, None, None, None,
+            call.q_length, call.k_length, 0.0, call.causal, scale=call.scale,
+        )  # fmt: skip
+        return [_as_bshd(grad) for grad in grads]
+    lengths, options = _flash_arguments(call, q)
+    # The random state of a dropout that is not there.
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    rows = (*map(_in_rows, (do, q, k, v, out)), lse.transpose(0, 1).flatten(1).contiguous())
+    grads = torch.ops.aten._flash_attention_backward(*rows, *lengths, *state, **options)
+    return [_out_of_rows(grad, call.batch) for grad in grads]
 
 
 def _backward_by(
@@ -725,25 +761,6 @@ def _backward_by(
     dsinks: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     want_q, want_kv = dq.numel() > 0, dk.numel() > 0
-    if call.backend == "cudnn":
-        seed = torch.empty((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
-        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            _as_bshd(do), q, k, v, out, lse.unsqueeze(-1), seed, seed, None, None, None,
-            call.q_length, call.k_length, 0.0, call.causal, scale=call.scale,
-        )  # fmt: skip
-        return (
-            _as_bshd(grads[0]) if want_q else dq,
-            _as_bshd(grads[1]) if want_kv else dk,
-            _as_bshd(grads[2]) if want_kv else dv,
-        )
-    if call.backend == "varlen":
-        lengths, options = _flash_arguments(call, q)
-        # The random state of a dropout that is not there.
-        state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-        rows = (*map(_in_rows, (do, q, k, v, out)), lse.transpose(0, 1).flatten(1).contiguous())
-        grads = torch.ops.aten._flash_attention_backward(*rows, *lengths, *state, **options)
-        grads = [_out_of_rows(grad, call.batch) for grad in grads]
-        return (grads[0] if want_q else dq, *(grads[1:] if want_kv else (dk, dv)))
     if call.backend == "cpu":
         bias = call.bias(q) if not _only_causal(call) else None
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
