@@ -9,6 +9,49 @@ from tests.mutation._mutant import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
+        "lora_linear: one weight for all layers",
+        "kernels/_dense_weights.py",
+        "state, sizes = quant[i * of_each : (i + 1) * of_each], ",
+        "state, sizes = quant[:of_each], ",
+        'tests/kernels/test_lora_linear.py -k "joint_nf4 and fp32-double"',
+    ),
+    Mutant(
+        "lora_linear: fp32 through one bf16 part",
+        "kernels/_products.py",
+        "wide = mm_single(left, torch.cat(_bf16_parts(right, 3), 1))",
+        "wide = mm_single(left, torch.cat(_bf16_parts(right, 1) + [torch.zeros_like(right, "
+        "dtype=torch.bfloat16)] * 2, 1))",
+        "tests/kernels/test_lora_linear.py::test_bf16_parts_on_any_device[bf16-fp32-adapters-x]",
+    ),
+    Mutant(
+        "lora_linear: no lock of shape on the scratch",
+        "kernels/_dense_weights.py",
+        "        if held is None or held.numel() < n * k:\n",
+        "        if held is None:\n",
+        "tests/kernels/test_lora_linear.py -k scratch",
+    ),
+    Mutant(
+        "lora_linear: side by side, rows that nobody wrote",
+        "kernels/_dense_weights.py",
+        "            out[full + rank :].zero_()\n",
+        "            out[full + rank :].fill_(torch.nan)\n",
+        "tests/kernels/test_lora_linear.py -k joint_nf4_backward",
+    ),
+    Mutant(
+        "dense_once: a copy of another weight",
+        "kernels/_dense_weights.py",
+        "    key = (n, k, dtype, *(t.data_ptr() for t in of))\n",
+        "    key = (n, k, dtype)\n",
+        "tests/kernels/test_lora_mlp.py::test_nf4_weights[torch.float32-None-none-4-single]",
+    ),
+    Mutant(
+        "dense_once: a copy for every slice",
+        "kernels/_dense_weights.py",
+        "        made[key] = out\n    yield made[key]",
+        "        yield out\n        return\n    yield made[key]",
+        "tests/kernels/test_lora_mlp.py -k dense_once",
+    ),
+    Mutant(
         "norms: products are contracted into sums across threads",
         "kernels/_rows.py",
         '"enable_fp_fusion": False',
