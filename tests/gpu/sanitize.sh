@@ -27,7 +27,7 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 TRI
 
 # Ours and PyTorch's elementwise kernels are checked; cuBLAS's and cuDNN's, whose names end otherwise, are not.
 filter=(--kernel-name kernel_substring=_kernel)
-# racecheck breaks cuBLAS's splitKreduce_kernel (an illegal access that memcheck does not see): for it, kernels by their names, any of which may fit.
+# Under racecheck a product of cuBLAS broke off (its splitKreduce_kernel, most likely; memcheck sees nothing): for it, kernels by name, any of which may fit.
 # The planted one stands between others: were the first filter or the last one all that counts, it would not be found.
 named=(--kernel-name kernel_substring=_delta_kernel --kernel-name kernel_substring=_planted_)
 for name in $(grep -rhoE '^def _[a-z0-9_]*_kernel\(' kernels/*.py | sed 's/^def //; s/($//' | sort -u); do named+=(--kernel-name "kernel_substring=$name"); done
