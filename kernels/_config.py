@@ -154,7 +154,10 @@ class Space:
 
 
 #: Files that decide what is launched, and how, beside a kernel's own.
-HELPERS = tuple(Path(__file__).parent / name for name in ("_config.py", "_maths.py", "_rows.py", "_triton.py"))
+HELPERS = tuple(
+    Path(__file__).parent / f"_{name}.py"
+    for name in ("config", "dense_weights", "maths", "products", "rows", "side_by_side", "triton")
+)
 
 
 @functools.cache

@@ -24,6 +24,11 @@ def whole_blocks(left: torch.Tensor, right: torch.Tensor) -> int:
     return terms - terms % BLOCK if terms > FEWEST and small else terms
 
 
+def sums_all(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether one product of cuBLAS, [M, K] and [K, N] of one dtype, has all terms."""
+    return left.element_size() != 2 or whole_blocks(left, right) == left.shape[1]
+
+
 def mm_single(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right of two half-precision matrices, [M, K] and [K, N], in fp32."""
     whole = whole_blocks(left, right)
@@ -33,9 +38,7 @@ def mm_single(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right of two matrices of one dtype, [M, K] and [K, N], in that dtype, rounded once."""
-    if left.element_size() == 2 and whole_blocks(left, right) != left.shape[1]:
-        return mm_single(left, right).to(left.dtype)
-    return torch.mm(left, right)
+    return torch.mm(left, right) if sums_all(left, right) else mm_single(left, right).to(left.dtype)
 
 
 def _single(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -95,7 +98,7 @@ def times(scale: float, x: torch.Tensor) -> torch.Tensor:
 
 def matmul_into(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """out[:] = left @ right; ``out`` may be columns of a larger matrix."""
-    if left.dtype == right.dtype == out.dtype:
+    if left.dtype == right.dtype == out.dtype and sums_all(left, right):
         torch.mm(left, right, out=out)
     else:
         out.copy_(matmul(left, right, out.dtype))

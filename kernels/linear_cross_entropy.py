@@ -441,7 +441,7 @@ def _forward_all(
         else:
             _forward_chunk(logits, labels[chunk], parts, maths, any(wanted[4:]))
         if wanted.unit_gradient:
-            _multiply(logits, head.weight, outputs[7][chunk])
+            products.matmul_into(outputs[7][chunk], logits, head.weight)
         gradients.add(logits, chunk, labels)
     return *outputs, *gradients.found()
 
@@ -543,14 +543,6 @@ def _empty_grads(
     )
 
 
-def _multiply(logits: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """``out`` = logits @ weight, over every column of an odd vocabulary: ``_products.py``."""
-    if logits.element_size() == 2 and products.whole_blocks(logits, weight) != logits.shape[1]:
-        out.copy_(products.mm_single(logits, weight))
-    else:
-        torch.mm(logits, weight, out=out)
-
-
 def _add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``total + a @ b`` in fp32 (fp64), in ``total``'s place, without rounding the product to the operands' dtype
     first. None: there is no total yet.
@@ -561,7 +553,7 @@ def _add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dt
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
     if total is None:
         return products.mm_single(a, b)
-    if products.whole_blocks(a, b) != a.shape[1]:
+    if not products.sums_all(a, b):
         return total.add_(products.mm_single(a, b))
     return torch.addmm(total, a, b, out_dtype=dtype, out=total)
 
@@ -685,7 +677,7 @@ def _backward_all(
         else:
             _backward_chunk(logits, labels[chunk], of_chunk, each, maths)
         if need_hidden:
-            _multiply(logits, head.weight, grad_hidden[chunk])
+            products.matmul_into(grad_hidden[chunk], logits, head.weight)
         gradients.add(logits, chunk, labels)
     return grad_hidden.to(hidden.dtype), *gradients.found()
 
@@ -828,10 +820,8 @@ class _SumOfScores(torch.autograd.Function):
         wanted = _Wanted(False, False, False, False, *ctx.needs_input_grad[:3])
         score, *_, unit, unit_weight, unit_bias = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
         ctx.save_for_backward(labels, unit, unit_weight, unit_bias)
-        ctx.ignore_index, ctx.dtypes = (
-            maths.ignore_index,
-            [None if x is None else x.dtype for x in (hidden, weight, bias)],
-        )
+        ctx.ignore_index = maths.ignore_index
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return score.sum()
 
     @staticmethod

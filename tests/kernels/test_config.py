@@ -138,7 +138,10 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rms_norm.FORWARD._kept) <= 3
 
 
-@pytest.mark.parametrize("edited", ["rms_norm.py", "_config.py", "_rows.py", "_triton.py"])
+HELPERS = ("config", "dense_weights", "maths", "products", "rows", "side_by_side", "triton")
+
+
+@pytest.mark.parametrize("edited", ["rms_norm.py", *(f"_{name}.py" for name in HELPERS)])
 def test_an_edit_of_what_decides_a_launch_is_another_source(
     edited: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

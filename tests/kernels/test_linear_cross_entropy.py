@@ -1126,13 +1126,6 @@ MUTANTS = (
         "tests/kernels/test_linear_cross_entropy.py -k every_label_is_ignored",
     ),
     Mutant(
-        "cross-entropy: the last columns of an odd vocabulary left to cuBLAS",
-        "kernels/linear_cross_entropy.py",
-        "if logits.element_size() == 2 and products.whole_blocks(logits, weight) != logits.shape[1]:",
-        "if False:",
-        "tests/kernels/test_linear_cross_entropy.py -k odd_sizes",
-    ),
-    Mutant(
         "cross-entropy: the last tokens of an odd number left to cuBLAS",
         "kernels/linear_cross_entropy.py",
         "self.weight = products.mm(logits.t(), states)",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastft.kernels._op import INTERPRET
-from fastft.kernels._products import BLOCK, mm, mm_single
+from fastft.kernels._products import BLOCK, matmul_into, mm, mm_single
 from tests.mutation._mutant import Mutant
 
 HALF = torch.float16 if INTERPRET else torch.bfloat16
@@ -24,7 +24,15 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("product", [mm_single, mm])
+def into(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Into columns of a larger matrix."""
+    out = torch.full((left.shape[0], right.shape[1] + 3), torch.nan, dtype=left.dtype, device=left.device)
+    matmul_into(out[:, :-3], left, right)
+    assert bool(out[:, -3:].isnan().all())
+    return out[:, :-3]
+
+
+@pytest.mark.parametrize("product", [mm_single, mm, into])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("m, n, k", SIZES, ids=str)
 def test_every_term_is_in_the_sum(m, n, k, strided, product, device):
@@ -76,8 +84,15 @@ MUTANTS = (
     Mutant(
         "products: of half precision in two roundings",
         "kernels/_products.py",
-        "        return mm_single(left, right).to(left.dtype)\n",
-        "        return torch.mm(left[:, :-1], right[:-1]) + torch.mm(left[:, -1:], right[-1:])\n",
+        "else mm_single(left, right).to(left.dtype)",
+        "else torch.mm(left[:, :-1], right[:-1]) + torch.mm(left[:, -1:], right[-1:])",
         "tests/kernels/test_products.py -k rounded_once",
+    ),
+    Mutant(
+        "products: into a matrix, the rest of a block left to cuBLAS",
+        "kernels/_products.py",
+        "left.dtype == right.dtype == out.dtype and sums_all(left, right):",
+        "left.dtype == right.dtype == out.dtype:",
+        "tests/kernels/test_linear_cross_entropy.py -k odd_sizes",
     ),
 )
