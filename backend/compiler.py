@@ -26,6 +26,7 @@ from fastft.normalise import normalise
 from fastft.offload import has_offloads
 from fastft.options import Options
 from fastft.outputs import LazyOutputs, drop_lazy, with_lazy
+from fastft.partitioner import save_what_leaves
 from fastft.reporting import MISSED, REPLACED, Report, Site
 from fastft.rewrite import Rewritten, module_path, rewrite
 from fastft.stamp import source_hash
@@ -101,6 +102,7 @@ def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs
     # 5. Plan: what the user put under checkpointing is recomputed layer by layer, cheap ops always.
     with step("planning", "torch decides what is recomputed"):
         done.plan |= _plan(counts, options)
+        save_what_leaves(gm.graph)
         gm.graph.lint()
         done.plan |= _not_taken(gm.graph, options)
     with _describing(done, options):

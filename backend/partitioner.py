@@ -127,6 +127,34 @@ def tag(joint: fx.GraphModule, outputs: int, regions: Regions, levels: Sequence[
                     one.meta["recompute"] = compat.MUST_SAVE
 
 
+def save_what_leaves(graph: fx.Graph) -> None:
+    """The same in a graph as Dynamo made it, for the regions that the user checkpoints: torch tags an item that another
+    region reads, and recomputes it nevertheless, with all that comes before, if the call that it is of may be.
+    """
+    for node in graph.nodes:
+        region = node.meta.get(REGION)
+        if node.meta.get("recompute") == compat.PREFER_RECOMPUTE and any(
+            u.op != "output" and u.meta.get(REGION) != region for u in node.users
+        ):
+            for one in _shown(node):
+                if one.meta.get(REGION) == region:
+                    one.meta["recompute"] = compat.MUST_SAVE
+
+
+def _shown(node: fx.Node) -> Iterator[fx.Node]:
+    """As :func:`_chain`, before AOTAutograd: an item or a view is what has the memory of an operand."""
+    while True:
+        yield node
+        below = [n for n in node.all_input_nodes if _memory(n) & _memory(node)]
+        if not below:
+            return
+        node = below[0]
+
+
+def _memory(node: fx.Node) -> set[int | None]:
+    return {compat.storage_of(t) for t in _tensors(node.meta.get("example_value"))} - {None}
+
+
 def _chain(node: fx.Node) -> Iterable[fx.Node]:
     """``node``, and what it is a view or an item of, to the call that made it."""
     yield node

@@ -11,7 +11,10 @@ import torch
 import transformers
 
 import fastft
+from fastft import _torch_compat as compat
 from fastft import reporting
+from fastft.compiler import transform
+from fastft.options import Options
 from fastft.patterns._match import Match, Table, Var, row
 
 VOCAB, LAYERS = 61, 2
@@ -77,6 +80,28 @@ def test_residual_inductor() -> None:
     report = fastft.report()
     assert report.counts["rms_norm"] == 3
     assert report.plan["recompute"] == "1 checkpointed regions recomputed in backward"
+
+
+@pytest.mark.parametrize("trained", ["all", "attention"])
+def test_checkpointed_layers_are_recomputed_one_by_one(trained: str) -> None:
+    """Also where a layer ends in an op with several results, a projection with the residual stream added."""
+    model = llama(3, checkpointing=True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(trained == "all" or "q_proj" in name or "embed" in name)
+    halves: list[Any] = []
+
+    def cut(*joint: Any) -> Any:
+        halves[:] = compat.partition(*joint)
+        return tuple(halves)
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        report = reporting.Report()
+        assert transform(gm, Options(lazy_logits=False), report) is None and report.counts["residual"] == 6
+        return compat.compile_with_aot_eager(gm, inputs, cut)
+
+    close(step(model, batch(), torch.compile(model, backend=backend)), step(model, batch()))
+    calls = [str(n.target).partition(".")[2] for n in halves[1].graph.nodes if "fastft.attention" in str(n.target)]
+    assert calls == ["attention.default", "attention_backward.default"] * 3
 
 
 def test_dropout_under_checkpointing() -> None:

@@ -17,6 +17,7 @@ import fastft
 from fastft import _torch_compat as compat
 from fastft import reporting
 from fastft.normalise import normalise
+from fastft.partitioner import save_what_leaves
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +81,25 @@ def test_recompute_never_forgets_the_permission() -> None:
     assert flat(gm)
     assert set(tags(gm).values()) == {None}
     assert not any("recompute" in n.meta for n in gm.graph.nodes)
+
+
+def test_what_leaves_a_region_is_saved() -> None:
+    """And what it is a view or an item of; nothing else, and nothing that only its own region reads."""
+
+    def body(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return (x.sin() @ w).cos().chunk(2, -1)[1].t()
+
+    def model(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = checkpoint(body, x, w, use_reentrant=False)
+        return x.sum()
+
+    gm = captured(model, torch.randn(4, 4, requires_grad=True), torch.randn(4, 8))
+    normalise(gm)
+    save_what_leaves(gm.graph)
+    inside = [n for n in gm.graph.nodes if "recompute" in n.meta]
+    # Both regions end alike, the second before a sum that is in neither.
+    assert [n.meta["recompute"] == compat.MUST_SAVE for n in inside] == [False, False, True, True, True, True] * 2
 
 
 def test_several_outputs_one_of_them_an_input() -> None:

@@ -526,6 +526,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_slicing.py -k does_not_fit",
     ),
     Mutant(
+        "checkpointing: what leaves a layer is recomputed with it",
+        "backend/partitioner.py",
+        "            for one in _shown(node):",
+        "            for one in (node,):",
+        "tests/backend/test_normalise.py::test_what_leaves_a_region_is_saved",
+    ),
+    Mutant(
+        "checkpointing: layers are recomputed all at once",
+        "backend/compiler.py",
+        "        save_what_leaves(gm.graph)\n",
+        "",
+        "'tests/backend/test_compiler.py::test_checkpointed_layers_are_recomputed_one_by_one[all]'",
+    ),
+    Mutant(
         "partitioner: what slices compute again takes no time",
         "backend/partitioner.py",
         "        computed = {**regions, **(again or {})}\n",
