@@ -32,14 +32,14 @@ filter=(--kernel-name kernel_substring=_kernel)
 named=(--kernel-name kernel_substring=_delta_kernel --kernel-name kernel_substring=_planted_)
 for name in $(grep -rhoE '^def _[a-z0-9_]*_kernel\(' kernels/*.py | sed 's/^def //; s/($//' | sort -u); do named+=(--kernel-name "kernel_substring=$name"); done
 check() { # TOOL LOG ARGUMENTS...: launch_all.py under a tool
-  local tool=$1 log=$2 options=()
+  local tool=$1 log=$2 options=() plain=()
   shift 2
   [[ $tool == memcheck ]] && options=(--report-api-errors no) # libraries ask for what may not be there, and handle the answer
-  [[ $tool == racecheck ]] && options=(--racecheck-report all) # each hazard with the values written, beside the summary of them
+  [[ $tool == racecheck ]] && plain=(--plain-products) options=(--racecheck-report all) # each hazard with the values written, beside the summary of them
   local only=("${filter[@]}")
   [[ $tool == racecheck && ${#filter[@]} != 0 ]] && only=("${named[@]}")
   timeout -k 5 "$(left)" "$sanitizer" --tool "$tool" "${options[@]}" "${only[@]}" --target-processes application-only --error-exitcode 9 \
-    --print-limit 20 "$python" tests/gpu/launch_all.py "$@" >"$log" 2>&1
+    --print-limit 20 "$python" tests/gpu/launch_all.py "${plain[@]}" "$@" >"$log" 2>&1
 }
 declare -A mistake=([memcheck]=out-of-bounds [racecheck]=race)
 declare -A evidence=([memcheck]='Invalid __global__ write' [racecheck]='[Rr]ace reported|[1-9][0-9]* hazards? displayed')
