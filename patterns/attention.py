@@ -24,8 +24,9 @@ import torch
 from torch import fx
 
 from fastft.autotune.variants import run
+from fastft.kernels._attention_mask import attention_mask, document_positions
 from fastft.kernels.attention import OP as ATTENTION
-from fastft.kernels.attention import attention, attention_mask, document_positions
+from fastft.kernels.attention import attention
 from fastft.patterns._match import (
     Bindings,
     Match,

@@ -17,7 +17,8 @@ import fastft.kernels
 from fastft import reporting
 from fastft.autotune import database
 from fastft.autotune import variants as module
-from fastft.kernels import attention as attention_file
+from fastft.kernels import _attention_routes as routes
+from fastft.kernels._attention_mask import attention_mask
 from fastft.kernels._op import OPS, Reason
 from fastft.options import OptionError, Options
 from tests.autotune import _mine
@@ -231,12 +232,12 @@ def test_triton_is_not_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     class CUDA:
         is_cuda, shape, dtype = True, (1, 2, 5, 4), torch.bfloat16
 
-    monkeypatch.setattr(attention_file, "_cudnn_takes", lambda *a: True)
-    monkeypatch.setattr(attention_file, "use_triton", lambda q: True)
+    monkeypatch.setattr(routes, "_cudnn_takes", lambda *a: True)
+    monkeypatch.setattr(routes, "use_triton", lambda q: True)
     q: Any = CUDA()
     arguments = (q, q, q, *(None,) * 8, True, 0, 0, 1.0, 0.0)
-    assert attention_file._Call(*arguments).backend == "cudnn"
-    assert attention_file._Call(*arguments, route="triton").backend == "triton"
+    assert routes.Call(*arguments).backend == "cudnn"
+    assert routes.Call(*arguments, route="triton").backend == "triton"
 
 
 def test_every_sample_of_attention_by_the_other_routes() -> None:
@@ -255,9 +256,9 @@ def flex_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(attention_file, "FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr(routes, "FLEX_DEVICES", ("cpu",))
     compiled = torch.compile(flex_attention.flex_attention, backend="aot_eager", dynamic=False)
-    monkeypatch.setattr(attention_file, "_compiled_flex", lambda: compiled)
+    monkeypatch.setattr(routes, "_compiled_flex", lambda: compiled)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -283,7 +284,7 @@ def test_flex_has_blocks_of_each_sequence(flex_on_a_cpu: None, monkeypatch: pyte
     )
     q = torch.randn(2, 1, 20, 16)
     for options in ({}, {"padding": torch.ones(2, 20)}, {"positions": torch.arange(20).expand(2, -1)}):
-        attention_file.attention_flex(q, q, q, causal=True, **options)
+        routes.attention_flex(q, q, q, causal=True, **options)
     assert made == [None, 2, 2]
 
 
@@ -293,14 +294,14 @@ def test_flex_refuses_what_it_does_not_do() -> None:
     for options, code in (
         ({"dense": torch.zeros(20, 20)}, "mask"),
         ({"causal": True, "padding": padding, "blind": "filled"}, "mask"),
-        ({"causal": True, "mask": attention_file.attention_mask(padding, None), "blind": "added"}, "mask"),
+        ({"causal": True, "mask": attention_mask(padding, None), "blind": "added"}, "mask"),
         ({"sinks": torch.zeros(2)}, "sinks"),
         ({"dropout_p": 0.1}, "dropout"),
         ({"causal": True}, "device"),
     ):
-        reason = attention_file.flex_supported(q, q, q, **options)  # type: ignore[arg-type]
+        reason = routes.flex_supported(q, q, q, **options)  # type: ignore[arg-type]
         assert reason is not None and reason.code == code, reason
-    narrow = attention_file.flex_supported(q[..., :8], q[..., :8], q)
+    narrow = routes.flex_supported(q[..., :8], q[..., :8], q)
     assert narrow is not None and narrow.code == "head_size"
 
 
@@ -315,7 +316,7 @@ def _as_a_graph(*qkv: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     names = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor)]
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
-        return attention_file.attention_flex(q, k, v, **{**kwargs, **dict(zip(names, given, strict=True))})
+        return routes.attention_flex(q, k, v, **{**kwargs, **dict(zip(names, given, strict=True))})
 
     traced = aot_function(call, fw_compiler=keep, bw_compiler=keep)
     found: torch.Tensor = traced(*qkv, *(kwargs[name] for name in names))

@@ -403,7 +403,7 @@ class Language:
         return self.grid[axis]
 
     def philox(self, seed: Any, *counters: Any) -> tuple[Block, ...]:
-        """As :func:`fastft.kernels.attention.kept` has it: integers, which expressions know nothing of."""
+        """As :func:`fastft.kernels._attention_mask.kept` has it: integers, which expressions know nothing of."""
         *counters, rounds = counters  # type: ignore[assignment]
         c = [np.asarray(n).astype(np.uint64) for n in counters]
         key = [int(np.asarray(seed)) & 0xFFFFFFFF, int(np.asarray(seed)) >> 32]

@@ -20,6 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tests.kernels._each import parts
+
 
 class _H100:
     """A driver that knows what it would compile for and can do nothing else."""
@@ -49,8 +51,8 @@ def stack_bytes(kernel: Any) -> int:
 
 @contextlib.contextmanager
 def compiling(*modules: Any) -> Iterator[list[Any]]:
-    """Within, launches by these kernel files compile only; the list fills with the compiled kernels (``.metadata``,
-    ``.asm``)."""
+    """Within, launches by these kernel files and their parts compile only; the list fills with the compiled kernels
+    (``.metadata``, ``.asm``)."""
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -61,6 +63,7 @@ def compiling(*modules: Any) -> Iterator[list[Any]]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(driver, "_active", _H100()))
         stack.enter_context(mock.patch.object(JITFunction, "run", warm_up))
-        for module in modules:
-            stack.enter_context(mock.patch.object(module, "use_triton", lambda x: True))
+        for part in (part for module in modules for part in parts(module.__name__.rpartition(".")[2])):
+            if hasattr(part, "use_triton"):
+                stack.enter_context(mock.patch.object(part, "use_triton", lambda x: True))
         yield compiled

@@ -17,10 +17,15 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from fastft.compare import assert_within, compare, rounding
+from fastft.kernels import _attention_mask as masks
+from fastft.kernels import _attention_pytorch as pytorch
+from fastft.kernels import _attention_routes as routes
 from fastft.kernels import attention as module
+from fastft.kernels._attention_mask import attention_mask, visible
+from fastft.kernels._attention_routes import supported
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
-from fastft.kernels.attention import attention, reference, supported, visible
+from fastft.kernels.attention import attention, reference
 from tests.kernels._derivations import Array, Derivation
 from tests.kernels._expressions import ratio
 from tests.kernels._fuzz import Draw, flags
@@ -144,7 +149,7 @@ def eager(q, k, v, mask, blind, *, scale, softcap, sinks, dropout_p, seed):
     wide = torch.promote_types(q.dtype, torch.float32)
     p = F.softmax(s, -1, dtype=wide)[..., : k.shape[2]].to(q.dtype)
     if dropout_p:
-        p = p * module.kept(seed, *p.shape, dropout_p) / (1 - dropout_p)
+        p = p * masks.kept(seed, *p.shape, dropout_p) / (1 - dropout_p)
     return p @ v
 
 
@@ -301,7 +306,7 @@ def test_opcheck(case: Case) -> None:
     if mask["padding"] is not None or mask["positions"] is not None:
         args = (mask["padding"], mask["positions"], mask["chunk"])
         torch.library.opcheck(torch.ops.fastft.attention_mask.default, args)
-        found = module.attention_mask(*args)
+        found = attention_mask(*args)
     operands = (*found[:4], mask["dense"], found[4], sinks[0] if sinks else None, mask["seed"])
     rest = (*operands, case.causal, case.window, case.chunk, 0.25, 0.0, case.dropout_p)
     torch.library.opcheck(torch.ops.fastft.attention.default, (q, k, v, *rest))
@@ -311,7 +316,7 @@ def test_opcheck(case: Case) -> None:
         torch.library.opcheck(torch.ops.fastft.attention_backward.default, args)
 
 
-KINDS = {"": module.PLAIN, "none": module.PLAIN, "holes": module.HOLES}
+KINDS = {"": masks.PLAIN, "none": masks.PLAIN, "holes": masks.HOLES}
 
 
 @pytest.mark.parametrize("chunk", [0, 7])
@@ -326,23 +331,23 @@ def test_mask_op(padding: str, packed: bool, chunk: int) -> None:
     pad = padding_mask(padding, 2, s)
     positions = packed_positions(2, s) if packed else None
     pad, positions = (t if t is None else t.to(DEVICE) for t in (pad, positions))
-    start, stop, end, keep, kind = module.attention_mask(pad, positions, chunk)
-    module._arrived(kind)
-    wanted_kind = KINDS.get(padding, module.INTERVALS)
-    if packed and wanted_kind == module.PLAIN:
-        wanted_kind = module.INTERVALS
-    assert kind.device.type == "cpu" and int(kind) % module.BLIND == wanted_kind
+    start, stop, end, keep, kind = attention_mask(pad, positions, chunk)
+    masks.arrived(kind)
+    wanted_kind = KINDS.get(padding, masks.INTERVALS)
+    if packed and wanted_kind == masks.PLAIN:
+        wanted_kind = masks.INTERVALS
+    assert kind.device.type == "cpu" and int(kind) % masks.BLIND == wanted_kind
     seen = (order >= start[:, :, None]) & (order <= order[:, None])
     if pad is None:
         assert end is None and keep is None
     else:
         seen &= (
-            keep.bool()[:, None, :] if int(kind) % module.BLIND == module.HOLES else (order < end[:, None])[:, None, :]
+            keep.bool()[:, None, :] if int(kind) % masks.BLIND == masks.HOLES else (order < end[:, None])[:, None, :]
         )
     wanted = visible(s, s, DEVICE, causal=True, chunk=chunk, padding=pad, positions=positions)[:, 0]
     assert torch.equal(seen, wanted.expand_as(seen))
     # What is said to see, sees.
-    assert int(kind) & module.BLIND or bool(wanted.any(-1).all())
+    assert int(kind) & masks.BLIND or bool(wanted.any(-1).all())
     # No query sees a key from its stop on, and none before, from the key itself, is hidden by its start.
     assert torch.equal(stop[:, :, None] > order, (order[:, None] >= start[:, None, :]))
 
@@ -442,21 +447,21 @@ def test_tiles_outside_of_the_mask_are_not_visited(kind: str) -> None:
 
 def test_the_kind_of_mask_is_waited_for_once() -> None:
     """Until it arrives, its memory holds what is right for every mask."""
-    kind = torch.tensor(module.HOLES | module.BLIND, dtype=torch.int8)
+    kind = torch.tensor(masks.HOLES | masks.BLIND, dtype=torch.int8)
     waited: list[int] = []
 
     class Event:
         def synchronize(self) -> None:
-            waited.append(int(kind.fill_(module.PLAIN)))
+            waited.append(int(kind.fill_(masks.PLAIN)))
 
-    module._COMING[kind.data_ptr()] = Event()
-    assert [module._arrived(kind) for _ in range(3)] == [module.PLAIN] * 3 and waited == [module.PLAIN]
+    masks._COMING[kind.data_ptr()] = Event()
+    assert [masks.arrived(kind) for _ in range(3)] == [masks.PLAIN] * 3 and waited == [masks.PLAIN]
 
 
 def test_documents_alone_are_intervals() -> None:
     """Whatever they are: nothing is looked at that only the device knows."""
     for positions in (torch.arange(9)[None], torch.zeros(1, 9, dtype=torch.int64)):
-        assert int(module.attention_mask(None, positions.to(DEVICE))[4]) == module.INTERVALS
+        assert int(attention_mask(None, positions.to(DEVICE))[4]) == masks.INTERVALS
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
@@ -467,7 +472,7 @@ def test_nothing_waits_for_the_device(kind: str) -> None:
     do = torch.randn(2, 2, 300, 16, device=DEVICE, dtype=HALF)
 
     def layer(*t: torch.Tensor) -> torch.Tensor:
-        found = module.attention_mask(mask["padding"], mask["positions"])
+        found = attention_mask(mask["padding"], mask["positions"])
         return attention(*t, causal=True, mask=found, dropout_p=0.1)
 
     once = run(layer, tensors, do)  # what is compiled, is
@@ -491,7 +496,7 @@ def test_dropout_draws_from_the_generator() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
     torch.manual_seed(7)
-    mask["seed"] = module.new_seed(tensors[0])
+    mask["seed"] = masks.new_seed(tensors[0])
     seeded = run(called(attention, mask), tensors, do)
     assert all(torch.equal(a, b) for a, b in zip(first, seeded, strict=True))
 
@@ -499,7 +504,7 @@ def test_dropout_draws_from_the_generator() -> None:
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_keeps_as_many_as_it_says(p: float) -> None:
     """Of all weights, of each head's, query's and key's; neighbours and other seeds know nothing of each other."""
-    one, two = (module.kept(torch.tensor([s]), 3, 4, 100, 90, p).float() for s in (1, 2))
+    one, two = (masks.kept(torch.tensor([s]), 3, 4, 100, 90, p).float() for s in (1, 2))
     for axes, count in (((0, 1, 2, 3), 108000), ((2, 3), 9000), ((0, 1, 3), 1080), ((0, 1, 2), 1200)):
         share = one.mean(axes)
         assert ((share - (1 - p)).abs() <= 5 * (p * (1 - p) / count) ** 0.5).all()
@@ -511,8 +516,8 @@ def test_dropout_keeps_as_many_as_it_says(p: float) -> None:
 
 def test_dropout_of_philox() -> None:
     """The numbers of Random123's own test vectors, for seven rounds."""
-    keep = module.kept(torch.zeros(1, dtype=torch.int64), 1, 1, 1, 1, 0x5F6FB709 / 2**32)
-    more = module.kept(torch.zeros(1, dtype=torch.int64), 1, 1, 1, 1, (0x5F6FB709 + 2) / 2**32)
+    keep = masks.kept(torch.zeros(1, dtype=torch.int64), 1, 1, 1, 1, 0x5F6FB709 / 2**32)
+    more = masks.kept(torch.zeros(1, dtype=torch.int64), 1, 1, 1, 1, (0x5F6FB709 + 2) / 2**32)
     assert bool(keep) and not bool(more)
 
 
@@ -664,7 +669,7 @@ def _flash(q, k, v, cu, of_keys, longest, longest_key, p, causal, *, scale, wind
 def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """FlashAttention on a CPU; what was called of it."""
     called: list[str] = []
-    monkeypatch.setattr(module, "_on_gpu", lambda q: True)
+    monkeypatch.setattr(routes, "_on_gpu", lambda q: True)
 
     def forward(q, k, v, *lengths, **options):
         called.append("forward")
@@ -700,16 +705,16 @@ def test_varlen_is_called_as_it_is_to_be(case: Case, flash: list[str]) -> None:
 @pytest.mark.skipif(CUDA, reason="there it is called itself")
 def test_varlen_looks_once_at_a_mask(flash: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """For all layers that are given it, and again at another one in its place."""
-    monkeypatch.setattr(module, "_LAST", [lambda: None, 0, None])
+    monkeypatch.setattr(pytorch, "_LAST", [lambda: None, 0, None])
     (q, k, v), mask = inputs(Case(packed=True), torch.float32)
     looks: list[int] = []
     stock = torch.Tensor.nonzero
     monkeypatch.setattr(torch.Tensor, "nonzero", lambda self, **kw: looks.append(1) or stock(self, **kw))
-    found = module.attention_mask(None, mask["positions"])
+    found = attention_mask(None, mask["positions"])
     for _ in range(3):
         module.attention_varlen(q, k, v, causal=True, mask=found)
     assert len(looks) == 1
-    found[0].copy_(module.attention_mask(None, torch.arange(44).expand(2, -1))[0])
+    found[0].copy_(attention_mask(None, torch.arange(44).expand(2, -1))[0])
     out = module.attention_varlen(q, k, v, causal=True, mask=found)
     assert len(looks) == 2
     torch.testing.assert_close(out, reference(q, k, v, causal=True), rtol=1e-4, atol=1e-5)
@@ -721,7 +726,7 @@ def test_varlen_looks_once_at_a_mask(flash: list[str], monkeypatch: pytest.Monke
         ("mask", {"causal": False}),
         ("mask", {"chunk": 5}),
         ("mask", {"padding": torch.ones(2, 44)}),
-        ("mask", {"mask": module.attention_mask(torch.ones(2, 44, device=DEVICE), None)}),
+        ("mask", {"mask": attention_mask(torch.ones(2, 44, device=DEVICE), None)}),
         ("mask", {"dense": torch.zeros(44, 44)}),
         ("softcap", {"softcap": 2.0}),
         ("sinks", {"sinks": torch.zeros(2)}),
@@ -735,7 +740,7 @@ def test_varlen_looks_once_at_a_mask(flash: list[str], monkeypatch: pytest.Monke
 def test_what_varlen_refuses(code: str, change: dict) -> None:
     change = dict(change)
     tensors, mask = inputs(Case(dv=change.pop("d_v", 16)), change.pop("dtype", torch.float16))
-    reason = module.varlen_supported(*(t.cpu() for t in tensors), **{**mask, **change})
+    reason = routes.varlen_supported(*(t.cpu() for t in tensors), **{**mask, **change})
     assert reason is not None and reason.code == code, reason
 
 
@@ -743,7 +748,7 @@ def test_what_varlen_refuses(code: str, change: dict) -> None:
 @pytest.mark.parametrize("case", [*VARLEN, *(c for c in LARGE if c.packed or c.window)], ids=str)
 def test_varlen_on_cuda(case: Case) -> None:
     tensors, mask = inputs(case, HALF)
-    if called(module.varlen_supported, mask)(*tensors) is not None:
+    if called(routes.varlen_supported, mask)(*tensors) is not None:
         pytest.skip("not supported")
     do = torch.randn(case.b, case.hq, case.sq, case.dv).to(DEVICE, HALF)
     ours = run(called(module.attention_varlen, mask), tensors, do)
@@ -856,7 +861,7 @@ def _attention_case(d: Draw) -> Sample:
         options["dropout_p"] = d(st.sampled_from((0.1, 0.5)))
         options["seed"] = d.integers(2**62, 1)
     elif "sinks" not in options and "dense" not in options:
-        options["blind"] = d(st.sampled_from(module.BLINDS))
+        options["blind"] = d(st.sampled_from(masks.BLINDS))
 
     def rows(length: int, count: int, width: int) -> torch.Tensor:
         return d.tensor(batch, length, count, width, scale=1.0, grad=True).detach().transpose(1, 2).requires_grad_()
@@ -928,7 +933,7 @@ def _attention_derivations() -> list[Derivation]:
     holes = torch.tensor([[1, 0, 1]])
     documents = torch.tensor([[0, 1, 0, 1]])
     seed = torch.tensor([2**33 + 5])
-    keeps = module.kept(seed, 1, 2, 3, 3, 0.25).numpy()
+    keeps = masks.kept(seed, 1, 2, 3, 3, 0.25).numpy()
     assert 0 < keeps.sum() < keeps.size
     return [
         derive("a row of scores", 1, 2, {}, {}, (1, 1, 1, 2), simplify=("PyTorch",)),
@@ -1059,50 +1064,67 @@ MUTANTS = (
     ),
     Mutant(
         "attention: PyTorch dv of one head",
-        "kernels/attention.py",
+        "kernels/_attention_pytorch.py",
         "return x.unflatten(1, (-1, group)).sum(2,",
         "return x.unflatten(1, (-1, group))[:, :, :1].sum(2,",
         'tests/kernels/test_attention.py -k "forward_and_gradients"',
     ),
     Mutant(
         "attention: documents run into each other",
-        "kernels/attention.py",
+        "kernels/_attention_mask.py",
         "return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1",
         "return torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) > 1",
         "tests/kernels/test_attention.py::test_mask_op[none-True-0]",
     ),
     Mutant(
         "attention: the kind of mask is not waited for",
-        "kernels/attention.py",
+        "kernels/_attention_mask.py",
         "        event.synchronize()\n",
         "        pass\n",
         "tests/kernels/test_attention.py -k waited_for",
     ),
     Mutant(
         "attention: documents are looked at",
-        "kernels/attention.py",
+        "kernels/_attention_mask.py",
         "    if padding is None:\n        return start, stop, end, keep, kind.fill_(INTERVALS)\n",
         "",
         "tests/kernels/test_attention.py -k documents_alone",
     ),
     *(
         Mutant(
-            f"attention: varlen, {name}", "kernels/attention.py", old, new, "tests/kernels/test_attention.py -k varlen"
+            f"attention: varlen, {name}", f"kernels/{file}.py", old, new, "tests/kernels/test_attention.py -k varlen"
         )
-        for name, old, new in (
-            ("the last mask's documents", "if _LAST[0]() is not call.start or _LAST[1] !=", "if False and _LAST[1] !="),
+        for name, file, old, new in (
+            (
+                "the last mask's documents",
+                "_attention_pytorch",
+                "if _LAST[0]() is not call.start or _LAST[1] !=",
+                "if False and _LAST[1] !=",
+            ),
             (
                 "a mask that was written to",
+                "_attention_pytorch",
                 "is not call.start or _LAST[1] != call.start._version:",
                 "is not call.start:",
             ),
-            ("a window one too wide", '"window_size_left": call.window - 1', '"window_size_left": call.window'),
+            (
+                "a window one too wide",
+                "_attention_pytorch",
+                '"window_size_left": call.window - 1',
+                '"window_size_left": call.window',
+            ),
             (
                 "heads and sequences change places",
+                "_attention_pytorch",
                 "stats.unflatten(1, (call.batch, -1)).transpose(0, 1)",
                 "stats.view(lse.shape)",
             ),
-            ("padding", "    if o.padding is not None or (o.mask is", "    if False or (False and o.mask is"),
+            (
+                "padding",
+                "_attention_routes",
+                "    if o.padding is not None or (o.mask is",
+                "    if False or (False and o.mask is",
+            ),
         )
     ),
     Mutant(
@@ -1122,7 +1144,7 @@ MUTANTS = (
             old,
             new,
             f'tests/kernels/test_attention.py -k "forward_and_gradients and {which}"',
-            interpret=file.startswith("_"),
+            interpret=file == "_attention_triton",
         )
         for name, which, file, old, new in (
             (
@@ -1149,7 +1171,7 @@ MUTANTS = (
             (
                 "PyTorch's sink without a gradient",
                 "sinks",
-                "attention",
+                "_attention_pytorch",
                 "dsinks.copy_(-(weight",
                 "dsinks.copy_(0 * (weight",
             ),
@@ -1185,7 +1207,7 @@ MUTANTS = (
             (
                 "PyTorch's dp without dropout",
                 "dropout",
-                "attention",
+                "_attention_pytorch",
                 "    ds = p * (dp - delta)\n",
                 "    ds = p * (do @ v.to(compute).repeat_interleave(call.group, 1).transpose(-1, -2) - delta)\n",
             ),
@@ -1207,7 +1229,7 @@ MUTANTS = (
             (
                 "queries before the first token see",
                 "blind",
-                "attention",
+                "_attention_mask",
                 "sighted = ~left.any() & whole if",
                 "sighted = whole if",
             ),

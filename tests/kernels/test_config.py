@@ -170,7 +170,10 @@ def test_an_edit_of_a_part_is_another_source(tmp_path: Path) -> None:
 
     file = attention.CONFIGS["dq"].file
     parts = _config.parts_of(file)
-    assert [part.name for part in parts] == ["attention.py", "_attention_triton.py"]
+    assert [part.name for part in parts] == [
+        "attention.py",
+        *(f"_attention_{name}.py" for name in ("mask", "pytorch", "routes", "triton")),
+    ]
     for part in parts:
         (tmp_path / part.name).write_bytes(part.read_bytes())
     assert _config.source_of(tmp_path / file.name) == _config.source_of(file)

@@ -1037,7 +1037,7 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
             (
                 "the document before",
-                "kernels/attention",
+                "kernels/_attention_mask",
                 "torch.searchsorted(cu_seqlens, order, right=True) - 1",
                 "torch.searchsorted(cu_seqlens, order) - 1",
             ),
@@ -1046,7 +1046,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *(
         Mutant(
             f"attention by flex: {name}",
-            "kernels/attention.py",
+            "kernels/_attention_routes.py",
             old,
             new,
             "tests/autotune/test_variants.py -k 'flex and not is_taken'",

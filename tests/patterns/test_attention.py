@@ -14,7 +14,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from fastft import _torch_compat as compat
 from fastft.compare import assert_within
-from fastft.kernels.attention import attention, attention_mask
+from fastft.kernels._attention_mask import attention_mask
+from fastft.kernels.attention import attention
 from fastft.normalise import normalise
 from fastft.options import Options
 from fastft.patterns.attention import rounded_attention

@@ -11,7 +11,8 @@ import torch
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from fastft.kernels.attention import attention, attention_mask
+from fastft.kernels._attention_mask import attention_mask
+from fastft.kernels.attention import attention
 from tests.patterns._sites import rewritten
 
 B, HQ, HK, S, D = 2, 4, 2, 24, 16

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import fx
 
+from fastft.kernels._attention_mask import visible
 from fastft.kernels._op import Reason
-from fastft.kernels.attention import visible
 from fastft.patterns.masks import Structure, recover
 
 B, S = 2, 24
