@@ -232,10 +232,14 @@ def _forward_kernel(
 
 @jit
 def _delta_kernel(
-    do_ptr, out_ptr, lse_ptr, sinks_ptr, delta_ptr, dsinks_ptr, do_b, do_h, do_s, o_b, o_h, o_s, Hq, Sq, tiles,
-    DV: tl.constexpr, HAS_SINKS: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    do_ptr, out_ptr, lse_ptr, sinks_ptr, delta_ptr, dsinks_ptr, asked_ptr,
+    do_b, do_h, do_s, o_b, o_h, o_s, Hq, Sq, tiles,
+    DV: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_ASKED: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """δ = Σ_d do · out, one fp32 number for each query and head; −Σ p δ over the tile: of a sink's gradient."""
+    """δ = Σ_d do · out, one fp32 number for each query and head; −Σ p δ over the tile: of a sink's gradient; queries of
+    the head up to the last one that a gradient comes to (``asked``, 0 before).
+    """
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
     b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
@@ -247,6 +251,9 @@ def _delta_kernel(
     out = tl.load(out_ptr + b * o_b + h * o_h + at[:, None] * o_s + dv[None, :], mask=mask, other=0.0).to(tl.float32)
     delta = tl.sum(do * out, 1)
     tl.store(delta_ptr + head.to(tl.int64) * Sq + rows, delta, mask=rows < Sq)
+    if HAS_ASKED:
+        asked = tl.sum((do != 0.0).to(tl.int32), 1) > 0
+        tl.atomic_max(asked_ptr + head, tl.max(tl.where(asked, rows + 1, 0), 0))
     if HAS_SINKS:
         lse = tl.load(lse_ptr + head.to(tl.int64) * Sq + rows, mask=rows < Sq, other=float("inf"))
         p = exp2(tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634 - lse)
@@ -295,13 +302,13 @@ def _dq_tiles(
 
 @jit
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, start_ptr, end_ptr, keep_ptr, dense_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, start_ptr, end_ptr, keep_ptr, asked_ptr, dense_ptr, seed_ptr,
     dq_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dq_b, dq_h, dq_s, dense_b, dense_h, dense_m, dense_n,
     Hq, Sq, Sk, tiles, scale,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
-    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_ASKED: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr,
     DROP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -345,6 +352,10 @@ def _dq_kernel(
     if CAUSAL:
         hi = tl.minimum(Sk, m0 + BLOCK_M)
         outer = tl.minimum(Sk, m0 + 1) // BLOCK_N * BLOCK_N
+    if HAS_ASKED:  # no gradient comes to these queries: padding behind the last token
+        asked = tl.load(asked_ptr + head)
+        hi = tl.where(m0 < asked, hi, 0)
+        outer = tl.where(m0 < asked, outer, 0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if EDGES:
         lo = tl.maximum(_first_key(m0, start_ptr, WINDOW, CHUNK, HAS_START), 0) // BLOCK_N * BLOCK_N
@@ -423,13 +434,13 @@ def _dkdv_tiles(
 
 @jit
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, stop_ptr, end_ptr, keep_ptr, dense_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, stop_ptr, end_ptr, keep_ptr, asked_ptr, dense_ptr, seed_ptr,
     dk_ptr, dv_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_h, do_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
     dense_b, dense_h, dense_m, dense_n, Hq, Sq, Sk, tiles, scale,
     D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
-    HAS_PADDING: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_ASKED: tl.constexpr, DENSE: tl.constexpr, SOFTCAP: tl.constexpr,
     DROP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -479,20 +490,24 @@ def _dkdv_kernel(
         lse_at = lse_ptr + (b * Hq + hq) * Sq
         delta_at = delta_ptr + (b * Hq + hq) * Sq
         dense_at = dense_ptr + b * dense_b + hq * dense_h + tl.minimum(at, Sk - 1) * dense_n
+        past_full, past_last = outer, hi
+        if HAS_ASKED:
+            past_last = tl.minimum(hi, tl.load(asked_ptr + b * Hq + hq))
+            past_full = tl.minimum(outer, past_last // BLOCK_M * BLOCK_M)
         # Queries in three runs, as the forward's keys: the diagonal, those that see the whole tile, the far edge.
         if CAUSAL:
             dk, dv = _dkdv_tiles(
-                dk, dv, k, v, cols, past, lo, tl.minimum(inner, hi),
+                dk, dv, k, v, cols, past, lo, tl.minimum(inner, past_last),
                 q_at, do_at, lse_at, delta_at, dense_at, seed, b * Hq + hq, scale, Sq, Sk, q_s, do_s, dense_m, d, e,
                 D, DV, CAUSAL, SOFTCAP, DENSE, True, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
             )  # fmt: skip
         dk, dv = _dkdv_tiles(
-            dk, dv, k, v, cols, past, inner, outer,
+            dk, dv, k, v, cols, past, inner, past_full,
             q_at, do_at, lse_at, delta_at, dense_at, seed, b * Hq + hq, scale, Sq, Sk, q_s, do_s, dense_m, d, e,
             D, DV, CAUSAL, SOFTCAP, DENSE, False, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
         )  # fmt: skip
         dk, dv = _dkdv_tiles(
-            dk, dv, k, v, cols, past, tl.maximum(inner, outer), hi,
+            dk, dv, k, v, cols, past, tl.maximum(inner, past_full), past_last,
             q_at, do_at, lse_at, delta_at, dense_at, seed, b * Hq + hq, scale, Sq, Sk, q_s, do_s, dense_m, d, e,
             D, DV, CAUSAL, SOFTCAP, DENSE, True, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
         )  # fmt: skip

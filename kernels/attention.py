@@ -252,20 +252,29 @@ def _constants(call: Call, kernel: str, q: torch.Tensor) -> dict[str, Any]:
         call.causal, call.window, call.chunk, start, end, call.holes, dense, bool(call.softcap),
         bool(call.dropout_p),
     )  # fmt: skip
-    forward = {}
-    if kernel == "forward":
-        forward["HAS_SINKS"] = call.sinks is not None
+    own = {}
+    if kernel != "forward":
+        own["HAS_ASKED"] = _looks_at_gradients(call)
+    else:
+        own["HAS_SINKS"] = call.sinks is not None
         # e^±60, times many keys and a large v, is in reach of fp32 and of bf16; e^±10 of fp16.
         capped = 0 < call.softcap <= (10 if q.dtype == torch.float16 else 60)
-        forward["BOUNDED"] = capped and call.sinks is None and dense != 2
+        own["BOUNDED"] = capped and call.sinks is None and dense != 2
     return {
         "D": call.d, "DV": call.d_v, "GROUP": call.group,
         "CAUSAL": call.causal, "WINDOW": call.window, "CHUNK": call.chunk,
         "HAS_START": start, "HAS_END": end, "HAS_PADDING": call.holes, "DENSE": dense, "SOFTCAP": call.softcap,
-        **forward, "DROP": threshold(call.dropout_p), "KEPT": 1 / (1 - call.dropout_p),
+        **own, "DROP": threshold(call.dropout_p), "KEPT": 1 / (1 - call.dropout_p),
         "BLOCK_D": d, "BLOCK_DV": d_v, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         **tiles,
     }  # fmt: skip
+
+
+def _looks_at_gradients(call: Call) -> bool:
+    """Whether the backward leaves out what comes behind the last query that has a gradient: where there is padding,
+    which no loss is for, its queries have none.
+    """
+    return call.keep is not None
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -368,10 +377,13 @@ def _backward_by(
     block, sinks = 64, call.sinks is not None and dsinks.numel() > 0
     tiles = triton.cdiv(call.q_length, block)
     partial = lse.new_empty((call.batch, call.heads, tiles) if sinks else 0)
+    looks = _looks_at_gradients(call)
+    asked = lse.new_zeros((call.batch, call.heads), dtype=torch.int32) if looks else seed
     _delta_kernel[(tiles * call.batch * call.heads,)](
-        do, out, lse, _or(call.sinks, q), delta, partial,
+        do, out, lse, _or(call.sinks, q), delta, partial, asked,
         *do.stride()[:3], *out.stride()[:3], call.heads, call.q_length, tiles,
-        DV=call.d_v, HAS_SINKS=sinks, BLOCK_DV=triton.next_power_of_2(call.d_v), BLOCK_M=block, **SAME_SUMS,
+        DV=call.d_v, HAS_SINKS=sinks, HAS_ASKED=looks,
+        BLOCK_DV=triton.next_power_of_2(call.d_v), BLOCK_M=block, **SAME_SUMS,
     )  # fmt: skip
     if sinks:
         dsinks.copy_(partial.sum((0, 2)))
@@ -379,7 +391,7 @@ def _backward_by(
         constants = _constants(call, "dq", q)
         tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])
         _dq_kernel[(tiles * call.batch * call.heads,)](
-            q, k, v, do, lse, delta, start, end, keep, dense, seed, dq,
+            q, k, v, do, lse, delta, start, end, keep, asked, dense, seed, dq,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dq.stride()[:3], *dense_strides,
             call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
         )  # fmt: skip
@@ -387,7 +399,7 @@ def _backward_by(
         constants = _constants(call, "dkdv", q)
         tiles = triton.cdiv(call.k_length, constants["BLOCK_N"])
         _dkdv_kernel[(tiles * call.batch * k.shape[1],)](
-            q, k, v, do, lse, delta, stop, end, keep, dense, seed, dk, dv,
+            q, k, v, do, lse, delta, stop, end, keep, asked, dense, seed, dk, dv,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
             *dense_strides, call.heads, call.q_length, call.k_length, tiles, call.scale, **constants,
         )  # fmt: skip

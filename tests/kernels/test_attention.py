@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -262,6 +263,44 @@ def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
             continue
         assert_within(f"{name} ({case}, {dtype})", a, b, e, length=max(case.sk, case.d))
     assert ours[0].transpose(1, 2).is_contiguous()
+
+
+TAILS = [
+    Case(padding="right"),
+    Case(padding="left", hq=4, hk=2, sq=150, sk=150),
+    Case(padding="holes", window=20, sq=150, sk=150),
+    Case(padding="right", softcap=3.0, sinks=True, sq=150, sk=150, hq=4, hk=2, d=24),
+    Case(padding="right", causal=False, sq=150, sk=150),
+    Case(padding="all", blind="filled", sq=150, sk=150),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("case", TAILS, ids=str)
+def test_queries_that_no_gradient_comes_to(case: Case, dtype: torch.dtype) -> None:
+    """Behind another query in every head, in one behind none, in one behind all of them."""
+    tensors, mask = inputs(case, dtype)
+    do = torch.randn(case.b, case.hq, case.sq, case.dv).to(DEVICE, dtype)
+    last = torch.tensor([0, case.sq, 129, case.sq // 2 + 1] * case.b)[: case.b * case.hq].to(DEVICE)
+    do *= (torch.arange(case.sq, device=DEVICE) < last.view(case.b, case.hq, 1)).unsqueeze(-1)
+    do[:, :, case.sq // 4] = 0  # one in between
+    ours, theirs = (run(called(f, mask), tensors, do) for f in (attention, sdpa))
+    exact = run(called(reference, mask), [t.double() for t in tensors], do.double())
+    for name, a, b, e in zip(("out", "dq", "dk", "dv"), ours, theirs, exact, strict=False):
+        assert_within(f"{name} ({case}, {dtype})", a, b, e, length=max(case.sk, case.d))
+
+
+@pytest.mark.skipif(not (INTERPRET or CUDA), reason="of the Triton kernels")
+def test_padding_costs_the_backward_nothing() -> None:
+    """Queries behind the last one that has a gradient are not read: NaNs there reach no gradient of others."""
+    case = Case(b=1, sq=512, sk=512, d=32, dv=32, padding="right")
+    (q, k, v), mask = inputs(case, torch.float32)
+    do = torch.randn(1, 2, 512, 32, device=DEVICE)
+    do[:, :, 128:] = 0
+    wanted = run(called(attention, mask), [q, k, v], do)[1:]
+    q[:, :, 128:] = math.nan
+    for found, expected in zip(run(called(attention, mask), [q, k, v], do)[1:], wanted, strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("case", CASES[:26] + CASES[32:], ids=str)
@@ -983,6 +1022,7 @@ DERIVATIONS = {"attention": _attention_derivations}
 
 SMALL_TILES = {"_tiles": lambda *_: {"BLOCK_M": 2, "BLOCK_N": 2, "num_warps": 1, "num_stages": 1}}
 
+GRADIENTLESS = "no_gradient_comes_to and float32"
 MUTANTS = (
     Mutant(
         "attention: causal off by one",
@@ -1082,6 +1122,34 @@ MUTANTS = (
         "        event.synchronize()\n",
         "        pass\n",
         "tests/kernels/test_attention.py -k waited_for",
+    ),
+    *(
+        Mutant(
+            f"attention: queries without a gradient, {name}",
+            "kernels/_attention_triton.py",
+            old,
+            new,
+            f"tests/kernels/test_attention.py -k '{test}'",
+            interpret=True,
+        )
+        for name, old, new, test in (
+            ("one too many left out", "tl.where(asked, rows + 1, 0)", "tl.where(asked, rows, 0)", GRADIENTLESS),
+            ("dq for the head before", "asked = tl.load(asked_ptr + head)", "asked = tl.load(asked_ptr)", GRADIENTLESS),
+            (
+                "dk and dv for another head",
+                "tl.load(asked_ptr + b * Hq + hq)",
+                "tl.load(asked_ptr + b * Hq)",
+                GRADIENTLESS,
+            ),
+            (
+                "the last tile is not whole",
+                "past_full = tl.minimum(outer, past_last // BLOCK_M * BLOCK_M)",
+                "past_full = outer",
+                "padding_costs",
+            ),
+            ("dq is computed", "        hi = tl.where(m0 < asked, hi, 0)\n", "", "padding_costs"),
+            ("dk is computed", "tl.minimum(hi, tl.load(asked_ptr + b * Hq + hq))", "hi", "padding_costs"),
+        )
     ),
     Mutant(
         "attention: documents are looked at",
