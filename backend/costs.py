@@ -295,8 +295,8 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
         (tokens, width), vocab, item = given["hidden"].shape, given["weight"].shape[0], given["dtype"].itemsize
         if given["way"] != "chunks":
             return lambda size: fused.scratch(size(tokens), size(width), name.endswith("_backward"))
-        trained = width if given.get("unit_weight") or given.get("need_weight") else 0
-        return lambda size: chunk_rows(size(tokens), size(vocab), item, size(trained)) * size(vocab) * item
+        trained = bool(given.get("unit_weight") or given.get("need_weight"))
+        return lambda size: chunk_rows(size(tokens), size(vocab), item, size(width), trained) * size(vocab) * item
     if name.startswith("fastft::lora_mlp"):
         x, rows, widths = given["x"], given["rows"], lora_mlp.widths(given["weight"], given["quant"], given["shape"])
         copied = bool(given["quant"]) or any(w.dtype != x.dtype for w in given["weight"])

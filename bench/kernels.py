@@ -50,9 +50,9 @@ class Case:
     """One call: arguments, the tensors whose gradients are wanted, what forward and backward must move and compute at
     the least (every input read and every output written once).
 
-    ``eager``: what stock libraries run, as a function of the op's arguments (default: the op's ``stock``, else its
-    reference). ``traced``: what they run while they are compiled, where that
-    is another program. ``others``: more implementations beside these and the specialists'.
+    ``asked``: as in :class:`fastft.kernels._inputs.Inputs`. ``eager``: what stock libraries run, as a function of the
+    op's arguments (default: the op's ``stock``, else its reference). ``traced``: what they run while they are compiled,
+    where that is another program. ``others``: more implementations beside these and the specialists'.
     """
 
     args: Sequence[Any]
@@ -65,6 +65,7 @@ class Case:
     eager: Callable[..., Any] | None = None
     traced: Callable[..., Any] | None = None
     others: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    asked: torch.Tensor | None = None
 
 
 def _generator() -> torch.Generator:
@@ -93,7 +94,8 @@ def plain(op: Op, s: Shape) -> Case:
     results = (results,) if isinstance(results, torch.Tensor) else tuple(results)
     read, written = _bytes(*inputs.tensors()), _bytes(*results)
     back = written + read + _bytes(*inputs.wanted) if inputs.wanted else 0.0
-    return Case(inputs.args, inputs.wanted, dict(inputs.kwargs), bytes_moved=read + written, backward_bytes=back)
+    costs = dict(bytes_moved=read + written, backward_bytes=back)
+    return Case(inputs.args, inputs.wanted, dict(inputs.kwargs), **costs, asked=inputs.asked)
 
 
 def rotary(s: Shape) -> Case:
@@ -449,7 +451,7 @@ def _off(found: torch.Tensor, exact: torch.Tensor) -> float:
 def measure_case(name: str, label: str, shape: Shape, case: Case, ceilings: Mapping[str, float] | None) -> Row:
     """One row of a result file."""
     runs = implementations(label, name, shape, case)
-    found = measure.compare(runs, Inputs(case.args, case.kwargs, case.wanted))
+    found = measure.compare(runs, Inputs(case.args, case.kwargs, case.wanted, case.asked))
     checked = check_same(runs, OPS[name], case, found)
     costs = {"forward": (case.bytes_moved, case.flops)}
     if case.backward_bytes:

@@ -91,9 +91,12 @@ def differentiable(result: Any) -> list[torch.Tensor]:
 
 
 class Gradients:
-    """Random gradients of outputs, ``calls`` sets for each layout; made once, since implementations can share them."""
+    """Random gradients of outputs, ``calls`` sets for each layout; made once, since implementations can share them.
+    ``asked``: as in :class:`fastft.kernels._inputs.Inputs`.
+    """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, asked: torch.Tensor | None = None, seed: int = 0) -> None:
+        self.asked = asked
         self.generators: dict[torch.device, torch.Generator] = {}
         self.made: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         self.seed = seed
@@ -114,7 +117,8 @@ class Gradients:
         if output.device not in self.generators:
             self.generators[output.device] = torch.Generator(output.device).manual_seed(self.seed)
         values = torch.randn(output.shape, device=output.device, generator=self.generators[output.device])
-        return gradient.copy_(values)
+        gradient.copy_(values)
+        return gradient if self.asked is None else gradient.masked_fill_(~self.asked, 0.0)
 
 
 def _backward(
@@ -131,7 +135,7 @@ class WallClock:
 
     def __init__(self, run: Callable[..., Any], inputs: Inputs, clock: Callable[[], float] = time.perf_counter) -> None:
         self.run, self.inputs, self.clock = run, inputs, clock
-        self.gradients = Gradients()
+        self.gradients = Gradients(inputs.asked)
 
     def __call__(self) -> Phases:
         start = self.clock()
@@ -443,7 +447,7 @@ def _device_samplers(
     found: dict[str, dict[str, Any]],
     failed: dict[str, str],
 ) -> dict[str, Callable[[], Phases]]:
-    gradients, flush = Gradients(), Flush()
+    gradients, flush = Gradients(master.asked), Flush()
     ready: dict[str, Prepared] = {}
     for name, run in implementations.items():
         try:

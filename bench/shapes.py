@@ -315,7 +315,7 @@ def _attention_kinds() -> Iterator[Shape]:
         (1, 8192, {"softcap": 50.0}),
         (1, 8192, {"sinks": True}),
         (1, 32768, {"hides": "", "chunk": 8192}),
-        (4, 2048, {"hides": "padding"}),
+        (15, 768, {"hides": "padding"}),  # the documents of (1, 8192), a sequence each
     ):
         every = dict(batch=batch, seq=seq, **sizes, window=None, softcap=None)
         yield Shape("attention", _KINDS_OF, {**every, **more}, frozenset({"attention"}))

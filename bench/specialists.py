@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.shapes import Shape
-from fastft.kernels.attention import document_lengths
+from fastft.kernels.attention import document_lengths, padded_lengths
 
 Run = Callable[..., Any]
 
@@ -231,8 +231,7 @@ def _flex_attention(s: Shape) -> Run:
     window, cap, chunk, hides = s["window"], s["softcap"], s.get("chunk"), s.get("hides")
     lengths = torch.tensor(document_lengths(s["seq"]), device="cuda")
     documents = torch.arange(len(lengths), device="cuda").repeat_interleave(lengths)
-    real = torch.full((s["batch"],), s["seq"], device="cuda")
-    real[-1] -= s["seq"] // 4  # as the op's inputs have it
+    real = torch.tensor(padded_lengths(s["batch"], s["seq"]), device="cuda")
 
     def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
         shown = q >= k

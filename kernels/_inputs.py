@@ -17,11 +17,14 @@ import torch
 
 @dataclass
 class Inputs:
-    """Arguments of one call, and those of its tensors whose gradients are wanted (weights are frozen, as for LoRA)."""
+    """Arguments of one call, and those of its tensors whose gradients are wanted (weights are frozen, as for LoRA).
+    ``asked``, broadcastable to the result: False where no gradient comes back in training, as to padding.
+    """
 
     args: Sequence[Any]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     wanted: Sequence[torch.Tensor] = ()
+    asked: torch.Tensor | None = None
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
         """With every tensor changed; one that occurs twice once."""
@@ -36,7 +39,8 @@ class Inputs:
                 made[id(x)] = change(x.detach()).requires_grad_(x.requires_grad)
             return made[id(x)]
 
-        return Inputs(one(list(self.args)), {k: one(v) for k, v in self.kwargs.items()}, [one(x) for x in self.wanted])
+        kwargs, wanted = {k: one(v) for k, v in self.kwargs.items()}, [one(x) for x in self.wanted]
+        return Inputs(one(list(self.args)), kwargs, wanted, self.asked)
 
     def copy(self) -> Inputs:
         """The same values and strides at other addresses."""

@@ -26,7 +26,8 @@ Except for dense, and for padding between real tokens, every mask lets a query s
 ``start(q)``, which never decreases, to q itself or to the sequence's ``end``. So a key is seen by the queries before
 ``stop(k)``, which never decreases either. The kernels skip every tile outside these intervals and mask only tiles on
 their edges: keys of padding cost nothing, and packed documents cost what they would cost apart. Queries of padding on
-the right see what is before them, in PyTorch's attention as here, and cost what others do.
+the right see what is before them, in PyTorch's attention as here: forward they cost what others do. No gradient comes
+to them where the loss leaves them out, and what is behind the last query that has one is skipped in the backward.
 
 What the padding mask and the positions hold is known on the device only: ``attention_mask`` looks once for a step, for
 all layers. Of packed documents that is all: the CPU needs to know nothing about them, and waits for nothing. Of a
@@ -570,6 +571,14 @@ def document_lengths(tokens: int) -> list[int]:
     return lengths
 
 
+def padded_lengths(batch: int, seq: int) -> list[int]:
+    """Of the sequences of a batch that is padded to ``seq``: two thirds of it ± one third; for 768 those of
+    :func:`document_lengths`.
+    """
+    draw = random.Random(0)
+    return [draw.randint(-(-seq // 3), seq) for _ in range(batch)]
+
+
 def inputs(
     new: New,
     *,
@@ -585,16 +594,18 @@ def inputs(
     sinks: bool = False,
 ) -> Inputs:
     """q [batch, heads, seq, head_dim], k and v [batch, kv_heads, seq, head_dim]. ``hides``: what else the mask hides:
-    "padding" at the end of the last sequence; with "packing", the first document from the second; with "documents",
-    those of :func:`document_lengths` from each other. ``chunk``: in tokens. ``sinks``: whether heads have them.
+    "padding" at the end of sequences (:func:`padded_lengths`), to which no gradient comes; with "packing", the first
+    document from the second; with "documents", those of :func:`document_lengths` from each other. ``chunk``: in tokens.
+    ``sinks``: whether heads have them.
     """
     q, k, v = new.heads(batch, seq, head_dim, heads, kv_heads, kv_heads)
     options: dict[str, Any] = {"causal": True, "window": window or 0, "softcap": softcap or 0.0}
     order = torch.arange(seq, device=new.device)
+    asked = None
     if hides == "padding":
-        padding = torch.ones(batch, seq, dtype=torch.int64, device=new.device)
-        padding[-1:] = order < max(seq - seq // 4, 1)
-        options["mask"] = attention_mask(padding, None)
+        real = order < torch.tensor(padded_lengths(batch, seq), device=new.device)[:, None]
+        asked = real[:, None, :, None]
+        options["mask"] = attention_mask(real.to(torch.int64), None)
         arrived(options["mask"][4])  # whoever copies it has it whole
     elif hides == "packing":
         options["mask"] = attention_mask(None, (order % max(seq // 2, 1)).expand(batch, seq).contiguous())
@@ -603,7 +614,7 @@ def inputs(
         options["mask"] = attention_mask(None, positions.expand(batch, seq).contiguous())
     options |= {"chunk": chunk} if chunk else {}
     options |= {"sinks": new(heads)} if sinks else {}
-    return Inputs((q, k, v), options, [q, k, v])
+    return Inputs((q, k, v), options, [q, k, v], asked)
 
 
 OP = register(

@@ -200,26 +200,45 @@ def linear_log_prob_reference(
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
-#: Most tokens in a chunk, and most bytes that its logits may take. With powers of two from 1024 on both products run at
-#: the rate that they have for all tokens at once; others leave multiprocessors without a tile (1280 tokens of 5120
-#: columns are 200 tiles, for an H100's 132), and fewer tokens read the weight too often.
-CHUNK_TOKENS, CHUNK_BYTES = 2048, 512 * 2**20
+#: Most tokens in a chunk, and most bytes that its logits may take (0.6 GiB, less what else a call makes). With powers
+#: of two from 1024 on both products run nearly at the rate that they have for all tokens at once; fewer tokens read the
+#: weight too often.
+CHUNK_TOKENS, CHUNK_BYTES = 2048, 600 * 2**20
+#: Tokens and columns of a product's tile, and how many an H100 works on at a time. The last wave of a product should
+#: have tiles for nearly all: what FULL of them have is as good as any, what less than FILLED have is worth other chunks
+#: (3584 columns: 1024 tokens are 112 tiles, 1152 are 126; 5120: 2048 tokens are 2.4 waves, 1664 are 1.97).
+TILE, WAVE, FILLED, FULL = (128, 256), 132, 0.9, 0.95
 #: Under a head that is trained, logits may take this share of its gradient's bytes in fp32, which every chunk but the
 #: first reads and writes.
 TRAINED_SHARE = 1.0
 
 
-def chunk_rows(tokens: int, vocab: int, itemsize: int, trained: int = 0) -> int:
-    """Tokens in one chunk: a power of two within the limits above, or less, so that chunks are of about equal size and
-    multiples of 128 rows (a GEMM tile). ``trained``: the hidden size, where the head's weight has a gradient.
+def chunk_rows(tokens: int, vocab: int, itemsize: int, hidden: int = 0, trained: bool = False) -> int:
+    """Tokens in one chunk: a power of two within the limits above; another multiple of a tile's rows near it where that
+    saves a chunk, or fills a wave of the gradient's product, of ``hidden`` columns, that the power of two does not; or
+    less, so that chunks are of about equal size. ``trained``: the head's weight has a gradient.
     """
     most = min(max(CHUNK_BYTES // max(vocab * itemsize, 1), 1), CHUNK_TOKENS)
-    most = max(most, int(TRAINED_SHARE * trained * 4 / itemsize))
-    most = 1 << most.bit_length() - 1
-    if tokens <= most:
+    if trained:
+        most = max(most, int(TRAINED_SHARE * hidden * 4 / itemsize))
+    power = 1 << most.bit_length() - 1
+    if tokens <= power:
         return max(tokens, 1)
-    even = math.ceil(tokens / math.ceil(tokens / most))
-    return min(math.ceil(even / 128) * 128, most)
+    rows, nine = TILE[0], power * 9 // 8
+    if not trained and power >= 8 * rows:
+        near = [n for n in range(power * 3 // 4, min(nine, most) + 1, rows) if _filled(n, hidden) >= FULL]
+        if near and _filled(power, hidden) < FILLED:
+            return min(near[-1], tokens)
+        if nine <= most and math.ceil(tokens / nine) < math.ceil(tokens / power):
+            return min(nine, tokens)
+    even = math.ceil(tokens / math.ceil(tokens / power))
+    return min(math.ceil(even / rows) * rows, power)
+
+
+def _filled(rows: int, columns: int) -> float:
+    """The share of a GPU that a product's waves of tiles occupy."""
+    tiles = math.ceil(rows / TILE[0]) * math.ceil(max(columns, 1) / TILE[1])
+    return tiles / (math.ceil(tiles / WAVE) * WAVE)
 
 
 def _row_config(vocab: int) -> dict[str, int]:
@@ -261,7 +280,7 @@ class _Head:
         # The kernels are fp32 inside: fp64 runs in PyTorch on every device.
         self.triton = use_triton(hidden) and self.dtype != torch.float64
         tokens, vocab = hidden.shape[0], weight.shape[0]
-        self.rows = chunk_rows(tokens, vocab, self.dtype.itemsize, weight.shape[1] if trained else 0)
+        self.rows = chunk_rows(tokens, vocab, self.dtype.itemsize, weight.shape[1], trained)
         # Rows are padded to whole 16-byte words: at an odd vocabulary cuBLAS and the kernels would take one element at
         # a time. Kernels read and write the padding too; what is in it reaches no result.
         stride = -(-vocab // 16) * 16

@@ -20,6 +20,7 @@ import torch
 
 from bench import cli, files, kernels, measure, specialists, tables
 from bench.shapes import REAL, REAL_SIZES, SHAPES, Shape, shapes
+from fastft.kernels._inputs import New
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -419,6 +420,22 @@ def test_documents_are_of_512_tokens_or_about():
     lengths = document_lengths(8192)
     assert sum(lengths) == 8192 and lengths == document_lengths(8192)
     assert all(256 <= n <= 768 for n in lengths[:-1]) and 400 < sum(lengths[:-1]) / len(lengths[:-1]) < 620
+
+
+def test_documents_apart_are_the_packed_ones():
+    """A batch that is padded, so that what it takes can be held against what it takes packed."""
+    from fastft.kernels.attention import document_lengths, inputs, padded_lengths
+
+    *lengths, rest = document_lengths(8192)
+    assert padded_lengths(15, 768)[:-1] == lengths and abs(padded_lengths(15, 768)[-1] - rest) < 8
+    dims = dict(heads=1, kv_heads=1, head_dim=16, window=None, softcap=None, hides="padding")
+    made = inputs(New(torch.float32, "cpu"), batch=3, seq=9, **dims)
+    gradients = measure.Gradients(made.asked)
+    gradient = gradients.of(made.args[0], 0)
+    assert (gradient != 0).all(-1)[:, 0].sum(1).tolist() == padded_lengths(3, 9)
+    assert gradients.of(made.args[0], 1).ne(gradient).any()
+    assert inputs(New(torch.float32, "cpu"), batch=3, seq=9, **dims | {"hides": ""}).asked is None
+    assert made.copy().asked is made.asked
 
 
 def test_an_op_without_rows_of_its_own_has_those_of_its_file():

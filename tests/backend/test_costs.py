@@ -239,7 +239,7 @@ def test_what_ops_take_for_themselves() -> None:
     maths = (-100, None, 1.0, 1.0, 0.0, 0.0, torch.bfloat16, "chunks", *[False] * 4, True, False, False)
     labels = meta(5000, dtype=torch.int64)
     loss = called(torch.ops.fastft.linear_log_prob.default, meta(5000, 64), meta(128256, 64), None, labels, *maths)
-    assert costs.scratch(loss)(int) == chunk_rows(5000, 128256, 2) * 128256 * 2
+    assert costs.scratch(loss)(int) == chunk_rows(5000, 128256, 2, 64) * 128256 * 2
     head = (meta(5000, 4096), meta(128256, 4096), None, labels)
     loss = called(torch.ops.fastft.linear_log_prob.default, *head, *maths[:-2], True, False)
     saved = [meta(5000, dtype=torch.float32)] * 3

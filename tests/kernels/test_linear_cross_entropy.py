@@ -746,20 +746,25 @@ def test_raw_ops(bias, way, device):
 
 
 def test_chunk_rows(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 512 * 2**20)
-    assert chunk_rows(8192, 128256, 2) == 2048
-    assert chunk_rows(8192, 262144, 2) == chunk_rows(8192, 151936, 2) == 1024
+    monkeypatch.setattr(module, "CHUNK_BYTES", 600 * 2**20)
+    assert chunk_rows(8192, 128256, 2, 4096) == chunk_rows(8192, 151936, 2, 4096) == 2048
+    assert chunk_rows(8192, 262144, 2, 2560) == 1024
+    # Gemma 2: 126 of 132 tiles where 1024 tokens have 112; phi-4: 1.97 waves where 2048 tokens have 2.4.
+    assert chunk_rows(8192, 256000, 2, 3584) == 1152 and chunk_rows(8192, 100352, 2, 5120) == 1664
+    assert chunk_rows(16384, 248320, 2, 2048) == 1152 and chunk_rows(8192, 248320, 2, 2048) == 1024  # a chunk less
+    assert chunk_rows(1100, 256000, 2, 3584) == chunk_rows(1100, 248320, 2, 2048) == 1100
     assert chunk_rows(100, 128256, 2) == 100 and chunk_rows(0, 128256, 2) == 1
     for tokens in (1, 1000, 2100, 5000, 8192, 32768):
         for vocab in (97, 32000, 128256, 256000):
-            rows = chunk_rows(tokens, vocab, 2)
-            assert rows <= module.CHUNK_TOKENS and rows * vocab * 2 <= module.CHUNK_BYTES
-            assert rows == tokens or rows % 128 == 0
+            for hidden in (0, 2048, 3584, 5120):
+                rows = chunk_rows(tokens, vocab, 2, hidden)
+                assert rows <= module.CHUNK_TOKENS and rows * vocab * 2 <= module.CHUNK_BYTES
+                assert rows == tokens or rows % 128 == 0
     assert chunk_rows(2100, 128256, 2) == 1152  # two chunks of about the same size
     # With a gradient of the weight, what its fp32 sum takes: here no more than all logits, there a quarter of them.
     monkeypatch.setattr(module, "TRAINED_SHARE", 1.0)
-    assert chunk_rows(8192, 128256, 2, 4096) == 8192 and chunk_rows(16384, 248320, 2, 2048) == 4096
-    assert chunk_rows(8192, 128256, 2, 64) == 2048 and chunk_rows(8192, 128256, 4, 4096) == 4096
+    assert chunk_rows(8192, 128256, 2, 4096, True) == 8192 and chunk_rows(16384, 248320, 2, 2048, True) == 4096
+    assert chunk_rows(8192, 128256, 2, 64, True) == 2048 and chunk_rows(8192, 128256, 4, 4096, True) == 4096
 
 
 @pytest.mark.parametrize(
@@ -1022,6 +1027,20 @@ SMALL_TILES = {
 }
 
 MUTANTS = (
+    Mutant(
+        "cross-entropy: chunks that leave a wave half empty",
+        "kernels/linear_cross_entropy.py",
+        "        if near and _filled(power, hidden) < FILLED:",
+        "        if False:",
+        "tests/kernels/test_linear_cross_entropy.py -k test_chunk_rows",
+    ),
+    Mutant(
+        "cross-entropy: larger chunks that are no fewer",
+        "kernels/linear_cross_entropy.py",
+        "if nine <= most and math.ceil(tokens / nine) < math.ceil(tokens / power):",
+        "if nine <= most:",
+        "tests/kernels/test_linear_cross_entropy.py -k test_chunk_rows",
+    ),
     Mutant(
         "cross-entropy: lse's gradient at the label",
         "kernels/linear_cross_entropy.py",
