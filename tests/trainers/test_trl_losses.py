@@ -83,8 +83,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[], Dataset]]] = {
 LOGITS_BYTES = 4 * 48 * WIDE * 2
 
 
-def train(folder: Path, case: str, *, compiled: bool, adapter: bool) -> tuple[tiny.Run, int]:
-    """What a run did, and the largest allocation of its second training step in bytes."""
+def train(folder: Path, case: str, *, compiled: bool, adapter: bool, bf16: bool = False) -> tuple[tiny.Run, int]:
+    """What a run did, and the largest allocation of its second training step in bytes. ``bf16``: autocast."""
     kind, options, dataset = CASES[case]
     run, largest = tiny.Run(), 0
     stock: Any = getattr(trl, f"{kind}Trainer")
@@ -103,7 +103,7 @@ def train(folder: Path, case: str, *, compiled: bool, adapter: bool) -> tuple[ti
         model.compile(backend="fastft")
         reference.compile(backend="fastft")
     # The second step's loss must show what the first one's gradients did.
-    more = {"bf16": False, "per_device_train_batch_size": 4, "learning_rate": 1e-3, **options}
+    more = {"bf16": bf16, "per_device_train_batch_size": 4, "learning_rate": 1e-3, **options}
     trainer = Trainer(
         model=model,
         args=getattr(trl, f"{kind}Config")(**tiny.arguments(folder, **more)),
@@ -171,3 +171,14 @@ def test_as_stock(calls: Calls, tmp_path: Path, case: str, adapter: bool, monkey
     # RLOO's ratio is exp of a difference of sums near 230, each with a rounding of 1.5e-5.
     assert run.losses == pytest.approx(stock.losses, rel=1e-5, abs=5e-5 if case == "rloo" else 1e-6)
     assert len(run.losses) == tiny.STEPS
+
+
+@pytest.mark.parametrize("case", ["sft nll", "dpo", "grpo"])
+def test_as_exact_as_stock_under_autocast(calls: Calls, tmp_path: Path, case: str) -> None:
+    """In bf16: the first step's loss and gradients are as near to stock's in fp32 as stock's in bf16 are."""
+    ours, stock, exact = (train(tmp_path / str(i), case, compiled=not i, adapter=True, bf16=i < 2)[0] for i in range(3))
+    assert fastft.report().counts["linear_cross_entropy"] and not fastft.report().errors
+    assert abs(ours.losses[0] - exact.losses[0]) <= 2 * abs(stock.losses[0] - exact.losses[0]) + 2**-9
+    for name, expected in exact.gradients.items():
+        error, theirs = (relative_error(run.gradients[name], expected) for run in (ours, stock))
+        assert error <= 2 * theirs + 2**-9, f"{name}: {error:.2e}, stock's is {theirs:.2e}"
