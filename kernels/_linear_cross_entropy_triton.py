@@ -281,3 +281,20 @@ def _backward_kernel(
     # An ignored token contributes nothing, whatever its logits or its incoming gradient are.
     gradient = tl.where(label == IGNORE_INDEX, 0.0, gradient * slope)
     tl.store(logits_ptr + offsets, gradient.to(logits_ptr.dtype.element_ty), mask=offsets < STRIDE)
+
+
+@jit
+def _scale_kernel(
+    unit_ptr,  # [rows, columns]
+    g_ptr,  # fp32 [rows]
+    out_ptr,  # [rows, columns]
+    columns,
+    blocks,
+    BLOCK: tl.constexpr,
+):
+    """out = unit · g, rounded once."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(unit_ptr + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)
+    x *= tl.load(g_ptr + row)
+    tl.store(out_ptr + row * columns + at, x.to(out_ptr.dtype.element_ty), mask=at < columns)

@@ -53,7 +53,7 @@ Same maths as ``torch.nn.functional.cross_entropy`` and as TRL's ``ChunkedLogPro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import sympy
@@ -64,7 +64,7 @@ from fastft.kernels import _linear_cross_entropy_fused as fused
 from fastft.kernels import _products as products
 from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._inputs import Inputs, Model, New
-from fastft.kernels._linear_cross_entropy_triton import _backward_kernel, _forward_kernel
+from fastft.kernels._linear_cross_entropy_triton import _backward_kernel, _forward_kernel, _scale_kernel
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._triton import triton
 
@@ -382,16 +382,30 @@ def _capturing(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _scored(labels: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
-    """Positions of the labels that count, when enough others (1 in 16) can be left out of every GEMM; else None.
-
-    Waits for the GPU once, which costs far less than a GEMM over padding and prompts; not while a CUDA graph is
-    recorded.
+class _Scored:
+    """How many labels count. Asked of a GPU when this is made, and waited for when it is wanted, which costs far less
+    than a GEMM over padding and prompts: what is to be done on the CPU comes between. While a CUDA graph is recorded
+    nobody can wait: all labels count then.
     """
-    if _capturing(labels):
-        return None
-    keep = (labels != ignore_index).nonzero().squeeze(1)
-    return keep if 16 * keep.shape[0] <= 15 * labels.shape[0] else None
+
+    def __init__(self, labels: torch.Tensor, ignore_index: int) -> None:
+        self.labels, self.counts = labels, labels != ignore_index
+        self.number: torch.Tensor | None = None
+        if not _capturing(labels):
+            self.number = torch.empty((), dtype=torch.int64, pin_memory=labels.is_cuda)
+            self.number.copy_(self.counts.sum(), non_blocking=True)
+            self.event = torch.cuda.current_stream(labels.device).record_event() if labels.is_cuda else None
+
+    def positions(self) -> torch.Tensor | None:
+        """Those of the labels that count, when enough others (1 in 16) can be left out of every GEMM; else None."""
+        if self.number is None:
+            return None
+        if self.event is not None:
+            self.event.synchronize()
+        number = int(self.number)
+        if 16 * number > 15 * self.labels.shape[0]:
+            return None
+        return (~self.counts).sort(stable=True).indices[:number]
 
 
 def _read(options: tuple[Any, ...]) -> tuple[_Maths, _Wanted]:
@@ -408,10 +422,13 @@ def _forward(
     maths, wanted = _read(options)
     if not hidden.is_cuda:
         _check_labels(labels, weight.shape[0], maths.ignore_index)
-    keep = _scored(labels, maths.ignore_index)
+    scored = _Scored(labels, maths.ignore_index)
+    run = _forward_all(hidden, weight, bias, labels, maths, wanted)
+    keep = scored.positions()
     if keep is None:
-        return _forward_all(hidden, weight, bias, labels, maths, wanted)
-    *found, unit_weight, unit_bias = _forward_all(hidden[keep], weight, bias, labels[keep], maths, wanted)
+        return run()
+    del run  # and its buffer
+    *found, unit_weight, unit_bias = _forward_all(hidden[keep], weight, bias, labels[keep], maths, wanted)()
     whole = _empty_outputs(hidden, maths.dtype, wanted)
     each = (w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
     return *each, unit_weight, unit_bias
@@ -424,45 +441,54 @@ def _forward_all(
     labels: torch.Tensor,
     maths: _Maths,
     wanted: _Wanted,
-) -> tuple[torch.Tensor, ...]:
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Makes what all tokens take; the result computes."""
     labels = labels.contiguous()
     outputs = _empty_outputs(hidden, maths.dtype, wanted)
     if _in_tiles(hidden, maths):
-        fused.forward(
-            *_operands(hidden, weight, bias, maths.dtype),
-            labels,
-            outputs[:7],
-            _of_logits(maths),
-            ignore_index=maths.ignore_index,
-            smoothing=float(maths.label_smoothing),
-            z_loss=float(maths.z_loss),
-            wanted=wanted.flags(),
-        )
-        return *outputs, *_empty_units(weight, bias, wanted)
+
+        def in_tiles() -> tuple[torch.Tensor, ...]:
+            fused.forward(
+                *_operands(hidden, weight, bias, maths.dtype),
+                labels,
+                outputs[:7],
+                _of_logits(maths),
+                ignore_index=maths.ignore_index,
+                smoothing=float(maths.label_smoothing),
+                z_loss=float(maths.z_loss),
+                wanted=wanted.flags(),
+            )
+            return *outputs, *_empty_units(weight, bias, wanted)
+
+        return in_tiles
     units = [unit.dtype if unit.shape[0] else None for unit in _empty_units(weight[:1], bias, wanted)]
     head = _Head(hidden, weight, bias, maths, wanted.unit_weight)
     gradients = _HeadGradients(head, *units)
-    for chunk in head.chunks():
-        logits = head.logits(chunk)
-        # An output nobody asked for is empty; its kernel argument is never touched.
-        parts = [x[chunk] if x.shape[0] else x for x in outputs[:7]]
-        if head.triton:
-            _forward_kernel[(logits.shape[0],)](
-                logits,
-                labels[chunk],
-                *parts,
-                SMOOTHING=float(maths.label_smoothing),
-                Z_LOSS=float(maths.z_loss),
-                **wanted.flags(),
-                GRADIENT=any(wanted[4:]),
-                **head.constants,
-            )
-        else:
-            _forward_chunk(logits, labels[chunk], parts, maths, any(wanted[4:]))
-        if wanted.unit_gradient:
-            products.matmul_into(outputs[7][chunk], logits, head.weight)
-        gradients.add(logits, chunk, labels)
-    return *outputs, *gradients.found()
+
+    def in_chunks() -> tuple[torch.Tensor, ...]:
+        for chunk in head.chunks():
+            logits = head.logits(chunk)
+            # An output nobody asked for is empty; its kernel argument is never touched.
+            parts = [x[chunk] if x.shape[0] else x for x in outputs[:7]]
+            if head.triton:
+                _forward_kernel[(logits.shape[0],)](
+                    logits,
+                    labels[chunk],
+                    *parts,
+                    SMOOTHING=float(maths.label_smoothing),
+                    Z_LOSS=float(maths.z_loss),
+                    **wanted.flags(),
+                    GRADIENT=any(wanted[4:]),
+                    **head.constants,
+                )
+            else:
+                _forward_chunk(logits, labels[chunk], parts, maths, any(wanted[4:]))
+            if wanted.unit_gradient:
+                products.matmul_into(outputs[7][chunk], logits, head.weight)
+            gradients.add(logits, chunk, labels)
+        return *outputs, *gradients.found()
+
+    return in_chunks
 
 
 def _forward_chunk(
@@ -636,7 +662,7 @@ def _backward(
         # Waiting for the GPU once costs far less than the GEMMs.
         dh, dw, db = _empty_grads(hidden, weight, bias, *need)
         return dh.zero_(), dw.zero_(), db.zero_()
-    keep = _scored(labels, maths.ignore_index)
+    keep = _Scored(labels, maths.ignore_index).positions()
     if keep is None:
         return _backward_all(grads, hidden, weight, bias, labels, (top, log_sum, entropy), maths, *need)
     picked = tuple(None if g is None else g[keep] for g in grads)
@@ -764,6 +790,38 @@ _backward_op = raw_op(
 )
 
 
+#: Numbers that a program of the scaling takes: 16 bytes for each of its 128 threads, four times.
+SCALED = 4096
+
+
+def _scale(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not use_triton(unit) or torch.float64 in (unit.dtype, dtype) or not unit.is_contiguous() or unit.numel() == 0:
+        return (unit * g.view(-1, *[1] * (unit.dim() - 1))).to(dtype)
+    out = torch.empty_like(unit, dtype=dtype)
+    columns = unit.numel() // g.shape[0]
+    blocks = triton.cdiv(columns, SCALED)
+    _scale_kernel[(g.shape[0] * blocks,)](unit, g.float(), out, columns, blocks, BLOCK=SCALED, num_warps=4)
+    return out
+
+
+_scale_op = raw_op(
+    "linear_log_prob_scale(Tensor unit, Tensor g, ScalarType dtype) -> Tensor",
+    _scale,
+    lambda unit, g, dtype: torch.empty_like(unit, dtype=dtype),
+)
+
+
+def _scaled(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """unit · g, of one g for all or one for each row, in fp32 (fp64) and rounded once. PyTorch multiplies by one number
+    on a GPU at a third of a copy's rate, and rounds it to a half-precision unit's dtype before. In a graph it is plain
+    PyTorch, for Inductor to fuse with what follows; also under ``create_graph``.
+    """
+    g = g.reshape(-1)
+    if type(unit) is torch.Tensor and not torch.is_grad_enabled():
+        return _scale_op(unit, g, dtype)
+    return (unit * g.view(-1, *[1] * (unit.dim() - 1))).to(dtype)
+
+
 # ----------------------------------------------------------------------------------------------- autograd and functions
 
 
@@ -809,10 +867,9 @@ class _LinearLogProb(torch.autograd.Function):
         others = [g if wanted else None for g, wanted in incoming]
         grads: list[torch.Tensor | None] = [None, None, None]
         if ctx.frozen and grad_score is not None:
-            # Plain PyTorch, so that Inductor fuses the scaling with what follows. An ignored token's g may be inf or
-            # NaN (a division by no tokens under "mean").
+            # An ignored token's g may be inf or NaN (a division by no tokens under "mean").
             g = grad_score.masked_fill(labels == ctx.maths.ignore_index, 0)
-            grads[0] = (unit * g[:, None]).to(ctx.hidden_dtype)
+            grads[0] = _scaled(unit, g, ctx.hidden_dtype)
             grad_score = None
         if any(g is not None for g in (grad_score, *others)):
             hidden, weight, bias, top, log_sum, entropy = rest
@@ -846,11 +903,11 @@ class _SumOfScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         labels, *units = ctx.saved_tensors
-        # Plain PyTorch, for Inductor to fuse. A division by no tokens under "mean" makes g inf or NaN, for nobody.
+        # A division by no tokens under "mean" makes g inf or NaN, for nobody.
         counts = labels != ctx.ignore_index
-        each = g.masked_fill(~counts, 0)[:, None], *[g.masked_fill(~counts.any(), 0)] * 2
+        each = g.masked_fill(~counts, 0), *[g.masked_fill(~counts.any(), 0)] * 2
         found = zip(units, each, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        return *((unit * of).to(dtype) if need else None for unit, of, dtype, need in found), None, None
+        return *(_scaled(unit, of, dtype) if need else None for unit, of, dtype, need in found), None, None
 
 
 def _scores(
@@ -1178,7 +1235,7 @@ register(
         call=linear_log_prob,
         reference=linear_log_prob_reference,
         supported=supported,
-        raw=("linear_log_prob", "linear_log_prob_backward"),
+        raw=("linear_log_prob", "linear_log_prob_backward", "linear_log_prob_scale"),
         recompute=Recompute.KEEP,
         cost=cost,
         sizes=sizes,
@@ -1193,7 +1250,7 @@ register(
         call=linear_cross_entropy,
         reference=linear_cross_entropy_reference,
         supported=supported,
-        raw=("linear_log_prob", "linear_log_prob_backward"),
+        raw=("linear_log_prob", "linear_log_prob_backward", "linear_log_prob_scale"),
         recompute=Recompute.KEEP,
         cost=cost,
         sizes=sizes,

@@ -5,6 +5,7 @@ TRL's own function.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -315,13 +316,16 @@ def test_gradients_are_not_biased(device, way):
     assert (found.std(0) < 1e-3).all(), "after 300 steps a bias of a fiftieth of bf16's rounding would show"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_gradients_under_a_mean_are_not_biased(frozen, device):
-    """As above, of what comes out of the forward: unit gradients, whose label's part is 1 - p and no multiple."""
+def test_gradients_under_a_mean_are_not_biased(frozen, dtype, device):
+    """As above, of what comes out of the forward: unit gradients, whose label's part is 1 - p and no multiple. They are
+    scaled by 1/24, which bf16 does not have.
+    """
     steps, signed = 40 if INTERPRET else 300, []
     for _ in range(steps):
         h, w, _, y = inputs(torch.bfloat16, device, tokens=24, hidden=16, vocab=64, bias=False)
-        wide = [t.detach().float().requires_grad_(grad) for t, grad in ((h, True), (w, not frozen))]
+        wide = [t.detach().to(dtype).requires_grad_(grad) for t, grad in ((h, True), (w, not frozen))]
         loss = linear_cross_entropy(*wide, None, y, dtype=torch.bfloat16)
         ours = torch.autograd.grad(loss, wide[: 2 - frozen])
         logits = F.linear(h, w).double().detach().requires_grad_()
@@ -364,7 +368,7 @@ def test_like_stock_cross_entropy_when_every_label_is_ignored(frozen, device, wa
 @pytest.mark.parametrize("frozen", [True, False])
 def test_ignored_tokens_poison_nothing(frozen, left_out, device, monkeypatch, way):
     if not left_out:
-        monkeypatch.setattr(module, "_scored", lambda labels, ignore_index: None)
+        monkeypatch.setattr(module._Scored, "positions", lambda self: None)
     h, w, b, y = inputs(torch.float32, device, frozen=frozen)
     bad = h.detach().clone()
     bad[y == -100] = float("nan")
@@ -386,13 +390,38 @@ def test_no_tokens(device, way):
     assert all(x.shape == (0,) for x in found)
 
 
+@pytest.mark.parametrize("dtypes", itertools.product((torch.bfloat16, torch.float32), repeat=2), ids=str)
+@pytest.mark.parametrize(
+    "shape, rows", [((5, 9001), 5), ((5, 9001), 1), ((4097,), 1), ((0, 7), 1), ((3, 0), 3)], ids=str
+)
+def test_scaled_units(shape, rows, dtypes, device):
+    """One rounding, of the product with an fp32 number."""
+    unit, g = torch.randn(shape, device=device).to(dtypes[0]), torch.rand(rows, device=device)
+    with torch.no_grad():
+        found = module._scaled(unit, g if rows > 1 else g[0], dtypes[1])
+    assert torch.equal(found, (unit.float() * g.view(-1, *[1] * (len(shape) - 1))).to(dtypes[1]))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_gradient_of_the_scale(frozen, device):
+    h, w, _, y = inputs(torch.float32, device, frozen=frozen)
+    g = torch.tensor(0.5, device=device, requires_grad=True)
+    loss = linear_cross_entropy(h, w, None, y, reduction="sum")
+    (dh,) = torch.autograd.grad(loss, h, g, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(dh.square().sum(), g)[0] * 0.25, dh.detach().square().sum())
+
+
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation gives."""
 
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        bodies = {"linear_log_prob": module._forward, "linear_log_prob_backward": module._backward}
+        bodies = {
+            "linear_log_prob": module._forward,
+            "linear_log_prob_backward": module._backward,
+            "linear_log_prob_scale": module._scale,
+        }
         if func.namespace == "fastft":
             with self:  # look inside
                 return bodies[func._opname](*args)
@@ -1027,6 +1056,29 @@ SMALL_TILES = {
 }
 
 MUTANTS = (
+    Mutant(
+        "cross-entropy: a unit's gradient by the scale of the first token",
+        "kernels/_linear_cross_entropy_triton.py",
+        "x *= tl.load(g_ptr + row)",
+        "x *= tl.load(g_ptr)",
+        "tests/kernels/test_linear_cross_entropy.py -k test_scaled_units",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: a unit is scaled by a number of its dtype",
+        "kernels/linear_cross_entropy.py",
+        "_scale_kernel[(g.shape[0] * blocks,)](unit, g.float(),",
+        "_scale_kernel[(g.shape[0] * blocks,)](unit, g.to(unit.dtype).float(),",
+        "tests/kernels/test_linear_cross_entropy.py -k test_scaled_units",
+        interpret=True,
+    ),
+    Mutant(
+        "cross-entropy: no gradient of the scale",
+        "kernels/linear_cross_entropy.py",
+        "    if type(unit) is torch.Tensor and not torch.is_grad_enabled():",
+        "    if type(unit) is torch.Tensor:",
+        "tests/kernels/test_linear_cross_entropy.py -k test_the_gradient_of_the_scale",
+    ),
     Mutant(
         "cross-entropy: chunks that leave a wave half empty",
         "kernels/linear_cross_entropy.py",
