@@ -48,7 +48,8 @@ log = logging.getLogger("fastft")
 
 #: Compiled plans of one graph, at most: each takes as long to compile as the graph did.
 MOST_PLANS = 3
-#: Of what is free, the part that ``"auto"`` leaves alone, and bytes of it at least: fragmentation, libraries' handles.
+#: Of what is free, the part that ``"auto"`` and ``"lean"`` leave alone, and bytes of it at least: fragmentation,
+#: libraries' handles.
 MARGIN, LEAST_MARGIN = 0.05, GIB // 2
 #: Calls of a graph after which the device's own peak is no longer read.
 MEASURED_CALLS = 8
@@ -141,7 +142,7 @@ class Memory:
         wanted = self.options.memory
         if wanted not in MEMORY:
             return bytes_of("memory", wanted)
-        if wanted != "auto" or self.device is None:
+        if wanted == "fast" or self.device is None:
             return None
         free, total = torch.cuda.mem_get_info(self.device)
         ours = torch.cuda.memory_reserved(self.device)

@@ -399,6 +399,23 @@ def test_lean_is_the_fastest_within_a_tenth(monkeypatch: pytest.MonkeyPatch) -> 
         assert rows[0]["predicted"] <= rows[-1]["predicted"] <= (1 + share) * rows[0]["predicted"]
     assert rows[0]["seconds"] > rows[1]["seconds"] > rows[2]["seconds"]
     assert MLP_OFFLOADED in rows[1]["levels"]
+    free = (rows[0]["predicted"] + rows[2]["predicted"]) // 2
+    monkeypatch.setattr(Memory, "_budget", lambda self: free)
+    (row,) = fastft.explain(network, **batch(), options=options).memory
+    assert row["predicted"] <= free and rows[0]["seconds"] > row["seconds"] > rows[2]["seconds"]
+
+
+def test_the_budget_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less a twentieth of the device; what torch's allocator has is free too."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * 2**30)
+    one = object.__new__(Memory)
+    for wanted, budget in (("auto", 8), ("lean", 8), ("fast", None), ("5GiB", 5)):
+        one.options = Options.of({"memory": wanted})
+        one.device = torch.device("cuda", 0)
+        assert one._budget() == (None if budget is None else budget * 2**30)
+        one.device = None
+        assert one._budget() == (5 * 2**30 if budget == 5 else None)
 
 
 def test_a_budget_that_is_too_small_is_reported() -> None:
@@ -438,12 +455,13 @@ def test_the_command_line_explains_a_budget(tmp_path: Path) -> None:
 def test_under_inductor(at: Any) -> None:
     network = model(checkpointing=True, lora=0.3)
     losses = []
-    for level in (KEEP, ATTENTION_OFFLOADED):
+    for level in (KEEP, ATTENTION_OFFLOADED, MLP_OFFLOADED):
         at(level)
         call = compiled(network, memory="fast", residual="inductor")
         losses.append(step(network, batch(), call=call))
         assert fastft.report().errors == []
     same(losses[1], losses[0])
+    same(losses[2], losses[0])
 
 
 def test_the_rates_of_copies_and_products_make_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,15 @@ def test_a_deep_model_is_quick(host: int) -> None:
     assert p.peak(lean) < p.peak(leanest(p))
 
 
+def test_a_budget_is_used_to_the_byte() -> None:
+    """Also where states differ by less than a cell of the grid."""
+    each = {KEEP: Choice(103, 103, 0.0), ALL: Choice(102, 102, 1.0)}
+    p = Problem((each,) * 20)
+    assert 20 * 102 // planner.CELLS > 1
+    assert fastest(p, 20 * 102) == [ALL] * 20
+    assert fastest(p, 20 * 102 - 1) is None
+
+
 def test_a_deep_model_uses_the_link_all_the_time() -> None:
     """A plan with an allowance over the smallest peak offloads what the link copies in the forward, and more."""
     p = deep()
