@@ -538,6 +538,11 @@ def test_a_deep_graph_is_cut_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.errors == [] and sum(report.memory[0]["levels"].values()) == 16
     assert len(cuts) == 2
     quick, slow = problems
+    # The link copies while layers compute, and while the loss does, which is at least its products.
+    rate, tokens = memory.HOST_BYTES_PER_SECOND, 2 * 24
+    assert (quick.piece, quick.link) == (tokens * 64 * 4, rate)
+    assert quick.drained >= 2 * (2 * tokens * 64 * families.VOCAB) / 750e12 * rate
+    assert all(c.drained >= 2 * tokens * 64 * 3 * 128 / 750e12 * rate for r in quick.regions for c in r.values())
     # A copy back of the last layer's has nothing to hide behind.
     copied = quick.regions[-1][ALL_OFFLOADED]
     waits = copied.seconds - quick.regions[-1][ALL].seconds

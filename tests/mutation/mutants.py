@@ -1548,7 +1548,21 @@ MUTANTS: tuple[Mutant, ...] = (
         "backend/memory.py",
         "held, drained = self.backward + gradients, self.computing * HOST_BYTES_PER_SECOND",
         "held, drained = self.backward + gradients, 0.0",
-        "tests/backend/test_memory.py -k within_a_tenth",
+        "tests/backend/test_memory.py -k cut_twice",
+    ),
+    Mutant(
+        "memory plan: the link copies nothing while the loss computes",
+        "backend/partitioner.py",
+        "return self._seconds([(n, self.count) for n in self.loss], sizes, rates)[-1]",
+        "return 0.0",
+        "tests/backend/test_memory.py -k cut_twice",
+    ),
+    Mutant(
+        "memory plan: tensors that stay where they are count as pieces",
+        "backend/memory.py",
+        " if level in OFFLOADED.values()), default=0)",
+        "), default=0)",
+        "tests/backend/test_memory.py -k cut_twice",
     ),
     Mutant(
         "memory plan: views of what is kept cannot be offloaded",
