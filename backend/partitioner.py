@@ -52,13 +52,14 @@ def forward_of(joint: fx.GraphModule, outputs: int) -> set[fx.Node]:
 
 
 def drop_views(joint: fx.GraphModule) -> None:
-    """Let what is read of a view that shows its operand as it is be read of the operand: that can be offloaded."""
+    """Let what is read of a view that shows its operand as it is be read of the operand: that can be offloaded. What
+    the graph returns stays a view.
+    """
     for node in list(joint.graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.aten.view.default:
             shown, of = (tuple(map(compat.size_expression, n.meta["val"].shape)) for n in (node, node.args[0]))
             if shown == of:
-                node.replace_all_uses_with(node.args[0])
-                joint.graph.erase_node(node)
+                node.replace_all_uses_with(node.args[0], lambda user: user.op != "output")
 
 
 def regions_of(joint: fx.GraphModule, outputs: int) -> Regions:

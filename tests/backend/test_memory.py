@@ -16,7 +16,7 @@ from fastft import _torch_compat as compat
 from fastft import memory, offload, reporting
 from fastft.memory import MEASURED, Memory, Planned, layouts
 from fastft.options import OptionError, Options, bytes_of
-from fastft.partitioner import Walk
+from fastft.partitioner import Walk, drop_views
 from fastft.planner import (
     ALL,
     ALL_OFFLOADED,
@@ -332,6 +332,19 @@ def test_a_layers_input_is_all_that_is_kept_of_it(at: Any) -> None:
     run(network, memory="fast")
     out_and_lse = families.LAYERS * 2 * 24 * 4 * (16 + 1) * 4
     assert the_plan()["kept"] - kept == out_and_lse
+
+
+def test_views_of_nothing_new_are_dropped() -> None:
+    joint = torch.fx.GraphModule({}, torch.fx.Graph())
+    x = joint.graph.placeholder("x")
+    same, flat = (joint.graph.call_function(torch.ops.aten.view.default, (x, shape)) for shape in ([4, 2], [8]))
+    for node, shape in ((x, (4, 2)), (same, (4, 2)), (flat, (8,))):
+        node.meta["val"] = torch.empty(shape, device="meta")
+    read = [joint.graph.call_function(torch.ops.aten.neg.default, (node,)) for node in (same, flat)]
+    joint.graph.output((*read, same))
+    drop_views(joint)
+    assert [node.args[0] for node in read] == [x, flat]
+    assert next(iter(reversed(joint.graph.nodes))).args[0][-1] is same
 
 
 def test_results_of_a_call_are_there_beside_its_operands() -> None:

@@ -1583,7 +1583,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "backend/partitioner.py",
         "            if shown == of:\n",
         "            if True:\n",
-        "tests/backend/test_memory.py -k up_to_the_mlp",
+        "tests/backend/test_memory.py -k nothing_new",
+    ),
+    Mutant(
+        "memory plan: a returned view is what it is of",
+        "backend/partitioner.py",
+        ', lambda user: user.op != "output")',
+        ")",
+        "tests/backend/test_memory.py -k nothing_new",
     ),
     Mutant(
         "costs: a loss is one product",
@@ -1616,8 +1623,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "memory plan: the MLP is kept though it is recomputed",
         "backend/partitioner.py",
-        "(level == MLP and region in mlps)",
-        "False",
+        "(region in mlps or _is_alias(node))",
+        "_is_alias(node)",
         "tests/backend/test_memory.py -k every_level",
     ),
     Mutant(
