@@ -245,6 +245,13 @@ def _raw_down(result: Any, **_: Any) -> Cost:
     return Cost(sympy.Integer(0), sympy.Integer(0), sympy.Integer(0))
 
 
+def _raw_loss(result: Any, *, hidden: Any, weight: Any, unit_gradient: bool, unit_weight: bool, **_: Any) -> Cost:
+    """The logits, and each gradient that is computed with them: as many products, each of three matrices."""
+    (tokens, width), vocab, products = hidden.shape, weight.shape[0], sympy.Integer(1 + unit_gradient + unit_weight)
+    moved = hidden.element_size() * (tokens * width + vocab * width + tokens * vocab)
+    return Cost(2 * tokens * width * vocab * products, moved * products, sympy.Integer(0))
+
+
 #: Raw calls of the forward that multiply matrices, and one that computes a forward again. Others move memory: their
 #: operands and results.
 RAW: dict[str, Callable[..., Cost]] = {
@@ -254,6 +261,7 @@ RAW: dict[str, Callable[..., Cost]] = {
     "fastft::lora_stack": _raw_stack,
     "fastft::lora_mlp": _raw_mlp,
     "fastft::lora_mlp_backward": _raw_mlp_again,
+    "fastft::linear_log_prob": _raw_loss,
 }
 
 

@@ -25,7 +25,7 @@ import contextlib
 import gc
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -35,10 +35,11 @@ from torch import fx
 
 from fastft import _torch_compat as compat
 from fastft import costs, offload, planner
+from fastft.costs import Rates
 from fastft.fallback import Attempt
 from fastft.judging import random_state, set_random_state
 from fastft.options import MEMORY, Options, bytes_of
-from fastft.partitioner import Sizes, Walk, forward_of, kinds_of, number_at, regions_of, tag
+from fastft.partitioner import Sizes, Walk, drop_views, forward_of, kinds_of, number_at, regions_of, tag
 from fastft.planner import ALL, ATTENTION, CHEAP, GIB, KEEP, MLP, OFFLOADED, Choice, Problem
 from fastft.reporting import Report
 from fastft.slicing import Slices, slice_mlps
@@ -47,7 +48,8 @@ log = logging.getLogger("fastft")
 
 #: Compiled plans of one graph, at most: each takes as long to compile as the graph did.
 MOST_PLANS = 3
-#: Of what is free, the part that ``"auto"`` leaves alone, and bytes of it at least: fragmentation, libraries' handles.
+#: Of what is free, the part that ``"auto"`` and ``"lean"`` leave alone, and bytes of it at least: fragmentation,
+#: libraries' handles.
 MARGIN, LEAST_MARGIN = 0.05, GIB // 2
 #: Calls of a graph after which the device's own peak is no longer read.
 MEASURED_CALLS = 8
@@ -58,6 +60,8 @@ ADAM_BYTES = 8
 HOST_SHARE, HOST_BYTES_PER_SECOND = 0.25, 50e9
 #: How often a choice that needs more than the formula says is made again, by so much less.
 ROUNDS = 3
+#: How much more than the smallest peak there is ``"lean"`` may need, for less time: a part of that peak.
+LEAN_SHARE = 0.1
 #: The leanest choice's own cut is believed if it needs no more than this beside what the formula says it adds.
 CLOSE = 0.02
 
@@ -138,7 +142,7 @@ class Memory:
         wanted = self.options.memory
         if wanted not in MEMORY:
             return bytes_of("memory", wanted)
-        if wanted != "auto" or self.device is None:
+        if wanted == "fast" or self.device is None:
             return None
         free, total = torch.cuda.mem_get_info(self.device)
         ours = torch.cuda.memory_reserved(self.device)
@@ -158,7 +162,7 @@ class Memory:
 
     def partition(self, joint: fx.GraphModule, outputs: int, static: list[int] | None) -> Halves:
         """Cut a joint graph by the best plan for ``sizes``, or, where planning fails, as the user's checkpoints say."""
-        cut = _Cut(joint, outputs, static, self.sizes)
+        cut = _Cut(joint, outputs, static, self.sizes, self.rates)
         with (
             _no_collection(),
             Attempt("planning memory", "layers are recomputed in full", self.done.errors, self.options.strict),
@@ -171,27 +175,41 @@ class Memory:
         return cut.at([ALL] * cut.count, sliced=False).halves
 
     def _planned(self, cut: _Cut) -> tuple[Halves, Plan]:
-        wanted, budget = self.options.memory, min((b for b in (self.budget, self.limit) if b is not None), default=None)
-        levels, least = [CHEAP if wanted == "fast" else KEEP] * cut.count, False
-        if wanted == "lean" or (budget is not None and self._plan(cut, levels).peak(self.sizes) > budget):
+        wanted, budgets = self.options.memory, [b for b in (self.budget, self.limit) if b is not None]
+        levels, least, smallest = [CHEAP if wanted == "fast" else KEEP] * cut.count, False, 0
+        if wanted == "lean" or (budgets and self._plan(cut, levels).peak(self.sizes) > min(budgets)):
             problem = self._problem(cut)
-            found = None
-            if budget is not None:
-                # The formula is of regions that are cut alike; the cut itself may need more.
-                over = 0
-                for _ in range(ROUNDS):
-                    found = planner.fastest(problem, budget - over, self.host)
-                    if found is None or self._plan(cut, found).peak(self.sizes) <= budget:
-                        break
-                    over += self._plan(cut, found).peak(self.sizes) - budget
-                    found = None
+            if wanted == "lean":
+                smallest = self._smallest(cut, problem)
+                budgets.append(int((1 + LEAN_SHARE) * smallest))
+            found = self._fastest(cut, problem, min(budgets))
             levels, least = found or self._leanest(cut, problem), found is None
         plan = self._plan(cut, levels)
         whole = self._plan(cut, levels, sliced=False) if plan.slices.tokens else plan
         # Slices are for what does not fit, or to be lean, without them.
-        most = plan.peak(self.sizes) if least or budget is None else budget
+        most = plan.peak(self.sizes) if least or not budgets else min(budgets)
         sliced = whole is plan or whole.peak(self.sizes) > most
-        return cut.at(levels, sliced).halves, replace(plan if sliced else whole, leanest=least)
+        chosen = plan if sliced else whole
+        return cut.at(levels, sliced).halves, replace(chosen, leanest=least or chosen.peak(self.sizes) <= smallest)
+
+    def _fastest(self, cut: _Cut, problem: Problem, budget: int) -> list[str] | None:
+        """The formula's choice; it is of regions that are cut alike, and where the cut itself needs more, it is made
+        again.
+        """
+        over = 0
+        for _ in range(ROUNDS):
+            found = planner.fastest(problem, budget - over, self.host)
+            if found is None or self._plan(cut, found).peak(self.sizes) <= budget:
+                return found
+            over += self._plan(cut, found).peak(self.sizes) - budget
+        return None
+
+    def _smallest(self, cut: _Cut, problem: Problem) -> int:
+        """The smallest peak: by the formula, and in a shallow graph, where that may be too large, by the cut."""
+        found = problem.peak(planner.leanest(problem, self.host))
+        if (True, (ALL,) * cut.count) not in cut.found:
+            return found
+        return min(found, self._plan(cut, self._leanest(cut, problem)).peak(self.sizes))
 
     def _leanest(self, cut: _Cut, problem: Problem) -> list[str]:
         """The formula's choice. In a shallow graph, where its cut needs more: the leanest of that and of layers all
@@ -239,8 +257,10 @@ class Memory:
             choices.append({})
             for level in MEASURED:
                 region = each[r, level] if (r, level) in each else alike[kinds[r], level]
-                choices[r] |= region.choices(level, gradients[r], bool(self.host))
-        return Problem(tuple(choices), before, after)
+                choices[r] |= region.choices(level, gradients[r], bool(self.host), last=r == cut.count - 1)
+        piece = max((r.piece for (_, level), r in (each | alike).items() if level in OFFLOADED.values()), default=0)
+        drained = plan.walk.loss_seconds(self.sizes, self.rates) * HOST_BYTES_PER_SECOND
+        return Problem(tuple(choices), before, after, piece, drained, HOST_BYTES_PER_SECOND)
 
     def _regions(self, plan: Plan) -> list[_Region]:
         """What each region needs in a plan."""
@@ -254,6 +274,7 @@ class Memory:
                 backward[:-1],
                 walk.seconds(sizes, self.rates),
                 walk.movable_bytes(sizes),
+                walk.pieces(sizes),
                 walk.forward_seconds(sizes, self.rates),
                 strict=True,
             )
@@ -276,7 +297,8 @@ class Memory:
 @dataclass(frozen=True)
 class _Region:
     """What a region needs at a level: bytes kept, and held in the forward and in the backward (without the gradients
-    that are there before), seconds of recomputation, bytes that can be offloaded, seconds of its forward.
+    that are there before), seconds of recomputation, bytes that can be offloaded and of the largest tensor among them,
+    seconds of its forward.
     """
 
     kept: int
@@ -284,23 +306,24 @@ class _Region:
     backward: int
     seconds: float
     movable: int
+    piece: int
     computing: float
 
     def or_more(self, other: _Region) -> _Region:
         """The larger of each number."""
         return _Region(*map(max, zip(vars(self).values(), vars(other).values(), strict=True)))
 
-    def choices(self, level: str, gradients: int, offload: bool) -> dict[str, Choice]:
+    def choices(self, level: str, gradients: int, offload: bool, last: bool) -> dict[str, Choice]:
         """The level, and with ``offload`` the one that offloads what is kept there, if there is one."""
-        held = max(self.forward, self.backward + gradients)
-        found = {level: Choice(self.kept, held, self.seconds)}
+        held, drained = self.backward + gradients, self.computing * HOST_BYTES_PER_SECOND
+        found = {level: Choice(self.kept, held, self.seconds, 0, self.forward, drained)}
         away = next((name for name, of in OFFLOADED.items() if of == level), None)
         if away is not None and offload:
-            # A copy has the time of one layer, forward and, at about twice the work, backward; meanwhile there are two
-            # layers' tensors on the device.
-            number, copying = self.movable, self.movable / HOST_BYTES_PER_SECOND
-            late = max(0.0, copying - self.computing) + max(0.0, copying - 2 * self.computing - self.seconds)
-            found[away] = Choice(self.kept - number, held + number, self.seconds + late, number)
+            # A copy that comes back has the time of one layer's backward, which is about twice the forward's work, and
+            # what is computed again; that of the last layer has none.
+            number, backward = self.movable, 0.0 if last else 2 * self.computing + self.seconds
+            waits = max(0.0, number / HOST_BYTES_PER_SECOND - backward)
+            found[away] = Choice(self.kept - number, held, self.seconds + waits, number, self.forward, drained)
         return found
 
 
@@ -313,10 +336,15 @@ class _Halves(NamedTuple):
 
 
 class _Cut:
-    """One joint graph, and what it was cut into, by the regions' levels, for a batch of ``sizes``."""
+    """One joint graph, and what it was cut into, by the regions' levels, for a batch of ``sizes`` on a device of
+    ``rates``.
+    """
 
-    def __init__(self, joint: fx.GraphModule, outputs: int, static: list[int] | None, sizes: Sizes) -> None:
-        self.joint, self.outputs, self.static, self.sizes = joint, outputs, static, sizes
+    def __init__(
+        self, joint: fx.GraphModule, outputs: int, static: list[int] | None, sizes: Sizes, rates: Rates
+    ) -> None:
+        self.joint, self.outputs, self.static, self.sizes, self.rates = joint, outputs, static, sizes, rates
+        drop_views(joint)
         self.regions = regions_of(joint, outputs)
         self.count = max(self.regions.values(), default=-1) + 1
         self.found: dict[tuple[bool, tuple[str, ...]], _Halves] = {}
@@ -337,10 +365,17 @@ class _Cut:
             walk = Walk(*halves, self.outputs, regions, slices.again)
             moved = {name: r for name, r in walk.movable.items() if levels[r] in OFFLOADED}
             if moved:
-                offload.offload(*halves, moved, regions, walk.turns)
+                offload.offload(*halves, moved, self._landings(halves[0], walk, moved), regions, walk.turns)
                 walk = Walk(*halves, self.outputs, regions, slices.again)
             self.found[key] = _Halves(halves, walk, slices)
         return self.found[key]
+
+    def _landings(self, forward: fx.GraphModule, walk: Walk, moved: Mapping[str, int]) -> dict[str, int]:
+        """Where the forward waits for each tensor's copy to the host; they leave as they are made."""
+        order = [n.name for n in forward.graph.nodes if n.name in moved]
+        number, seconds = walk.bytes_of(self.sizes), walk.forward_seconds(self.sizes, self.rates)
+        drained = [f * HOST_BYTES_PER_SECOND for f in seconds]
+        return dict(zip(order, planner.landings([(moved[t], number[t]) for t in order], drained), strict=True))
 
 
 def _said(slices: Slices) -> str:

@@ -193,23 +193,25 @@ def offload(
     forward: fx.GraphModule,
     backward: fx.GraphModule,
     moved: Mapping[str, int],
+    landings: Mapping[str, int],
     regions: Mapping[str, int],
     turns: Mapping[str, int],
 ) -> None:
     """Let the saved tensors ``moved`` (name → region that reads them in the backward) wait on the host, in place.
 
-    A copy to the host has the time of the region after its own to finish; one back starts when the backward comes to
-    that region. ``regions``: of the forward's nodes; ``turns``: backward node → region whose turn it is.
+    A tensor's copy to the host is waited for at the end of the region that ``landings`` has for it, or of the forward,
+    if there is no such region; one back starts when the backward comes to the region after its own. ``regions``: of the
+    forward's nodes; ``turns``: backward node → region whose turn it is.
     """
     nodes = {n.name: n for n in forward.graph.nodes}
     output = next(n for n in reversed(forward.graph.nodes) if n.op == "output")
     last = {regions[n.name]: n for n in forward.graph.nodes if n.name in regions}
     hosts: dict[fx.Node, fx.Node] = {}
-    for name, region in moved.items():
+    for name in moved:
         node = nodes[name]
         with forward.graph.inserting_after(node):
             ticket = _call(forward, OFFLOAD, node)
-        after = max(last.get(region + 1, last[max(last)]), ticket)
+        after = max(last.get(landings[name], output.prev), ticket)
         with forward.graph.inserting_after(after):
             hosts[node] = _call(forward, OFFLOAD_WAIT, ticket, node)
     output.args = (tuple(hosts.get(n, n) if isinstance(n, fx.Node) else n for n in output.args[0]),)

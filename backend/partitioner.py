@@ -51,6 +51,17 @@ def forward_of(joint: fx.GraphModule, outputs: int) -> set[fx.Node]:
     return found | {u for n in found for u in n.users if u.target is operator.getitem}
 
 
+def drop_views(joint: fx.GraphModule) -> None:
+    """Let what is read of a view that shows its operand as it is be read of the operand: that can be offloaded. What
+    the graph returns stays a view.
+    """
+    for node in list(joint.graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.aten.view.default:
+            shown, of = (tuple(map(compat.size_expression, n.meta["val"].shape)) for n in (node, node.args[0]))
+            if shown == of:
+                node.replace_all_uses_with(node.args[0], lambda user: user.op != "output")
+
+
 def regions_of(joint: fx.GraphModule, outputs: int) -> Regions:
     """The regions of a joint graph, the first ``outputs`` of whose results are the forward's."""
     forward, number = forward_of(joint, outputs), dict[int, int]()
@@ -113,7 +124,11 @@ def tag(joint: fx.GraphModule, outputs: int, regions: Regions, levels: Sequence[
             mlps.add(region)
         if op in attention and level == ATTENTION:
             node.meta["recompute"] = compat.MUST_SAVE
-        elif level in (ATTENTION, ALL) or (level == MLP and region in mlps) or (level in (CHEAP, MLP) and op in cheap):
+        elif (
+            level in (ATTENTION, ALL)
+            or (level == MLP and (region in mlps or _is_alias(node)))  # what a view is of can be offloaded
+            or (level in (CHEAP, MLP) and op in cheap)
+        ):
             node.meta["recompute"] = compat.PREFER_RECOMPUTE
         else:
             node.meta.pop("recompute", None)
@@ -263,6 +278,8 @@ class Walk:
         #: Backward node → region whose turn it is.
         self.turns = {node.name: step.region for node, step in half}
         self.made = [(n, regions[n.name]) for n in forward.graph.nodes if n.name in regions]
+        #: What the forward computes after all regions.
+        self.loss = [n for n, step in steps if step.region == self.count and n.op == "call_function"]
         #: Saved tensors that can be offloaded, with the regions that read them.
         self.movable = {
             name: region
@@ -397,16 +414,28 @@ class Walk:
             found[region] += number[tensor]
         return found
 
+    def pieces(self, sizes: Sizes) -> list[int]:
+        """Of what each region keeps, the bytes of the largest tensor that can be offloaded."""
+        number, found = self.bytes_of(sizes), [0] * self.count
+        for tensor, region in self.movable.items():
+            found[region] = max(found[region], number[tensor])
+        return found
+
     def seconds(self, sizes: Sizes, rates: Rates) -> list[float]:
         """What each region computes again in the backward."""
-        return self._seconds(self.again, sizes, rates)
+        return self._seconds(self.again, sizes, rates)[:-1]
 
     def forward_seconds(self, sizes: Sizes, rates: Rates) -> list[float]:
         """What each region computes in the forward."""
-        return self._seconds(self.made, sizes, rates)
+        return self._seconds(self.made, sizes, rates)[:-1]
+
+    def loss_seconds(self, sizes: Sizes, rates: Rates) -> float:
+        """What the forward computes after all regions."""
+        return self._seconds([(n, self.count) for n in self.loss], sizes, rates)[-1]
 
     def _seconds(self, nodes: Iterable[tuple[fx.Node, int]], sizes: Sizes, rates: Rates) -> list[float]:
-        found, memo = [0.0] * self.count, Memo()
+        """By region, and, last, of none."""
+        found, memo = [0.0] * (self.count + 1), Memo()
         for node, region in nodes:
             found[region] += rates.seconds(raw_work(node, lambda n: number_at(n, sizes), memo))
         return found
