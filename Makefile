@@ -17,6 +17,8 @@ OLDEST_TRITON := triton==3.6.0
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# What one process has compiled the next one finds: a mutant's takes half of its time otherwise.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-oldest-triton lint bench clean
 
