@@ -44,7 +44,7 @@ def pytest_collection_finish() -> None:
     """What is imported stays: the collector need not look at it again and again, a tenth of a run's time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 10, 10)
+    gc.set_threshold(100_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
 """Repairs of Triton's interpreter, for tests only: bf16, which Triton 3.6 and 3.7 compute as if its bits were 16-bit
-integers.
+integers; and what it does again and again, most of its time.
 
 The interpreter keeps a bf16 value as uint16. Loads, stores and the exact widening to fp32 are right; what is wrong is
 every other cast (narrowing truncates), arithmetic and comparisons between bf16 values, and ``tl.dot``. The repair
@@ -8,6 +8,8 @@ no kernel here has, raise.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import triton.language as tl
@@ -54,6 +56,44 @@ def _cast(self, src, dst_type):
     return TensorHandle(_widen(src).data.astype(interpreter._get_np_dtype(dst_type)), dst_type.scalar)
 
 
+def _patched_once(patch_lang):
+    """``patch_lang``, for a function that sees no more of the language than is patched: looking at all of its members
+    again, for each call of one kernel function by another, is most of the interpreter's time.
+    """
+    patched: set = set()
+
+    def patch(fn):
+        seen = {value for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if seen and seen <= patched:
+            return interpreter._LangPatchScope()  # with nothing to restore
+        scope = patch_lang(fn)
+        seen -= patched
+        patched.update(seen)
+        restore = scope.restore
+
+        def restored():
+            restore()
+            patched.difference_update(seen)
+
+        scope.restore = restored
+        return scope
+
+    return patch
+
+
+def _remembered(get_np_dtype):
+    """``get_np_dtype``, which makes a table of all dtypes at each call."""
+    found: dict = {}
+
+    def get(dtype):
+        name = dtype.scalar.name
+        if name not in found:
+            found[name] = get_np_dtype(dtype)
+        return found[name]
+
+    return get
+
+
 def repair() -> None:
     """Patch the interpreter of this process; harmless to call twice."""
     if getattr(InterpreterBuilder, "bf16_repaired", False):
@@ -82,4 +122,9 @@ def repair() -> None:
     for name in ("binary_op", "ternary_op", "unary_op", "create_fma"):
         setattr(InterpreterBuilder, name, _through_fp32(getattr(InterpreterBuilder, name)))
     ReduceScanOpInterface.check_tensor = check_tensor
+    interpreter._patch_lang = _patched_once(interpreter._patch_lang)
+    interpreter._get_np_dtype = _remembered(interpreter._get_np_dtype)
+    # Each sum of integers is computed twice, in 64 bits too, for an assertion that is made with TRITON_DEBUG only.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     InterpreterBuilder.bf16_repaired = True

@@ -73,6 +73,8 @@ def main(file: str, old: str, new: str, *arguments: str) -> int:
         return code if injector.found else NOT_IMPORTED
 
 
+#: Dynamo imports all of its backends to look one up.
+BACKENDS = ("cudagraphs", "distributed", "inductor", "onnxrt", "tensorrt", "torchxla", "tvm")
 #: What tests of many mutants import: most of the time of a short run.
 IMPORTED = (
     "hypothesis",
@@ -80,7 +82,16 @@ IMPORTED = (
     "_hypothesis_pytestplugin",
     "anyio.pytest_plugin",
     "pytest_benchmark.plugin",
+    "xdist.plugin",
+    "pdb",
+    "triton.experimental.gluon",
     "torch._dynamo",
+    *(f"torch._dynamo.backends.{name}" for name in BACKENDS),
+    "torch._dynamo.dce_extra_outputs",
+    "torch._higher_order_ops.passes.inline_invoke_subgraph",
+    "torch._subclasses.schema_check_mode",
+    "torch.distributed.tensor.experimental",
+    "torch.export._trace",
     "torch._inductor.compile_fx",
     "torch._functorch.partitioners",
     "networkx",
