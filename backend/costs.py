@@ -293,7 +293,8 @@ Size = Callable[[Any], int]
 
 def scratch(node: fx.Node) -> Callable[[Size], int]:
     """Bytes of the largest buffer that a call in AOTAutograd's graph makes for itself and that its results are not, for
-    any sizes: the logits of one chunk, or a dequantised weight. Holds no part of the graph, which may change.
+    any sizes: the logits of one chunk, a dequantised weight, what cuDNN's attention adds up. Holds no part of the
+    graph, which may change.
     """
     name = getattr(getattr(node.target, "_schema", None), "name", "")
     if not name.startswith("fastft::"):
@@ -305,6 +306,8 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
             return lambda size: fused.scratch(size(tokens), size(width), name.endswith("_backward"))
         trained = bool(given.get("unit_weight") or given.get("need_weight"))
         return lambda size: chunk_rows(size(tokens), size(vocab), item, size(width), trained) * size(vocab) * item
+    if name == "fastft::attention_backward":
+        return _attention_scratch(given)
     if name.startswith("fastft::lora_mlp"):
         x, rows, widths = given["x"], given["rows"], lora_mlp.widths(given["weight"], given["quant"], given["shape"])
         copied = bool(given["quant"]) or any(w.dtype != x.dtype for w in given["weight"])
@@ -328,6 +331,25 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
         item = (given["x"] if name == "fastft::lora_stack" else given["dwide"]).element_size()
     # All weights and matrices A below each other, and the gradients of all layers next to each other.
     return lambda size: (sum(map(size, widths)) + whole(sum(below))) * (size(k) + size(rows)) * item
+
+
+def _attention_scratch(given: Mapping[str, Any]) -> Callable[[Size], int]:
+    """Where cuDNN may compute it: dq in fp32, and dk and dv of every query head. Ours takes next to nothing."""
+    q, v = given["q"], given["v"]
+    masked = any(given[of] is not None for of in ("dense", "sinks")) or any(
+        given[of] for of in ("window", "chunk", "softcap", "dropout_p")
+    )
+    if q.device.type == "cpu" or q.element_size() != 2 or masked or not given["causal"]:
+        return lambda size: 0
+    item, shape, wide = q.element_size(), q.shape, v.shape[-1]
+
+    def number(size: Size) -> int:
+        rows = math.prod(map(size, shape[:-1]))
+        if rows * size(shape[-1]) >= 2**31:  # which cuDNN is not asked for
+            return 0
+        return rows * (size(shape[-1]) * (4 + item) + size(wide) * item)
+
+    return number
 
 
 def _named(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Options:
     ``recompute``: ``"asked"`` (default) recomputes the layers that the user put under gradient checkpointing;
     ``"never"`` keeps everything.
     ``memory``: how much memory a training step may take: bytes, or a number with a unit (``"40GiB"``, ``"24GB"``);
-    ``"auto"``, what is free on the device; ``"lean"``, at most a tenth more than as little as can be; ``"fast"``, as
+    ``"auto"``, what is free on the device; ``"lean"``, at most 7 % more than as little as can be; ``"fast"``, as
     much as there is use for.
     The layers then keep, recompute or offload what makes the step the fastest that fits (:mod:`fastft.planner`), under
     gradient checkpointing or not. None (default): ``recompute`` decides.

@@ -2,9 +2,11 @@
 
 What a time is, on a GPU. An implementation runs ``calls`` times in a row, each call on its own copy of the inputs and
 of the outputs' gradients, so none finds them in the level-2 cache; the cache is flushed before, by reading something
-else. Forwards run first, backwards after them, as in training, where every layer's forward lies between the two. Both
-are CUDA graphs where they can be captured and are short (gaps between launches are Python's, not the kernel's); else
-they are launched one by one. Device events around them give one sample: microseconds a call.
+else. A long call is a sample by itself, however short its backward is: a GPU slows down after tens of milliseconds of
+products, and all have to work as long at a stretch. Forwards run first, backwards after them, as in training, where
+every layer's forward lies between the two. Both are CUDA graphs where they can be captured and are short (gaps between
+launches are Python's, not the kernel's); else they are launched one by one. Device events around them give one sample:
+microseconds a call.
 
 Implementations take turns: every round takes one sample of each, and every other round goes through them backwards,
 so that a clock that drifts, or a neighbour on the machine, falls on all of them alike. A time is the median of its
@@ -270,7 +272,8 @@ def prepare(run: Callable[..., Any], master: Inputs, gradients: Gradients) -> Pr
     each = sum(_storages(probe.tensors()).values()) + 2 * size + max(kept, 0)
     shorter = min(forward_us, backward_us) if both else forward_us
     calls = max(1, min(math.ceil(SAMPLE_US / max(shorter, 1.0)), MOST_CALLS, int(MOST_BYTES // max(each, 1))))
-    capturable = capturable and forward_us + backward_us < GRAPH_US
+    if forward_us + backward_us >= GRAPH_US:
+        calls, capturable = 1, False
     return Prepared(run, first_call_s, max(kept, 0), max(extra, 0), forward_us, backward_us, writes, capturable, calls)
 
 

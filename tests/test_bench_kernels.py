@@ -233,11 +233,15 @@ def test_device_times_are_of_the_call_alone(device):
 
 def test_what_waits_for_the_device_or_takes_long_is_launched_not_replayed(device):
     samples, found, failed, _ = on_device(
-        {"waits": doubling(device, 30.0, 50.0, waits=True), "long": doubling(device, 3000.0, 3000.0)}
+        {
+            "waits": doubling(device, 30.0, 50.0, waits=True),
+            "long": doubling(device, 3000.0, 3000.0),
+            "long forward": doubling(device, 6000.0, 5.0),
+        }
     )
     assert not failed and found["waits"]["timed"] == found["long"]["timed"] == "events"
     assert samples["waits"]["full_us"] == pytest.approx([80.0] * 3)
-    assert found["long"]["calls"] == 1
+    assert found["long"]["calls"] == found["long forward"]["calls"] == 1
 
 
 def test_what_is_overwritten_is_put_back(device):

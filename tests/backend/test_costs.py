@@ -266,6 +266,23 @@ def test_what_ops_take_for_themselves() -> None:
     assert costs.scratch(called(torch.ops.aten.mm.default, meta(3, 5), meta(5, 7)))(int) == 0
 
 
+def test_what_attention_takes_for_itself() -> None:
+    """cuDNN's backward: 259 MiB for 4 x 2,048 tokens of 32 heads of 128 (2026-11-26-h100-kernels-attention.json)."""
+    q, k = (torch.empty(4, 2048, heads, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2) for heads in (32, 8))
+    lse = torch.empty(4, 32, 2048, device="meta")
+
+    def scratch(q: torch.Tensor = q, causal: bool = True, window: int = 0, softcap: float = 0.0) -> int:
+        mask = {"causal": causal, "window": window, "softcap": softcap, "chunk": 0, "scale": 0.1, "dropout_p": 0.0}
+        schema = torch.ops.fastft.attention_backward.default._schema
+        rest = [mask.get(a.name) for a in schema.arguments[9:]]
+        call = called(torch.ops.fastft.attention_backward.default, q, q, k, k, q, lse, True, True, False, *rest)
+        return costs.scratch(call)(int)
+
+    assert scratch() == pytest.approx(259 * 2**20, rel=0.02)
+    assert scratch(causal=False) == scratch(window=100) == scratch(softcap=30.0) == scratch(q.float()) == 0
+    assert scratch(q.expand(4, 32, 2048, 128).repeat(64, 1, 1, 1)) == 0, "2³¹ numbers, which cuDNN is not asked for"
+
+
 def test_what_products_of_several_layers_take_for_themselves() -> None:
     """All weights and A below each other, up to whole rows; and the copied gradients, where there is one product."""
     two, quant, a = [meta(768, 1, dtype=torch.uint8)] * 2, [meta(24)] * 2, [meta(3, 64), meta(3, 64)]

@@ -1541,7 +1541,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "backend/memory.py",
         "budgets.append(int((1 + LEAN_SHARE) * smallest))",
         "budgets.append(int(9 * smallest))",
-        "tests/backend/test_memory.py -k within_a_tenth",
+        "tests/backend/test_memory.py -k within_its_share",
     ),
     Mutant(
         "memory plan: lean takes more than is free",
