@@ -238,7 +238,7 @@ def _delta_kernel(
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """δ = Σ_d do · out, one fp32 number for each query and head; −Σ p δ over the tile: of a sink's gradient; queries of
-    the head up to the last one that a gradient comes to (``asked``, 0 before).
+    the head up to the tile's last one that a gradient comes to (``asked``).
     """
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
@@ -253,7 +253,7 @@ def _delta_kernel(
     tl.store(delta_ptr + head.to(tl.int64) * Sq + rows, delta, mask=rows < Sq)
     if HAS_ASKED:
         asked = tl.sum((do != 0.0).to(tl.int32), 1) > 0
-        tl.atomic_max(asked_ptr + head, tl.max(tl.where(asked, rows + 1, 0), 0))
+        tl.store(asked_ptr + tl.program_id(0), tl.max(tl.where(asked, rows + 1, 0), 0))
     if HAS_SINKS:
         lse = tl.load(lse_ptr + head.to(tl.int64) * Sq + rows, mask=rows < Sq, other=float("inf"))
         p = exp2(tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634 - lse)

@@ -379,7 +379,7 @@ def _backward_by(
     tiles = triton.cdiv(call.q_length, block)
     partial = lse.new_empty((call.batch, call.heads, tiles) if sinks else 0)
     looks = _looks_at_gradients(call)
-    asked = lse.new_zeros((call.batch, call.heads), dtype=torch.int32) if looks else seed
+    asked = lse.new_empty((call.batch, call.heads, tiles), dtype=torch.int32) if looks else seed
     _delta_kernel[(tiles * call.batch * call.heads,)](
         do, out, lse, _or(call.sinks, q), delta, partial, asked,
         *do.stride()[:3], *out.stride()[:3], call.heads, call.q_length, tiles,
@@ -388,6 +388,8 @@ def _backward_by(
     )  # fmt: skip
     if sinks:
         dsinks.copy_(partial.sum((0, 2)))
+    if looks:
+        asked = asked.amax(2)
     if want_q:
         constants = _constants(call, "dq", q)
         tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])

@@ -423,18 +423,18 @@ def _forward(
     if not hidden.is_cuda:
         _check_labels(labels, weight.shape[0], maths.ignore_index)
     scored = _Scored(labels, maths.ignore_index)
-    run = _forward_all(hidden, weight, bias, labels, maths, wanted)
+    run = _prepared(hidden, weight, bias, labels, maths, wanted)
     keep = scored.positions()
     if keep is None:
         return run()
     del run  # and its buffer
-    *found, unit_weight, unit_bias = _forward_all(hidden[keep], weight, bias, labels[keep], maths, wanted)()
+    *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)()
     whole = _empty_outputs(hidden, maths.dtype, wanted)
     each = (w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
     return *each, unit_weight, unit_bias
 
 
-def _forward_all(
+def _prepared(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,

@@ -112,7 +112,7 @@ class Device:
     """
 
     def __init__(self) -> None:
-        self.us, self.strict, self.allocated, self.most, self.flushed = 0.0, False, 0, 0, 0
+        self.us, self.strict, self.allocated, self.most, self.flushed, self.heated = 0.0, False, 0, 0, 0, 0
         self.capturing: list[Any] = []
         device = self
 
@@ -170,6 +170,10 @@ class Device:
 
     def flush(self) -> None:
         self.flushed += 1
+
+    def heat(self) -> None:
+        self.heated += 1
+        self.us += 1e6  # on nobody's time
         self.work(1000)  # it is in nobody's time
 
 
@@ -179,6 +183,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     for name, value in vars(device.cuda).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(measure, "Flush", lambda: device.flush)
+    monkeypatch.setattr(measure, "Heat", lambda: device.heat)
     return device
 
 
@@ -242,6 +247,8 @@ def test_what_waits_for_the_device_or_takes_long_is_launched_not_replayed(device
     assert not failed and found["waits"]["timed"] == found["long"]["timed"] == "events"
     assert samples["waits"]["full_us"] == pytest.approx([80.0] * 3)
     assert found["long"]["calls"] == found["long forward"]["calls"] == 1
+    assert samples["long"]["full_us"] == pytest.approx([6000.0] * 3)
+    assert device.heated == 2 * (1 + 3)  # before each sample of the long ones
 
 
 def test_what_is_overwritten_is_put_back(device):

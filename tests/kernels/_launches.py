@@ -147,7 +147,7 @@ def _linear_cross_entropy(s: Shape, dtype: torch.dtype) -> None:
     wanted = linear_cross_entropy._Wanted(True, False, False, False, True)
     for way in ("chunks", "fused"):
         maths = linear_cross_entropy._Maths(-100, s["softcap"], 1.0, 1.0, 0.0, 0.0, dtype, way)
-        _, top, *_ = linear_cross_entropy._forward_all(hidden, weight, None, labels, maths, wanted)
+        _, top, *_ = linear_cross_entropy._prepared(hidden, weight, None, labels, maths, wanted)()
     grads, saved = (top, None, None, None), (top, top, top)
     linear_cross_entropy._backward_all(grads, hidden, weight, None, labels, saved, maths, True, True, False)
 

@@ -1587,8 +1587,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy, fused: ignored tokens are computed too",
         "kernels/linear_cross_entropy.py",
-        "    *found, unit_weight, unit_bias = _forward_all(hidden[keep], weight, bias, labels[keep], maths, wanted)\n",
-        "    *found, unit_weight, unit_bias = _forward_all(hidden, weight, bias, labels, maths, wanted)\n"
+        "    *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)()\n",
+        "    *found, unit_weight, unit_bias = _prepared(hidden, weight, bias, labels, maths, wanted)()\n"
         "    found = [x[keep] if len(x) else x for x in found]\n",
         "tests/kernels/test_linear_cross_entropy.py -k left_out_of_every_gemm",
     ),
