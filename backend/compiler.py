@@ -27,6 +27,7 @@ from fastft.offload import has_offloads
 from fastft.options import Options
 from fastft.outputs import LazyOutputs, drop_lazy, with_lazy
 from fastft.partitioner import save_what_leaves
+from fastft.patterns.attention import skip_padding
 from fastft.reporting import MISSED, REPLACED, Report, Site
 from fastft.rewrite import Rewritten, module_path, rewrite
 from fastft.stamp import source_hash
@@ -103,6 +104,9 @@ def transform(gm: fx.GraphModule, options: Options, done: Report) -> LazyOutputs
     with step("planning", "torch decides what is recomputed"):
         done.plan |= _plan(counts, options)
         save_what_leaves(gm.graph)
+        if options.skip_padding:
+            eager = options.verify != "never"
+            done.plan["padding"] = "computed: verify compares with eager" if eager else skip_padding(gm.graph)
         gm.graph.lint()
         done.plan |= _not_taken(gm.graph, options)
     with _describing(done, options):

@@ -66,6 +66,10 @@ class Options:
     ``attention_dropout``: attention whose weights are dropped (``attention_dropout`` of a config) is replaced like any
     other, and draws its dropout itself: reproducibly, and other numbers than PyTorch would (default True). False leaves
     it as it is; so does ``verify``, which compares with eager.
+    ``skip_padding``: attention gives zeros for queries of padding behind the last token of their sequence, as
+    transformers has it with FlashAttention, and computes nothing for them. Other tokens' results and gradients are as
+    they were; hidden states and logits of padding are others (default False). Not under ``verify``, which compares with
+    eager.
     """
 
     residual: str = "inductor"
@@ -80,6 +84,7 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, str] = field(default_factory=dict)
     attention_dropout: bool = True
+    skip_padding: bool = False
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
@@ -123,7 +128,7 @@ class Options:
             raise OptionError(
                 f"option fuel is {self.fuel!r}; it is a number of rewrites, 0 or more, or None for all of them"
             )
-        for name in ("lazy_logits", "attention_dropout", "strict"):
+        for name in ("lazy_logits", "attention_dropout", "strict", "skip_padding"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name} is {getattr(self, name)!r}; it is True or False")
         if not isinstance(self.inductor, Mapping):

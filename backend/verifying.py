@@ -153,7 +153,7 @@ def verify(
     """
     if len(args) == 1 and not kwargs and isinstance(args[0], Mapping):
         kwargs, args = dict(args[0]), ()
-    asked = dataclasses.replace(Options.of(options), verify="never", attention_dropout=False)
+    asked = dataclasses.replace(Options.of(options), verify="never", attention_dropout=False, skip_padding=False)
     model = getattr(model, "_orig_mod", model)
     with _left_as_it_was(model), reporting.aside():
         one = TrainingStep(model, args, kwargs)

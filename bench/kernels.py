@@ -32,6 +32,7 @@ from bench.shapes import SHAPES, Shape, shapes
 from bench.specialists import plainly_causal, specialists
 from bench.tables import EVERY, PRODUCTS
 from fastft import _torch_compat as compat
+from fastft.kernels._attention_mask import attention_mask
 from fastft.kernels._inputs import Inputs, New
 from fastft.kernels._op import Op
 
@@ -373,6 +374,10 @@ def attention(s: Shape) -> Case:
         # Of the same tokens, by whoever computes it fastest: what a mask that hides more, or a cap, is held against.
         plainly = OPS["attention"].call
         case.others = {"(plainly causal)": lambda q, k, v, **_: plainly(q, k, v, causal=True)}
+    if s.get("hides") == "padding":
+        keep = case.kwargs["mask"][3].to(torch.int64)
+        left_out = attention_mask(keep, None, chunk, True)
+        case.others["(skip_padding)"] = lambda q, k, v, **given: plainly(q, k, v, **{**given, "mask": left_out})
     return case
 
 

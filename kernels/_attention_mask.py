@@ -102,7 +102,7 @@ def arrived(kind: torch.Tensor) -> int:
 
 
 def _mask(
-    padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int
+    padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int, skip: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     start, stop, end, keep, kind = _mask_fake(padding, positions, chunk)
     batch, length = start.shape
@@ -130,6 +130,9 @@ def _mask(
         sighted = ~left.any() & whole if positions is None and not chunk else real.all()
     if chunk:
         first = torch.maximum(first, torch.div(order - left, chunk, rounding_mode="floor") * chunk + left)
+    if skip and padding is not None:
+        first = torch.where(order >= last[:, None], length, first)
+        sighted = sighted & (last == length).all()
     start.copy_(first)
     stop.copy_(torch.searchsorted(start, order.to(torch.int32).expand(batch, -1).contiguous(), right=True))
     # Documents alone: every query sees an interval that it is in itself.
@@ -144,7 +147,7 @@ def _mask(
 
 
 def _mask_fake(
-    padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int
+    padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int, skip: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     shown = positions if positions is not None else padding
     assert shown is not None, "attention_mask needs a padding mask or position ids"
@@ -156,22 +159,26 @@ def _mask_fake(
 
 
 _raw_mask = raw_op(
-    "attention_mask(Tensor? padding, Tensor? positions, SymInt chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "attention_mask(Tensor? padding, Tensor? positions, SymInt chunk, bool skip=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _mask,
     _mask_fake,
 )
 
 
-def attention_mask(padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int = 0) -> Found:
+def attention_mask(
+    padding: torch.Tensor | None, positions: torch.Tensor | None, chunk: int = 0, skip: bool = False
+) -> Found:
     """What the values of a padding mask ``[B, S]`` and of position_ids ``[B, S]`` say, for all layers of a step.
 
     start: first key that each query sees, chunks included, int32 ``[B, S]``; stop: one past the last query that sees
     each key, likewise. end: one past the last real token, int32 ``[B]``, and keep: padding as uint8 ``[B, S]``; both
     None without padding. kind: int8 ``[]`` on the CPU, one of HOLES, PLAIN, INTERVALS, with BLIND where queries may see
     no key. Without padding it is INTERVALS. With padding on a GPU it is on its way, and the first attention of the step
-    waits for it.
+    waits for it. ``skip``: queries of padding behind the last token of their sequence see no key, where without it they
+    see all before them, so that they cost nothing forward either.
     """
-    start, stop, end, keep, kind = _raw_mask(padding, positions, chunk)
+    start, stop, end, keep, kind = _raw_mask(padding, positions, chunk, skip)
     return (start, stop, None, None, kind) if padding is None else (start, stop, end, keep, kind)
 
 

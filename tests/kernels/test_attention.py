@@ -391,6 +391,60 @@ def test_mask_op(padding: str, packed: bool, chunk: int) -> None:
     assert torch.equal(stop[:, :, None] > order, (order[:, None] >= start[:, None, :]))
 
 
+@pytest.mark.parametrize("padding", ["none", "left", "right", "all", "holes"])
+@pytest.mark.parametrize("packed, chunk", [(False, 0), (True, 0), (False, 7)])
+def test_mask_op_without_padding_behind_the_last_token(padding: str, packed: bool, chunk: int) -> None:
+    """Those queries see nothing; the others what they saw."""
+    s = 40
+    order = torch.arange(s, device=DEVICE)
+    pad = padding_mask(padding, 2, s).to(DEVICE)
+    positions = packed_positions(2, s).to(DEVICE) if packed else None
+    start, _, end, keep, kind = attention_mask(pad, positions, chunk)
+    other = attention_mask(pad, positions, chunk, True)
+    found, before = masks.arrived(other[4]), masks.arrived(kind)
+    behind = order >= torch.where(pad.bool(), order + 1, 0).amax(-1, keepdim=True)
+    assert found % masks.BLIND == before % masks.BLIND and bool(found & masks.BLIND) == (
+        bool(before & masks.BLIND) or bool(behind.any())
+    )
+    assert torch.equal(other[0], torch.where(behind, s, start)) and bool((other[0].diff() >= 0).all())
+    assert torch.equal(other[1][:, :, None] > order, (order[:, None] >= other[0][:, None, :]))
+    assert torch.equal(other[2], end) and torch.equal(other[3], keep)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(padding="right"),
+        Case(padding="holes", window=9, hq=4, hk=2),
+        Case(padding="all", softcap=3.0),
+        Case(padding="right", packed=True, sinks=True),
+        Case(padding="right", sq=150, sk=150, chunk=64, dropout_p=0.25),
+    ],
+    ids=str,
+)
+def test_padding_that_is_skipped(case: Case, dtype: torch.dtype) -> None:
+    """Zeros, and no gradient from there; everything else as without."""
+    tensors, mask = inputs(case, dtype)
+    pad = mask["padding"]
+    behind = torch.arange(case.sq, device=DEVICE) >= torch.where(
+        pad.bool(), torch.arange(1, case.sq + 1, device=DEVICE), 0
+    ).amax(-1, keepdim=True)
+    behind = behind[:, None, :, None]
+    found = attention_mask(pad, mask["positions"], case.chunk, True)
+    skipped = {**mask, "mask": found, "padding": None, "positions": None}
+    do = torch.randn(case.b, case.hq, case.sq, case.dv).to(DEVICE, dtype)
+    ours = run(called(attention, skipped), tensors, do)
+    assert not ours[0].masked_select(behind).any()
+
+    def zeroed(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *leaves: called(fn, mask)(*leaves).masked_fill(behind, 0)
+
+    theirs, exact = run(zeroed(sdpa), tensors, do), run(zeroed(reference), [t.double() for t in tensors], do.double())
+    for name, a, b, e in list(zip(("out", "dq", "dk", "dv"), ours, theirs, exact, strict=False)):
+        assert_within(f"{name} ({case}, {dtype})", a, b, e, length=max(case.sk, case.d))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(
     "dtype, softcap", [(HALF, 60.0), (torch.float16, 10.0), (torch.float16, 50.0), (torch.float32, 60.0)]
@@ -1149,6 +1203,24 @@ MUTANTS = (
             ),
             ("dq is computed", "        hi = tl.where(m0 < asked, hi, 0)\n", "", "padding_costs"),
             ("dk is computed", "tl.minimum(hi, tl.load(asked_ptr + b * Hq + hq))", "hi", "padding_costs"),
+        )
+    ),
+    *(
+        Mutant(
+            f"attention: skipped padding, {name}",
+            "kernels/_attention_mask.py",
+            old,
+            new,
+            "tests/kernels/test_attention.py -k test_mask_op",
+        )
+        for name, old, new in (
+            (
+                "the last token too",
+                "torch.where(order >= last[:, None], length,",
+                "torch.where(order + 1 >= last[:, None], length,",
+            ),
+            ("nobody is said to see nothing", "sighted = sighted & (last == length).all()", "pass"),
+            ("always", "    if skip and padding is not None:", "    if padding is not None:"),
         )
     ),
     Mutant(

@@ -24,6 +24,37 @@ def test_every_site_is_replaced_and_exact(name: str, kind: str) -> None:
     check_equal((loss, grads), eager)
 
 
+@pytest.mark.parametrize("name, skipped", [("mistral", True), ("qwen3", True), ("gemma2", False)])
+def test_padding_that_is_skipped(name: str, skipped: bool) -> None:
+    """With ``skip_padding`` the loss and every gradient are eager's; hidden states of padding are others."""
+    data = batch("padding")
+    data["attention_mask"][0, :5] = 0
+    data["labels"][0, :6] = -100
+    model = build(name)
+    if name == "gemma2":  # it hides scores by a finite number, of which a softmax makes a mean
+        model.set_attn_implementation("eager")
+    eager = step(model, data)
+    call = compiled(model, skip_padding=True)
+    check_equal(step(model, data, call=call), eager)
+    report = fastft.report()
+    said = "skipped" if skipped else "computed: a layer is not causal, or hides scores by a finite number"
+    assert report.plan["padding"].startswith("queries of padding") and report.plan["padding"].endswith(said), (
+        report.plan
+    )
+    with torch.no_grad():
+        rows, stock = (m(**data, output_hidden_states=True).hidden_states[1] for m in (call, model))
+    real = data["attention_mask"].bool()
+    real[0, :5] = True  # the first tokens, which see nothing in either
+    assert (rows - stock)[real].abs().max() <= 1e-5 * stock.abs().max()
+    assert bool((rows - stock)[~real].abs().max() > 1e-3 * stock.abs().max()) == skipped
+
+
+def test_padding_is_computed_where_it_is_verified() -> None:
+    call = compiled(build("mistral"), skip_padding=True, verify="first_step")
+    call(**batch("padding")).loss.backward()
+    assert fastft.report().plan["padding"] == "computed: verify compares with eager" and not fastft.report().errors
+
+
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("kind", ["plain", "padding", "packing"])
 def test_attention_of_other_kinds(name: str, kind: str) -> None:

@@ -533,6 +533,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_normalise.py::test_what_leaves_a_region_is_saved",
     ),
     Mutant(
+        "skip_padding: where scores are hidden by a finite number too",
+        "patterns/attention.py",
+        'u.kwargs.get("causal") and u.kwargs.get("blind", "zero") == "zero"',
+        'u.kwargs.get("causal")',
+        "tests/models/test_families.py -k 'that_is_skipped and gemma2'",
+    ),
+    Mutant(
+        "skip_padding: nothing is skipped",
+        "patterns/attention.py",
+        "            node.args = (*node.args, True)\n",
+        "",
+        "tests/models/test_families.py -k 'that_is_skipped and mistral'",
+    ),
+    Mutant(
         "checkpointing: layers are recomputed all at once",
         "backend/compiler.py",
         "        save_what_leaves(gm.graph)\n",
