@@ -811,13 +811,17 @@ _scale_op = raw_op(
 )
 
 
+def _untraced(x: torch.Tensor) -> bool:
+    return type(x) is torch.Tensor
+
+
 def _scaled(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """unit · g, of one g for all or one for each row, in fp32 (fp64) and rounded once. PyTorch multiplies by one number
     on a GPU at a third of a copy's rate, and rounds it to a half-precision unit's dtype before. In a graph it is plain
     PyTorch, for Inductor to fuse with what follows; also under ``create_graph``.
     """
     g = g.reshape(-1)
-    if type(unit) is torch.Tensor and not torch.is_grad_enabled():
+    if _untraced(unit) and not torch.is_grad_enabled():
         return _scale_op(unit, g, dtype)
     return (unit * g.view(-1, *[1] * (unit.dim() - 1))).to(dtype)
 

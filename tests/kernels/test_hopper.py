@@ -202,6 +202,7 @@ def test_the_losss_softcap_is_the_gpus_own_tanh_for_bf16(frozen):
         with compiling(linear_cross_entropy) as kernels:
             call = linear_cross_entropy.linear_cross_entropy
             call(hidden, weight, None, torch.arange(7), softcap=30.0, reduction="none").sum().backward()
+        kernels = [k for k in kernels if k.metadata.name != "_scale_kernel"]
         each = [k.metadata.num_warps * 32 for k in kernels]
         assert len(kernels) == (1 if frozen else 2)
         for kernel, threads in zip(kernels, each, strict=True):

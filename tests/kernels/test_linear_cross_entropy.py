@@ -334,7 +334,11 @@ def test_gradients_under_a_mean_are_not_biased(frozen, dtype, device):
         signed.append([float(((a - e) * e).sum() / e.square().sum()) for a, e in zip(ours, exact, strict=False)])
     found = torch.tensor(signed)
     noise = found.std(0) / steps**0.5
-    assert (found.mean(0).abs() <= 4 * noise + 1e-6).all(), (found.mean(0), noise)
+    # Rounded to bf16 twice, with one factor between: a sixteenth of a rounding need not average out.
+    assert (found.mean(0).abs() <= 4 * noise + (1e-6 if dtype == torch.float32 else 2**-13)).all(), (
+        found.mean(0),
+        noise,
+    )
     assert (found.std(0) < 1e-3).all()
 
 
@@ -390,7 +394,7 @@ def test_no_tokens(device, way):
     assert all(x.shape == (0,) for x in found)
 
 
-@pytest.mark.parametrize("dtypes", itertools.product((torch.bfloat16, torch.float32), repeat=2), ids=str)
+@pytest.mark.parametrize("dtypes", list(itertools.product((torch.bfloat16, torch.float32), repeat=2)), ids=str)
 @pytest.mark.parametrize(
     "shape, rows", [((5, 9001), 5), ((5, 9001), 1), ((4097,), 1), ((0, 7), 1), ((3, 0), 3)], ids=str
 )
@@ -1046,6 +1050,8 @@ DERIVATIONS = {"linear_cross_entropy": _cross_entropy_derivations, "linear_log_p
 SMALL_TILES = {
     "_row_config": lambda vocab: {"BLOCK": 2, "num_warps": 1},
     "chunk_rows": lambda *_: 1,
+    "SCALED": 2,
+    "_untraced": lambda x: True,
     "fused._tiles": lambda kernel, *_: {
         "BLOCK_M": 2,
         "BLOCK_N": 2,
@@ -1075,9 +1081,10 @@ MUTANTS = (
     Mutant(
         "cross-entropy: no gradient of the scale",
         "kernels/linear_cross_entropy.py",
-        "    if type(unit) is torch.Tensor and not torch.is_grad_enabled():",
-        "    if type(unit) is torch.Tensor:",
+        "    if _untraced(unit) and not torch.is_grad_enabled():",
+        "    if _untraced(unit):",
         "tests/kernels/test_linear_cross_entropy.py -k test_the_gradient_of_the_scale",
+        interpret=True,
     ),
     Mutant(
         "cross-entropy: chunks that leave a wave half empty",
@@ -1355,8 +1362,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: ignore_index is always -100",
         "kernels/linear_cross_entropy.py",
-        "keep = (labels != ignore_index).nonzero().squeeze(1)",
-        "keep = (labels != -100).nonzero().squeeze(1)",
+        "self.labels, self.counts = labels, labels != ignore_index",
+        "self.labels, self.counts = labels, labels != -100",
         "tests/kernels/test_linear_cross_entropy.py::test_ignored_tokens_are_left_out_of_every_gemm[chunks-130]",
     ),
     Mutant(

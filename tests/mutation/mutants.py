@@ -1604,7 +1604,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "backend/partitioner.py",
         "            if shown == of:\n",
         "            if False:\n",
-        "tests/backend/test_memory.py -k cut_twice",
+        "tests/backend/test_memory.py -k views_of_nothing_new",
     ),
     Mutant(
         "memory plan: other eyes on a tensor are its own",
