@@ -471,3 +471,12 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     from torch.utils._pytree import tree_map
 
     return tree_map(function, tree)
+
+
+#: Part of the name of the kernel that :func:`spin` launches.
+SPIN = "spin_kernel"
+
+
+def spin(cycles: int) -> None:
+    """A kernel that the GPU spends so many clock cycles in, on the current stream: a mark that a profile shows."""
+    torch.cuda._sleep(cycles)

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shapes-tag", default=None, help="primary (default on a GPU), real, long, attention, loss, test (on a CPU)"
     )
     kernels.add_argument("--budget", type=float, default=None, help="seconds: no case begins after them")
+    kernels.add_argument("--profile", action="store_true", help="what ran in one more sample of each, kernel by kernel")
     kernels.add_argument("--empty-caches", action="store_true", help="first calls compile everything")
     kernels.add_argument("--out", type=Path, default=None, help="JSON file, written anew after every case")
     commands.add_parser("train", help="training steps: bench/train.py run | compare | checkpoint", add_help=False)
@@ -82,8 +83,9 @@ def kernels(a: argparse.Namespace, more: Sequence[str]) -> int:
     for option, value in (("-k", a.k), ("--shapes-tag", a.shapes_tag), ("--budget", a.budget), ("--result", a.out)):
         if value is not None:
             command += [option, str(value.resolve() if isinstance(value, Path) else value)]
-    if a.empty_caches:
-        command.append("--empty-caches")
+    for option in ("--profile", "--empty-caches"):
+        if getattr(a, option[2:].replace("-", "_")):
+            command.append(option)
     # Or Python puts the current folder on the path: in the repository, the one that holds kernels/.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     status = PYTEST.get(code := subprocess.run(command, env=environment).returncode, code)

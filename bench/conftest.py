@@ -22,6 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--result", type=Path, default=None, help="JSON file, written anew after every case")
     group.addoption("--budget", type=float, default=None, help="seconds: cases that have not begun by then are skipped")
     group.addoption(
+        "--profile",
+        action="store_true",
+        dest="profile_kernels",
+        help="one more sample of each under the profiler: its kernels in the result file, the longest in a table",
+    )
+    group.addoption(
         "--empty-caches",
         action="store_true",
         help="begin with empty Triton and Inductor caches: first calls are then cold ones",
@@ -53,6 +59,7 @@ class Recorder:
         budget = config.getoption("--budget")
         self.deadline = None if budget is None else time.monotonic() + budget
         self.arguments = ["pytest", *map(str, config.invocation_params.args)]
+        self.profile = config.getoption("profile_kernels")
         self.caches = "empty at the start" if config.getoption("--empty-caches") else "as found"
         self.rows: list[dict[str, Any]] = []
         self.result: dict[str, Any] | None = None

@@ -453,10 +453,12 @@ def _off(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.float() - exact.float()).norm() / exact.float().norm())
 
 
-def measure_case(name: str, label: str, shape: Shape, case: Case, ceilings: Mapping[str, float] | None) -> Row:
+def measure_case(
+    name: str, label: str, shape: Shape, case: Case, ceilings: Mapping[str, float] | None, profile: bool = False
+) -> Row:
     """One row of a result file."""
     runs = implementations(label, name, shape, case)
-    found = measure.compare(runs, Inputs(case.args, case.kwargs, case.wanted, case.asked))
+    found = measure.compare(runs, Inputs(case.args, case.kwargs, case.wanted, case.asked), profile=profile)
     checked = check_same(runs, OPS[name], case, found)
     costs = {"forward": (case.bytes_moved, case.flops)}
     if case.backward_bytes:
@@ -540,7 +542,7 @@ def test_kernel(
         pytest.skip("the arguments do not fit the device")
     if reason := OPS[name].supported(*case.args, **case.kwargs):
         pytest.skip(f"not supported: {reason}")
-    row = measure_case(name, label, shape, case, recorder.ceilings())
+    row = measure_case(name, label, shape, case, recorder.ceilings(), recorder.profile)
     recorder.add(row)
     benchmark.extra_info["row"] = row
     # Others may fail on a shape; the op itself may not.

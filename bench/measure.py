@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from bench.files import spread
+from fastft import _torch_compat as compat
 from fastft.autotune.timing import order_of
 from fastft.kernels._inputs import Inputs
 
@@ -373,25 +374,30 @@ class DeviceClock:
                 for now, then in zip(dys, self.pristine, strict=True):
                     now.copy_(then)
 
-    def __call__(self) -> Phases:
+    def __call__(self, between: Callable[[], Any] = lambda: None) -> Phases:
+        """One sample. ``between`` is called before and after each phase."""
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
         if self.prepared.forward_us + self.prepared.backward_us >= GRAPH_US:
             self.heat()
         self.flush()
+        between()
         marks[0].record()
         if self.graphs:
             self.graphs[0].replay()
         else:
             self._forwards()
         marks[1].record()
+        between()
         if self.both:
             self.flush()
+            between()
             marks[2].record()
             if self.graphs:
                 self.graphs[1].replay()
             else:
                 self._backwards()
             marks[3].record()
+            between()
         torch.cuda.synchronize()
         if not self.graphs:
             self.outputs = []
@@ -401,6 +407,38 @@ class DeviceClock:
             return {"forward_us": forward}
         backward = 1e3 * marks[2].elapsed_time(marks[3]) / len(self.copies)
         return {"forward_us": forward, "backward_us": backward, "full_us": forward + backward}
+
+
+def profiled(clock: DeviceClock) -> list[dict[str, Any]]:
+    """The kernels of one more sample, as they ran: ``phase``, ``name``, ``us``, and ``after_us``, how long nothing had
+    run before. The profiler itself makes gaps.
+    """
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        clock(between=lambda: compat.spin(1))
+    ran = [
+        (e.time_range.start, e.time_range.end, e.name) for e in profiler.events() if e.device_type == DeviceType.CUDA
+    ]
+    return by_phase(ran)
+
+
+def by_phase(ran: Iterable[tuple[float, float, str]]) -> list[dict[str, Any]]:
+    """Of ``(start, end, name)`` in µs, what ran between the first spinning kernel and the second, and between the third
+    and the fourth: :func:`profiled`'s rows.
+    """
+    rows: list[dict[str, Any]] = []
+    seen, last = 0, 0.0
+    for start, end, name in sorted(ran):
+        if compat.SPIN in name:
+            seen, last = seen + 1, end
+        elif seen in (1, 3):
+            phase = "forward" if seen == 1 else "backward"
+            after = max(start - last, 0.0)
+            rows.append({"phase": phase, "name": name, "us": round(end - start, 2), "after_us": round(after, 2)})
+            last = max(last, end)
+    return rows
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
@@ -419,6 +457,7 @@ def compare(
     *,
     rounds: tuple[int, int] = ROUNDS,
     seconds: float = SECONDS,
+    profile: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Times of ``implementations`` of one call, functions of ``master``'s arguments, as JSON-ready figures.
 
@@ -426,7 +465,8 @@ def compare(
     also ``kept_bytes`` (what the forward allocates and still holds when it returns, besides its outputs),
     ``extra_bytes`` (the most that forward and backward allocate at a time, less their outputs and gradients),
     ``first_call_s`` (seconds of the first forward and backward, compilation included), ``calls`` (in a sample) and
-    ``timed`` (``graph`` or ``events``). One that raises gets ``error`` instead.
+    ``timed`` (``graph`` or ``events``); with ``profile``, ``kernels`` (:func:`profiled`). One that raises gets
+    ``error`` instead.
     """
     cuda = any(t.is_cuda for t in master.tensors())
     found: dict[str, dict[str, Any]] = {}
@@ -434,6 +474,9 @@ def compare(
     with _side_stream() if cuda else _nothing():
         samplers = (_device_samplers if cuda else _wall_samplers)(implementations, master, found, failed)
         samples, raised = interleave(samplers, rounds=rounds, seconds=seconds)
+        for name, sampler in samplers.items():
+            if profile and isinstance(sampler, DeviceClock) and name in samples:
+                found[name]["kernels"] = profiled(sampler)
         samplers.clear()
         failed.update({name: say_error(error) for name, error in raised.items()})
         raised.clear()  # their tracebacks hold tensors

@@ -209,6 +209,9 @@ def kernel_tables(result: Mapping[str, Any]) -> Iterator[Grid]:
         yield details(op, rows, result)
     for op, rows in by_op(result["rows"]).items():
         yield overview(op, rows)
+    for row in result["rows"]:
+        if any("kernels" in figures for figures in row["implementations"].values()):
+            yield profile(row)
     notes = notes_of(result)
     yield summary(result["rows"], notes)
 
@@ -246,6 +249,30 @@ def details(op: str, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any
             grid.rows.append([row["shape"] if i == 0 else "", name, *cells])
     grid.notes = list(dict.fromkeys(errors))
     return grid.trimmed()
+
+
+#: Kernels of an implementation in a table of :func:`profile`: the longest.
+LONGEST = 12
+
+
+def profile(row: Mapping[str, Any]) -> Grid:
+    """What ran in one sample (``--profile``): the longest kernels of each implementation, a name's calls together."""
+    grid = Grid(f"{row['op']}, {row['shape']}: one sample's kernels", ["", "phase", "kernel", "runs", "µs"], [])
+    grid.left = frozenset({"", "phase", "kernel"})
+    for impl, figures in row["implementations"].items():
+        if "kernels" not in figures:
+            continue
+        grid.blocks.add(len(grid.rows))
+        together: dict[tuple[str, str], list[float]] = {}
+        for kernel in figures["kernels"]:
+            together.setdefault((kernel["phase"], kernel["name"]), []).append(kernel["us"])
+        ordered = sorted(together.items(), key=lambda of: -sum(of[1]))
+        busy, gaps = (sum(k[what] for k in figures["kernels"]) for what in ("us", "after_us"))
+        runs = f"{len(figures['kernels'])}"
+        grid.rows.append([impl, "", "all, and between them", runs, f"{busy:,.0f} + {gaps:,.0f}"])
+        for (phase, name), times in ordered[:LONGEST]:
+            grid.rows.append(["", phase, name[:90], f"{len(times)}", f"{sum(times):,.1f}"])
+    return grid
 
 
 #: The last columns of :func:`overview`.

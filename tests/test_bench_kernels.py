@@ -269,6 +269,36 @@ def test_a_failure_on_the_device_is_one_implementation_s(device):
     assert failed == {"broken": "out of memory"} and list(samples) == list(found) == ["b"]
 
 
+def test_a_profile_is_of_the_call_alone():
+    spin = f"void at::cuda::{measure.compat.SPIN}(long)"
+    ran = [
+        (0.0, 30.0, "heat"),
+        (31.0, 32.0, spin),
+        (35.0, 45.0, "product"),
+        (47.0, 48.5, "row"),
+        (49.0, 50.0, spin),
+        (50.0, 60.0, "flush"),
+        (60.0, 61.0, spin),
+        (61.0, 65.0, "scale"),
+        (66.0, 67.0, spin),
+        (70.0, 80.0, "restore"),
+    ]
+    rows = measure.by_phase(reversed(ran))
+    assert [(r["phase"], r["name"], r["us"], r["after_us"]) for r in rows] == [
+        ("forward", "product", 10.0, 3.0),
+        ("forward", "row", 1.5, 2.0),
+        ("backward", "scale", 4.0, 0.0),
+    ]
+    row = row_of()
+    assert not [t for t in tables.kernel_tables({"device": {"name": "G"}, "rows": [row]}) if "kernels" in t.title]
+    row["implementations"]["fastft"]["kernels"] = [*rows, rows[0]]
+    (grid,) = [t for t in tables.kernel_tables({"device": {"name": "G"}, "rows": [row]}) if "kernels" in t.title]
+    assert grid.rows[:2] == [
+        ["fastft", "", "all, and between them", "4", "26 + 8"],
+        ["", "forward", "product", "2", "20.0"],
+    ]
+
+
 def test_floors():
     ceilings = {"copy_GBps": 1000.0, "matmul_TFLOPps": 100.0}
     assert measure.floor_us(2e6, 0.0, ceilings) == pytest.approx(2.0)
@@ -512,9 +542,9 @@ def test_kernels_runs_pytest_on_the_file(monkeypatch, code, status, tmp_path, ca
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.chdir(tmp_path)
-    arguments = ["kernels", "-k", "rms_norm", "--shapes-tag", "real", "--budget", "60", "--out", "k.json", "-x"]
-    assert cli.main(arguments) == status
-    assert str(ROOT / "bench" / "kernels.py") in seen and "-x" in seen
+    arguments = ["kernels", "-k", "rms_norm", "--shapes-tag", "real", "--budget", "60", "--out", "k.json", "--profile"]
+    assert cli.main([*arguments, "-x"]) == status
+    assert {str(ROOT / "bench" / "kernels.py"), "-x", "--profile"} <= {*seen} and "--empty-caches" not in seen
     for option, value in {"-k": "rms_norm", "--shapes-tag": "real", "--result": str(tmp_path / "k.json")}.items():
         assert seen[seen.index(option) + 1] == value
     assert ("no case has that name" in capsys.readouterr().err) == (code == 5)
