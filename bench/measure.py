@@ -3,7 +3,7 @@
 What a time is, on a GPU. An implementation runs ``calls`` times in a row, each call on its own copy of the inputs and
 of the outputs' gradients, so none finds them in the level-2 cache; the cache is flushed before, by reading something
 else. A GPU slows down after tens of milliseconds of products. So a long call is a sample by itself, however short its
-backward is, and comes after the same 30 ms of products, whoever came before. Forwards run first, backwards after them,
+backward is, and comes after the same 90 ms of products, whoever came before. Forwards run first, backwards after them,
 as in training, where every layer's forward lies between the two. Both are CUDA graphs where they can be captured and
 are short (gaps between launches are Python's, not the kernel's); else they are launched one by one. Device events
 around them give one sample: microseconds a call.
@@ -43,7 +43,7 @@ MOST_BYTES = 3 * 2**30
 #: memory is much.
 GRAPH_US = 4000.0
 #: Rounds of one comparison: at least, at most; between these, as many as fit in so many seconds.
-ROUNDS = (5, 25)
+ROUNDS = (7, 25)
 SECONDS = 1.5
 
 Phases = dict[str, float]  # phase → µs
@@ -175,8 +175,8 @@ class Flush:
 class Heat:
     """Keeps the device busy with products: how fast it then is does not depend on who came before."""
 
-    #: 20 products of so many rows and columns take an H100 30 ms.
-    SIZE, PRODUCTS = 8192, 20
+    #: 60 products of so many rows and columns take an H100 90 ms.
+    SIZE, PRODUCTS = 8192, 60
 
     def __init__(self) -> None:
         self.operands: tuple[torch.Tensor, torch.Tensor] | None = None

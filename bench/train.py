@@ -33,6 +33,7 @@ import argparse
 import ctypes
 import importlib.metadata
 import json
+import linecache
 import os
 import platform
 import random
@@ -694,7 +695,7 @@ def _timeline(step: Callable[[Callable[[str], None]], Any]) -> dict[str, Any]:
     phases: list[tuple[str, float]] = []
     torch.cuda.synchronize()
     start_bytes, start_us = torch.cuda.memory_allocated(), time.time_ns() / 1e3
-    torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=2_000_000)
+    torch.cuda.memory._record_memory_history(enabled="all", context="alloc", stacks="python", max_entries=2_000_000)
     try:
         step(lambda phase: phases.append((phase, time.time_ns() / 1e3)))
         torch.cuda.synchronize()
@@ -712,13 +713,24 @@ def timeline_of(
     bins: int = 300,
 ) -> dict[str, Any]:
     """Points (ms, bytes) of the allocator's ``events``: of each of ``bins`` equal times the most and the last. The
-    time is the host's, when memory was asked for or given back, which is ahead of when the device used it.
+    time is the host's, when memory was asked for or given back, which is ahead of when the device used it. And what
+    was there at the peak of what the step itself had asked for.
     """
-    sizes, size = [], start_bytes
+    sizes, size, most = [], start_bytes, start_bytes
+    alive: dict[int, dict[str, Any]] = {}
+    at_peak: list[dict[str, Any]] = []
     for event in events:
-        if event["action"] in ("alloc", "free_requested"):
-            size += event["size"] if event["action"] == "alloc" else -event["size"]
-            sizes.append(((event["time_us"] - start_us) / 1e3, size))
+        if event["action"] not in ("alloc", "free_requested"):
+            continue
+        allocated = event["action"] == "alloc"
+        size += event["size"] if allocated else -event["size"]
+        sizes.append(((event["time_us"] - start_us) / 1e3, size))
+        if allocated:
+            alive[event["addr"]] = event
+        else:
+            alive.pop(event["addr"], None)
+        if size > most:
+            most, at_peak = size, list(alive.values())
     points: list[tuple[float, int]] = [(0.0, start_bytes)]
     width = max(sizes[-1][0] if sizes else 0.0, 1e-3) / bins
     at = 0
@@ -733,7 +745,21 @@ def timeline_of(
         "peak_bytes": max([start_bytes, *(s for _, s in sizes)]),
         "phases_ms": {phase: round((us - start_us) / 1e3, 3) for phase, us in phases},
         "points": [[round(ms, 3), b] for ms, b in points],
+        "at_peak": largest(at_peak),
     }
+
+
+def largest(events: Sequence[dict[str, Any]], count: int = 60) -> list[dict[str, Any]]:
+    """Allocations of one size and place together, by bytes: ``bytes``, ``count``, ``at``, the line that asked."""
+    together: dict[tuple[int, str], int] = {}
+    for event in events:
+        frames = event.get("frames") or [{}]
+        file, line = frames[0].get("filename", ""), frames[0].get("line", 0)
+        at = f"{Path(file).name}:{line} {linecache.getline(file, line).strip()[:120]}"
+        key = event["size"], at
+        together[key] = together.get(key, 0) + 1
+    rows = [{"bytes": size * n, "count": n, "at": at} for (size, at), n in together.items()]
+    return sorted(rows, key=lambda r: -r["bytes"])[:count]
 
 
 def _device() -> dict[str, Any]:

@@ -6,13 +6,14 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from fastft.kernels import nf4
 
 Tensors = Sequence[torch.Tensor]
+T = TypeVar("T")
 
 _scratch: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}
 _scratch_lock = threading.Lock()
@@ -41,19 +42,35 @@ def _scratch_rows(like: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> Ite
         yield held[: n * k].view(n, k)
 
 
-_once: contextvars.ContextVar[dict[Any, torch.Tensor] | None] = contextvars.ContextVar("once", default=None)
+_once: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("once", default=None)
 
 
 @contextlib.contextmanager
 def dense_once() -> Iterator[None]:
-    """In here a dense copy of the same tensors is made once, in memory of its own, which is free again behind it: for
-    bodies of ops that multiply with the same weights many times.
+    """In here a copy of the same tensors, dense or in another dtype, is made once, in memory of its own, which is free
+    again behind it: for bodies of ops that multiply with the same weights many times. The tensors outlive it.
     """
     token = _once.set({})
     try:
         yield
     finally:
         _once.reset(token)
+
+
+def once(how: str, of: Tensors, dtype: torch.dtype, make: Callable[[], T]) -> T:
+    """What ``make`` makes of thin matrices in this way; in :func:`dense_once`, only the first time."""
+    made = _once.get()
+    if made is None:
+        return make()
+    key = (how, dtype, *(t.data_ptr() for t in of))
+    if key not in made:
+        made[key] = make()
+    return made[key]  # type: ignore[no-any-return]
+
+
+def cast(thin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A thin matrix in ``dtype``."""
+    return thin if thin.dtype == dtype else once("cast", [thin], dtype, lambda: thin.to(dtype))
 
 
 @contextlib.contextmanager

@@ -317,12 +317,14 @@ class _HeadGradients:
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
 
-    def add(self, logits: torch.Tensor, chunk: slice, labels: torch.Tensor) -> None:
-        """The gradients of the chunk's ``logits``."""
+    def add(self, logits: torch.Tensor, chunk: slice, labels: torch.Tensor | None) -> None:
+        """The gradients of the chunk's ``logits``. ``labels``: None if all count."""
         weight, bias = self.dtypes
         if weight is not None:
-            # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
-            states = self.head.states(chunk).masked_fill((labels[chunk] == self.head.maths.ignore_index)[:, None], 0)
+            states = self.head.states(chunk)
+            if labels is not None:
+                # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
+                states = states.masked_fill((labels[chunk] == self.head.maths.ignore_index)[:, None], 0)
             if self.once:
                 self.weight = products.mm(logits.t(), states)
             else:
@@ -390,6 +392,7 @@ class _Scored:
 
     def __init__(self, labels: torch.Tensor, ignore_index: int) -> None:
         self.labels, self.counts = labels, labels != ignore_index
+        self.all = False  # whether all count; known after :meth:`positions`
         self.number: torch.Tensor | None = None
         if not _capturing(labels):
             self.number = torch.empty((), dtype=torch.int64, pin_memory=labels.is_cuda)
@@ -403,6 +406,7 @@ class _Scored:
         if self.event is not None:
             self.event.synchronize()
         number = int(self.number)
+        self.all = number == self.labels.shape[0]
         if 16 * number > 15 * self.labels.shape[0]:
             return None
         return (~self.counts).sort(stable=True).indices[:number]
@@ -426,9 +430,9 @@ def _forward(
     run = _prepared(hidden, weight, bias, labels, maths, wanted)
     keep = scored.positions()
     if keep is None:
-        return run()
+        return run(scored.all)
     del run  # and its buffer
-    *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)()
+    *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)(True)
     whole = _empty_outputs(hidden, maths.dtype, wanted)
     each = (w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
     return *each, unit_weight, unit_bias
@@ -441,13 +445,13 @@ def _prepared(
     labels: torch.Tensor,
     maths: _Maths,
     wanted: _Wanted,
-) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """Makes what all tokens take; the result computes."""
+) -> Callable[[bool], tuple[torch.Tensor, ...]]:
+    """Makes what all tokens take; the result computes, told whether all of them count."""
     labels = labels.contiguous()
     outputs = _empty_outputs(hidden, maths.dtype, wanted)
     if _in_tiles(hidden, maths):
 
-        def in_tiles() -> tuple[torch.Tensor, ...]:
+        def in_tiles(_: bool) -> tuple[torch.Tensor, ...]:
             fused.forward(
                 *_operands(hidden, weight, bias, maths.dtype),
                 labels,
@@ -465,7 +469,7 @@ def _prepared(
     head = _Head(hidden, weight, bias, maths, wanted.unit_weight)
     gradients = _HeadGradients(head, *units)
 
-    def in_chunks() -> tuple[torch.Tensor, ...]:
+    def in_chunks(every: bool) -> tuple[torch.Tensor, ...]:
         for chunk in head.chunks():
             logits = head.logits(chunk)
             # An output nobody asked for is empty; its kernel argument is never touched.
@@ -485,7 +489,7 @@ def _prepared(
                 _forward_chunk(logits, labels[chunk], parts, maths, any(wanted[4:]))
             if wanted.unit_gradient:
                 products.matmul_into(outputs[7][chunk], logits, head.weight)
-            gradients.add(logits, chunk, labels)
+            gradients.add(logits, chunk, None if every else labels)
         return *outputs, *gradients.found()
 
     return in_chunks
@@ -662,12 +666,13 @@ def _backward(
         # Waiting for the GPU once costs far less than the GEMMs.
         dh, dw, db = _empty_grads(hidden, weight, bias, *need)
         return dh.zero_(), dw.zero_(), db.zero_()
-    keep = _Scored(labels, maths.ignore_index).positions()
+    scored = _Scored(labels, maths.ignore_index)
+    keep = scored.positions()
     if keep is None:
-        return _backward_all(grads, hidden, weight, bias, labels, (top, log_sum, entropy), maths, *need)
+        return _backward_all(grads, hidden, weight, bias, labels, (top, log_sum, entropy), maths, scored.all, *need)
     picked = tuple(None if g is None else g[keep] for g in grads)
     saved = (top[keep], log_sum[keep], entropy[keep] if entropy.shape[0] else entropy)
-    dh, dw, db = _backward_all(picked, hidden[keep], weight, bias, labels[keep], saved, maths, *need)
+    dh, dw, db = _backward_all(picked, hidden[keep], weight, bias, labels[keep], saved, maths, True, *need)
     return hidden.new_zeros(hidden.shape).index_copy_(0, keep, dh) if need[0] else dh, dw, db
 
 
@@ -679,6 +684,7 @@ def _backward_all(
     labels: torch.Tensor,
     saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     maths: _Maths,
+    every: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -723,7 +729,7 @@ def _backward_all(
             _backward_chunk(logits, labels[chunk], of_chunk, each, maths)
         if need_hidden:
             products.matmul_into(grad_hidden[chunk], logits, head.weight)
-        gradients.add(logits, chunk, labels)
+        gradients.add(logits, chunk, None if every else labels)
     return grad_hidden.to(hidden.dtype), *gradients.found()
 
 

@@ -34,7 +34,7 @@ import torch
 
 from fastft.kernels import lora_linear as lora
 from fastft.kernels._config import Config, Space, crowded, padded
-from fastft.kernels._dense_weights import whole
+from fastft.kernels._dense_weights import once, whole
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._products import matmul, times
@@ -266,9 +266,13 @@ def _rounded(b: Tensors, dtype: torch.dtype) -> list[torch.Tensor]:
     between being loaded and being multiplied."""
     if all(up.dtype == dtype for up in b):
         return [up.contiguous() for up in b]
-    out = [up.new_empty(up.shape, dtype=dtype) for up in b]
-    torch._foreach_copy_(out, list(b))
-    return out
+
+    def make() -> list[torch.Tensor]:
+        out = [up.new_empty(up.shape, dtype=dtype) for up in b]
+        torch._foreach_copy_(out, list(b))
+        return out
+
+    return once("each", b, dtype, make)
 
 
 def _forward(wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str) -> torch.Tensor:

@@ -54,7 +54,7 @@ import torch
 import torch.nn.functional as F
 
 from fastft.kernels import nf4
-from fastft.kernels._dense_weights import each_dense, quant_args, stacked, whole
+from fastft.kernels._dense_weights import cast, each_dense, once, quant_args, stacked, whole
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register
 from fastft.kernels._products import add_thin, beta_for, matmul, matmul_into, times
@@ -167,10 +167,14 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def _stack(matrices: Tensors, dtype: torch.dtype) -> torch.Tensor:
     """Matrices below each other, in ``dtype``."""
     if len(matrices) == 1:
-        return matrices[0].to(dtype)
-    out = matrices[0].new_empty((sum(m.shape[0] for m in matrices), matrices[0].shape[1]), dtype=dtype)
-    torch._foreach_copy_(list(out.split([m.shape[0] for m in matrices])), list(matrices))
-    return out
+        return cast(matrices[0], dtype)
+
+    def make() -> torch.Tensor:
+        out = matrices[0].new_empty((sum(m.shape[0] for m in matrices), matrices[0].shape[1]), dtype=dtype)
+        torch._foreach_copy_(list(out.split([m.shape[0] for m in matrices])), list(matrices))
+        return out
+
+    return once("stack", matrices, dtype, make)
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
@@ -236,7 +240,7 @@ def _forward(
         thin: list[Thin] = []
         for j in mine:
             assert h is not None
-            thin.append((h[:, column[j] : column[j + 1]], b[j].to(h.dtype).t(), scaling[j]))
+            thin.append((h[:, column[j] : column[j + 1]], cast(b[j], h.dtype).t(), scaling[j]))
         with held as dense:
             if out_dtype != x.dtype:  # y is wide: nothing is lost on the way
                 y = matmul(rows, dense.t(), out_dtype)
@@ -348,9 +352,9 @@ def _backward(
             u = wide[:, full[-1] : full[-1] + at[-1]]
         for (start, end), j in zip(itertools.pairwise(at), shared, strict=True):
             if wide is None:
-                matmul_into(u[:, start:end], thin_g(j), b[j].to(lora_dtype))
+                matmul_into(u[:, start:end], thin_g(j), cast(b[j], lora_dtype))
             else:
-                u[:, start:end].addmm_(thin_g(j), b[j].to(lora_dtype), beta=0, alpha=scaling[j])
+                u[:, start:end].addmm_(thin_g(j), cast(b[j], lora_dtype), beta=0, alpha=scaling[j])
         if wide is not None:
             scales = [1.0] * len(shared)
         elif need_x:

@@ -72,11 +72,11 @@ def steps(times: dict[str, list[float] | str], **setup: Any) -> dict[str, Any]:
 
 SETUP = {"model": "tiny", "quant": "nf4", "train": "lora", "rank": 16, "batch": 2, "seq": 8, "checkpointing": True}
 EVENTS = [
-    {"action": "alloc", "size": 2**30, "time_us": 1000.0},
-    {"action": "alloc", "size": 2**30, "time_us": 1001.0},
-    {"action": "free_requested", "size": 2**30, "time_us": 1002.0},
-    {"action": "free_completed", "size": 2**30, "time_us": 1003.0},
-    {"action": "free_requested", "size": 2**30, "time_us": 3000.0},
+    {"action": "alloc", "size": 2**30, "addr": 1, "time_us": 1000.0, "frames": [{"filename": __file__, "line": 1}]},
+    {"action": "alloc", "size": 2**30, "addr": 2, "time_us": 1001.0},
+    {"action": "free_requested", "size": 2**30, "addr": 2, "time_us": 1002.0},
+    {"action": "free_completed", "size": 2**30, "addr": 2, "time_us": 1003.0},
+    {"action": "free_requested", "size": 2**30, "addr": 1, "time_us": 3000.0},
 ]
 BASE = {"rms_norm a fastft": 100.0, "rms_norm a eager": 200.0, "glu a fastft": 50.0}
 
@@ -597,12 +597,16 @@ def test_timeline_of_events():
     assert line["peak_bytes"] == 3 * 2**30 and line["phases_ms"] == {"forward": 0.0, "backward": 1.5}
     # a bin's most and its last: the peak is kept, however short it was
     assert line["points"] == [[0.0, 2**30], [1.0, 2 * 2**30], [1.001, 3 * 2**30], [1.002, 2 * 2**30], [3.0, 2**30]]
+    (here, nowhere) = line["at_peak"]
+    assert here["bytes"] == nowhere["bytes"] == 2**30 and here["count"] == 1
+    name, text = here["at"].split(" ", 1)
+    assert name == f"{Path(__file__).name}:1" and text and Path(__file__).read_text().startswith(text)
     assert train.timeline_of([], 5, 0.0, [])["points"] == [[0.0, 5]]
 
 
 def test_timeline_switches_the_history_off_again(monkeypatch):
     said: list[Any] = []
-    events = [{"action": "alloc", "size": 7, "time_us": time.time() * 1e6 + 5000}]
+    events = [{"action": "alloc", "size": 7, "addr": 1, "time_us": time.time() * 1e6 + 5000}]
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

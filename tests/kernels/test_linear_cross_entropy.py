@@ -385,6 +385,21 @@ def test_ignored_tokens_poison_nothing(frozen, left_out, device, monkeypatch, wa
         assert torch.equal(a, e)
 
 
+@pytest.mark.parametrize("ignored", [1, 0])
+def test_states_are_copied_where_a_label_is_ignored(ignored, device):
+    """Of a trained head, and few are: too few to leave them out of the products."""
+    h, w, b, y = inputs(torch.float32, device, tokens=40)
+    y = y.clamp(min=0)
+    y[:ignored] = -100
+    clean = torch.autograd.grad(linear_cross_entropy(h, w, b, y), [w, b])
+    bad = h.detach().clone()
+    bad[:ignored] = float("nan")
+    with Largest() as seen:
+        found = torch.autograd.grad(linear_cross_entropy(bad, w, b, y), [w, b])
+    assert all(torch.equal(f, c) for f, c in zip(found, clean, strict=True))
+    assert any(shape[-1:] == h.shape[-1:] for shape in seen.filled) == bool(ignored)
+
+
 def test_no_tokens(device, way):
     h, w, b, y = inputs(torch.float32, device, tokens=0)
     assert way.cross_entropy(h, w, b, y).isnan()
@@ -416,9 +431,11 @@ def test_the_gradient_of_the_scale(frozen, device):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gives."""
+    """Elements of the largest tensor that any operation gives, and the shapes of what ``masked_fill`` gives."""
 
-    numel = 0
+    def __init__(self):
+        super().__init__()
+        self.numel, self.filled = 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         bodies = {
@@ -430,6 +447,8 @@ class Largest(TorchDispatchMode):
             with self:  # look inside
                 return bodies[func._opname](*args)
         out = func(*args, **(kwargs or {}))
+        if func._opname == "masked_fill":
+            self.filled.add(out.shape)
         for x in torch.utils._pytree.tree_leaves(out):
             if isinstance(x, torch.Tensor):
                 self.numel = max(self.numel, x.numel())
@@ -1592,10 +1611,17 @@ MUTANTS = (
         "tests/kernels/test_linear_cross_entropy.py -k not_biased",
     ),
     Mutant(
+        "cross-entropy: all labels count",
+        "kernels/linear_cross_entropy.py",
+        "        self.all = number == self.labels.shape[0]\n",
+        "        self.all = True\n",
+        "tests/kernels/test_linear_cross_entropy.py -k copied_where",
+    ),
+    Mutant(
         "cross-entropy, fused: ignored tokens are computed too",
         "kernels/linear_cross_entropy.py",
-        "    *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)()\n",
-        "    *found, unit_weight, unit_bias = _prepared(hidden, weight, bias, labels, maths, wanted)()\n"
+        "_prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)(True)\n",
+        "_prepared(hidden, weight, bias, labels, maths, wanted)(True)\n"
         "    found = [x[keep] if len(x) else x for x in found]\n",
         "tests/kernels/test_linear_cross_entropy.py -k left_out_of_every_gemm",
     ),

@@ -805,8 +805,8 @@ MUTANTS = (
     Mutant(
         "lora_linear: adapter without its scaling",
         "kernels/lora_linear.py",
-        ".to(h.dtype).t(), scaling[j]))",
-        ".to(h.dtype).t(), 1.0))",
+        "cast(b[j], h.dtype).t(), scaling[j]))",
+        "cast(b[j], h.dtype).t(), 1.0))",
         'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
     ),
     Mutant(
@@ -875,8 +875,8 @@ MUTANTS = (
     Mutant(
         "lora_linear: h of the first layer for all",
         "kernels/lora_linear.py",
-        "thin.append((h[:, column[j] : column[j + 1]], b[j]",
-        "thin.append((h[:, : b[j].shape[1]], b[j]",
+        "thin.append((h[:, column[j] : column[j + 1]], cast(b[j]",
+        "thin.append((h[:, : b[j].shape[1]], cast(b[j]",
         'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
     ),
     Mutant(
@@ -910,8 +910,8 @@ MUTANTS = (
     Mutant(
         "lora_linear: B transposed",
         "kernels/lora_linear.py",
-        "b[j].to(h.dtype).t(), scaling[j]))",
-        "b[j].to(h.dtype).reshape(b[j].shape[::-1]), scaling[j]))",
+        "cast(b[j], h.dtype).t(), scaling[j]))",
+        "cast(b[j], h.dtype).reshape(b[j].shape[::-1]), scaling[j]))",
         "tests/kernels/test_lora_linear.py -k test_dtypes",
     ),
     Mutant(
@@ -966,8 +966,8 @@ MUTANTS = (
     Mutant(
         "lora_linear: B transposed in the backward",
         "kernels/lora_linear.py",
-        "thin_g(j), b[j].to(lora_dtype))",
-        "thin_g(j), b[j].to(lora_dtype).t().reshape(b[j].shape))",
+        "thin_g(j), cast(b[j], lora_dtype))",
+        "thin_g(j), cast(b[j], lora_dtype).t().reshape(b[j].shape))",
         "tests/kernels/test_lora_linear.py -k test_dtypes",
     ),
     Mutant(

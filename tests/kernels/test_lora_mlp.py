@@ -304,6 +304,25 @@ def test_weights_are_dense_once_a_pass(form, monkeypatch):
     assert release_scratch() > 0  # a single slice has no use for copies of its own
 
 
+def test_adapters_are_rounded_once_a_pass(seen):
+    """However many slices: a copy of a thin matrix is a launch."""
+
+    class Copies(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.number += func.overloadpacket == torch.ops.aten._foreach_copy_
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    for rows in (2, 5):
+        args, more = make(**FORMS["one adapter each"], lead=(10,), dtype=torch.bfloat16, adapter=F32)
+        with Copies() as copies:
+            lora_mlp(*args, **more, rows=rows).sum().backward()
+        found.append(copies.number)
+    assert found[0] == found[1] > 0
+
+
 def test_scratch_is_what_is_made(seen):
     """Bytes at one time, as the planner has them. The bodies in PyTorch make more than the kernels."""
     for form, quant in itertools.product(("one adapter each", "none"), (None, "double")):

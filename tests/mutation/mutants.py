@@ -52,6 +52,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/kernels/test_lora_mlp.py -k dense_once",
     ),
     Mutant(
+        "dense_once: a thin copy of another matrix",
+        "kernels/_dense_weights.py",
+        "    key = (how, dtype, *(t.data_ptr() for t in of))\n",
+        "    key = (how, dtype)\n",
+        "tests/kernels/test_lora_mlp.py -k matches_reference",
+    ),
+    Mutant(
+        "dense_once: a thin copy for every slice",
+        "kernels/_dense_weights.py",
+        "    if made is None:\n        return make()\n",
+        "    if made is not None or made is None:\n        return make()\n",
+        "tests/kernels/test_lora_mlp.py -k rounded_once",
+    ),
+    Mutant(
         "norms: products are contracted into sums across threads",
         "kernels/_rows.py",
         '"enable_fp_fusion": False',
