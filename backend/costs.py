@@ -314,23 +314,48 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
         more = sum(t.shape[0] for t in given["a"]), x.element_size(), copied, given.get("need_weight")
         lead = x.shape[:-1]
         return lambda size: lora_mlp.scratch_bytes(math.prod(map(size, lead)), rows, list(map(size, widths)), *more)
-    if not name.startswith(("fastft::lora_linear", "fastft::lora_stack")) or not given.get("quant"):
+    return _products(name, given)[0]
+
+
+def lasting(node: fx.Node) -> Callable[[Size], int] | None:
+    """Of :func:`scratch`, the bytes of dense weights: they stay for the next call to write over, and grow to the most
+    that one takes. None: the call gives them back first (an MLP by slices, which has copies of its own).
+    """
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    if name.startswith("fastft::lora_mlp"):
+        return None
+    if not name.startswith("fastft::"):
         return lambda size: 0
+    return _products(name, fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"]))[1]
+
+
+def _products(name: str, given: Mapping[str, Any]) -> tuple[Callable[[Size], int], Callable[[Size], int]]:
+    """What products with weights in 4 bits take, and of it their dense copies."""
+    if not name.startswith(("fastft::lora_linear", "fastft::lora_stack")) or not given.get("quant"):
+        return (lambda size: 0), lambda size: 0
     widths, k = given["shape"][::2], given["shape"][1]
+
+    def largest(size: Size) -> int:
+        return max(map(size, widths)) * size(k) * item  # type: ignore[no-any-return]
+
     if name == "fastft::lora_linear":
         item = given["x"].element_size()
-        return lambda size: max(map(size, widths)) * size(k) * item
+        return largest, largest
     below, rows = [down.shape[0] for down in given["a"]], 0
     if name == "fastft::lora_linear_backward":
         item, own, dy = given["dtype"].itemsize, given["own"], given["dy"]
         asked = [given[of] for of in ("dtype", "lora_dtype", "together", "need_x")]
         if not lora_linear.one_product(dy, given["shape"], own, *asked):
-            return lambda size: max(map(size, widths)) * size(k) * item
+            return largest, largest
         below, rows = [n for n, alone in zip(below, own, strict=True) if not alone], dy[0].numel() // dy[0].shape[-1]
     else:
         item = (given["x"] if name == "fastft::lora_stack" else given["dwide"]).element_size()
+
     # All weights and matrices A below each other, and the gradients of all layers next to each other.
-    return lambda size: (sum(map(size, widths)) + whole(sum(below))) * (size(k) + size(rows)) * item
+    def stacked(size: Size, columns: int = 0) -> int:
+        return (sum(map(size, widths)) + whole(sum(below))) * (size(k) + columns) * item  # type: ignore[no-any-return]
+
+    return (lambda size: stacked(size, size(rows))), stacked
 
 
 def _attention_scratch(given: Mapping[str, Any]) -> Callable[[Size], int]:

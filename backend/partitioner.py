@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
-from fastft.costs import Memo, Rates, Size, raw_work, scratch
+from fastft.costs import Memo, Rates, Size, lasting, raw_work, scratch
 from fastft.kernels._op import OPS, Recompute
 from fastft.offload import OFFLOAD, OFFLOAD_WAIT, RELOAD, RELOAD_WAIT, can_move
 from fastft.planner import ALL, ATTENTION, CHEAP, MLP
@@ -231,11 +231,12 @@ def _numel(t: torch.Tensor, sizes: Sizes) -> int:
 @dataclass
 class _Step:
     """One node as it runs: the tensors it makes, those that nobody reads after it, bytes that its op takes for itself,
-    and the region whose turn it is."""
+    those of them that stay, and the region whose turn it is."""
 
     makes: list[str]
     frees: list[str]
     scratch: Callable[[Size], int]
+    lasting: Callable[[Size], int] | None
     region: int = 0
 
 
@@ -320,7 +321,7 @@ class Walk:
             if node.op == "output":
                 continue
             made = _tensor(node) if _root(node) is node and node in names else None
-            steps[node] = _Step([], [], scratch(node))
+            steps[node] = _Step([], [], scratch(node), lasting(node))
             if made is not None:
                 steps[_source(node)].makes.append(names[node])  # an item is there when its call ends
                 last[names[node]] = node
@@ -393,12 +394,20 @@ class Walk:
 
     def _lives(self, sizes: Sizes) -> Iterator[tuple[_Step, int]]:
         """Every step, with the bytes that live while it runs."""
-        number, there, live = self.bytes_of(sizes), set[str](), 0
+
+        def size(n: Any) -> int:
+            return number_at(n, sizes)
+
+        number, there, live, stays = self.bytes_of(sizes), set[str](), 0, 0
+        for step in self.steps:  # as a step leaves it to the next one
+            stays = 0 if step.lasting is None else max(stays, step.lasting(size))
         for step in self.steps:
             new = [t for t in step.makes if t not in there]
             there.update(new)
             live += sum(number[t] for t in new)
-            yield step, live + step.scratch(lambda n: number_at(n, sizes))
+            own = 0 if step.lasting is None else step.lasting(size)
+            stays = 0 if step.lasting is None else max(stays, own)
+            yield step, live + step.scratch(size) - own + stays
             gone = [t for t in step.frees if t in there]
             there.difference_update(gone)
             live -= sum(number[t] for t in gone)

@@ -664,8 +664,36 @@ def idle(ran: Sequence[tuple[float, float, str]], wall_ms: float) -> dict[str, A
     in µs.
 
     ``outside_ms``: before the first and after the last. ``gaps_ms``: in between, of which ``short_ms`` in gaps under
-    20 µs (from one launch to the next); ``largest``: the ten longest gaps, with what ran before and after.
+    20 µs (from one launch to the next); ``largest``: the ten longest gaps, with what ran before and after; ``copying``:
+    the same of the times when nothing but copies between host and device ran, which kernels waited for.
     """
+    copies = [row for row in ran if "Pinned" in row[2]]
+    kernels = [row for row in ran if "Pinned" not in row[2]]
+    return {**_gaps(ran, wall_ms), "copying": _waits(kernels, copies)}
+
+
+def _waits(kernels: Sequence[tuple[float, float, str]], copies: Sequence[tuple[float, float, str]]) -> dict[str, Any]:
+    """Gaps between kernels, as far as copies ran in them."""
+    found: list[tuple[float, str, str, float]] = []
+    end, last = float("inf"), ""
+    for start, stop, name in sorted(kernels):
+        inside = sum(max(0.0, min(start, b) - max(end, a)) for a, b, _ in copies) if start > end else 0.0
+        if inside:
+            found.append((inside, last, name, end))
+        if not last or stop > end:
+            end, last = stop, name
+    first = min((start for start, *_ in kernels), default=0.0)
+    return {
+        "ms": round(sum(us for us, *_ in found) / 1e3, 3),
+        "largest": [
+            {"ms": round(us / 1e3, 3), "at_ms": round((at - first) / 1e3, 1), "after": a[:60], "before": b[:60]}
+            for us, a, b, at in sorted(found, reverse=True)[:40]
+        ],
+    }
+
+
+def _gaps(ran: Sequence[tuple[float, float, str]], wall_ms: float) -> dict[str, Any]:
+    """The rest of :func:`idle`."""
     gaps: list[tuple[float, str, str]] = []
     busy, end, last = 0.0, float("-inf"), ""
     for start, stop, name in sorted(ran):

@@ -48,8 +48,10 @@ _once: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("o
 @contextlib.contextmanager
 def dense_once() -> Iterator[None]:
     """In here a copy of the same tensors, dense or in another dtype, is made once, in memory of its own, which is free
-    again behind it: for bodies of ops that multiply with the same weights many times. The tensors outlive it.
+    again behind it: for bodies of ops that multiply with the same weights many times. The tensors outlive it. The
+    scratch, which nobody uses in here, is freed.
     """
+    release_scratch()
     token = _once.set({})
     try:
         yield

@@ -269,8 +269,9 @@ def _forward(
     xs, ys, zs = lora._rows(x), lora._rows(y), None if residual is None else lora._rows(residual)
     with _passing(xs.shape[0], rows):
         for part in _slices(xs.shape[0], rows):
-            act, _ = _activated(xs[part], gate_up, kind, stacked, lora_dtype)
+            act = _activated(xs[part], gate_up, kind, stacked, lora_dtype)[0]
             (ys[part],) = down.forward(act, down.down(act, lora_dtype), None if zs is None else zs[part])
+            del act  # before the next slice's gate and up
     return y
 
 

@@ -274,6 +274,7 @@ def test_profile_lists_what_took_time(checkpoints):
 def test_idle_times():
     ran = [(100.0, 400.0, "a"), (350.0, 380.0, "beside"), (410.0, 1000.0, "b"), (1500.0, 2000.0, "c")]
     found = train.idle(ran[::-1], 2.4)
+    assert found.pop("copying") == {"ms": 0, "largest": []}
     assert found == {
         "wall_ms": 2.4,
         "busy_ms": 1.39,
@@ -281,6 +282,15 @@ def test_idle_times():
         "gaps_ms": 0.51,
         "short_ms": 0.01,
         "largest": [{"ms": 0.5, "after": "b", "before": "c"}, {"ms": 0.01, "after": "a", "before": "b"}],
+    }
+    copies = [(390.0, 405.0, "Memcpy DtoH (Device -> Pinned)"), (900.0, 1300.0, "Memcpy HtoD (Pinned -> Device)")]
+    found = train.idle([*ran, *copies], 2.4)
+    assert found["busy_ms"] == 1.695 and found["copying"] == {
+        "ms": 0.305,
+        "largest": [
+            {"ms": 0.3, "at_ms": 0.9, "after": "b", "before": "c"},
+            {"ms": 0.005, "at_ms": 0.3, "after": "a", "before": "b"},
+        ],
     }
 
 
