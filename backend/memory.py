@@ -9,7 +9,7 @@ The peak that is predicted is the sum of
 
 * what is allocated on the device when the graph is compiled: weights, inputs, whatever else there is (on a CPU: the
   graph's inputs);
-* the optimizer's state that is still to be made, taken as Adam's: 8 bytes for each trained number. A graph that is
+* the optimizer's state that is still to be made, taken as Adam's: two tensors like each trained one. A graph that is
   compiled again finds it allocated;
 * the most bytes of the graph's own tensors that live at one time in its forward and backward, gradients among them, as
   the two halves run node by node (:class:`fastft.partitioner.Walk`);
@@ -55,7 +55,8 @@ MARGIN, LEAST_MARGIN = 0.05, GIB // 2
 MEASURED_CALLS = 8
 #: A plan after out of memory needs at most this part of what the one before it was predicted to need.
 LEANER = 0.9
-ADAM_BYTES = 8
+#: Of the optimizer, which is taken to be Adam: how many tensors like each trained one.
+ADAM_STATES = 2
 #: Of free host memory, the part that offloading may take; and what copies reach (an H100: 51 GB/s there, 55 back).
 HOST_SHARE, HOST_BYTES_PER_SECOND = 0.25, 50e9
 #: How often a choice that needs more than the formula says is made again, by so much less.
@@ -230,7 +231,7 @@ class Memory:
     def _plan(self, cut: _Cut, levels: list[str], sliced: bool = True) -> Plan:
         _, walk, slices = cut.at(levels, sliced)
         there = walk.given(self.sizes) if self.device is None else torch.cuda.memory_allocated(self.device)
-        states = 0 if self.done.recompiles else ADAM_BYTES * walk.trained(self.sizes)
+        states = 0 if self.done.recompiles else ADAM_STATES * walk.trained(self.sizes)
         return Plan(levels, walk, slices, there + states, self.budget, sum(walk.seconds(self.sizes, self.rates)))
 
     def _problem(self, cut: _Cut) -> Problem:

@@ -356,8 +356,8 @@ class Walk:
         return sum(_numel(t, sizes) * t.element_size() for t in self.inputs)
 
     def trained(self, sizes: Sizes) -> int:
-        """How many numbers have gradients."""
-        return sum(_numel(t, sizes) for t in self.gradients)
+        """Bytes of what has gradients."""
+        return sum(_numel(t, sizes) * t.element_size() for t in self.gradients)
 
     def kept(self, sizes: Sizes) -> list[int]:
         """Bytes that each region keeps for its backward, and, last, those of no region."""

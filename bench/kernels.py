@@ -18,6 +18,7 @@ their files say (``Op.inputs``, ``Op.stock``). An op whose cost or competitors n
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -378,7 +379,32 @@ def attention(s: Shape) -> Case:
         keep = case.kwargs["mask"][3].to(torch.int64)
         left_out = attention_mask(keep, None, chunk, True)
         case.others["(skip_padding)"] = lambda q, k, v, **given: plainly(q, k, v, **{**given, "mask": left_out})
+        positions = torch.cat([torch.arange(int(n), device=DEVICE) for n in keep.sum(1)])[None]
+        packed = {**case.kwargs, "mask": attention_mask(None, positions, chunk)}
+        case.others["(as many tokens, packed)"] = lambda q, k, v, **_: _Packed.apply(q, k, v, packed, positions.numel())
     return case
+
+
+class _Packed(torch.autograd.Function):
+    """Attention without padding, of as many tokens as are real, out of the memory of q, k and v, whatever is in it; of
+    their own gradients nothing is made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, options: dict[str, Any], tokens: int) -> torch.Tensor:
+        shapes = ((1, tokens, x.shape[1], x.shape[3]) for x in (q, k, v))
+        flat = (x.detach().transpose(1, 2).reshape(-1) for x in (q, k, v))  # as projections lay it out: no copy
+        ctx.leaves = [
+            x[: math.prod(n)].view(n).transpose(1, 2).requires_grad_() for x, n in zip(flat, shapes, strict=True)
+        ]
+        with torch.enable_grad():
+            ctx.out = OPS["attention"].call(*ctx.leaves, **options)
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[None, ...]:
+        torch.autograd.grad(ctx.out, ctx.leaves, g)
+        return None, None, None, None, None
 
 
 #: op → what makes its cases, one for each way it is called, where :func:`plain` does not say all.

@@ -385,6 +385,21 @@ def test_what_a_call_moves(op, forward, backward):
     assert (case.bytes_moved, case.backward_bytes) == (forward * one + weight, backward * one + weight)
 
 
+def test_padding_stands_beside_as_many_tokens_packed():
+    dims = {"batch": 3, "seq": 24, "heads": 4, "kv_heads": 2, "head_dim": 16, "window": None, "softcap": None}
+    case = kernels.attention(kernels.Shape("attention", "m", {**dims, "hides": "padding"}))
+    lengths = case.kwargs["mask"][3].sum(1).tolist()
+    packed = case.others["(as many tokens, packed)"]
+    out = packed(*case.args, **case.kwargs)
+    assert out.shape == (1, 4, sum(lengths), 16)
+    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], 16)[: sum(lengths)].transpose(0, 1) for x in case.args)
+    parts = zip(*(x.split(lengths, 1) for x in (q, k, v)), strict=True)
+    exact = [kernels.OPS["attention"].reference(*(x[None] for x in part), causal=True) for part in parts]
+    torch.testing.assert_close(out, torch.cat(exact, 2))
+    found = measure.compare({"packed": packed}, measure.Inputs(case.args, case.kwargs, case.wanted, case.asked))
+    assert "error" not in found["packed"] and found["packed"]["backward_us"]["median"] > 0
+
+
 @pytest.mark.parametrize("s", shapes("attention", tag="attention"), ids=str)
 def test_attention_of_every_kind_is_the_same_everywhere(s):
     """At the sizes of the list divided by 64: the op, what stock libraries run, and the pairs that are counted."""

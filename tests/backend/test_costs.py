@@ -266,6 +266,21 @@ def test_what_ops_take_for_themselves() -> None:
     assert costs.scratch(called(torch.ops.aten.mm.default, meta(3, 5), meta(5, 7)))(int) == 0
 
 
+def test_dense_weights_stay_for_the_next_product() -> None:
+    two, quant, a = [meta(768, 1, dtype=torch.uint8)] * 2, [meta(24)] * 2, [meta(3, 64), meta(3, 64)]
+    where, dense = (two, quant, [8, 64, 16, 64], [64, 256] * 2), (8 + 16 + whole(6)) * 64 * 2
+    stack = called(torch.ops.fastft.lora_stack.default, meta(4, 5, 64), *where, a)
+    assert costs.lasting(stack)(int) == costs.scratch(stack)(int) == dense
+    dy, b = [meta(4, 5, 8), meta(4, 5, 16)], [meta(8, 3), meta(16, 3)]
+    rest = ([False] * 2, None, [1.0] * 2, torch.bfloat16, torch.bfloat16, True, True, *[[False] * 2] * 5)
+    linears = called(torch.ops.fastft.lora_linear_backward.default, dy, None, *where, [1, 1], a, b, [None] * 2, *rest)
+    assert costs.lasting(linears)(int) == dense < costs.scratch(linears)(int)  # the gradients side by side go
+    labels = meta(500, dtype=torch.int64)
+    maths = (-100, None, 1.0, 1.0, 0.0, 0.0, torch.bfloat16, "chunks", *[False] * 4, True, False, False)
+    loss = called(torch.ops.fastft.linear_log_prob.default, meta(500, 64), meta(1000, 64), None, labels, *maths)
+    assert costs.lasting(loss)(int) == 0 < costs.scratch(loss)(int)
+
+
 def test_what_attention_takes_for_itself() -> None:
     """cuDNN's backward: 259 MiB for 4 x 2,048 tokens of 32 heads of 128 (2026-11-26-h100-kernels-attention.json)."""
     q, k = (torch.empty(4, 2048, heads, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2) for heads in (32, 8))

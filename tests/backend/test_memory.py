@@ -374,6 +374,47 @@ def test_results_of_a_call_are_there_beside_its_operands() -> None:
     assert Walk(forward, backward, 1, {}).peak({}) == 6 * 8 * 16 * 4  # with the forward's result, which the caller has
 
 
+@pytest.mark.parametrize(("last", "peak"), [("keeps", 100), ("frees", 0)])
+def test_what_an_op_leaves_behind_is_there_later(monkeypatch: pytest.MonkeyPatch, last: str, peak: int) -> None:
+    """From one step to the next, too; an MLP by slices frees it first."""
+    takes = {torch.ops.aten.neg.default: (130, 100), torch.ops.aten.abs.default: (0, 0)}
+    takes[torch.ops.aten.exp.default] = (40, 40) if last == "keeps" else (50, None)
+
+    def of(node: torch.fx.Node, i: int) -> Any:
+        number = takes.get(node.target, (0, 0))[i]  # type: ignore[arg-type]
+        return None if number is None else lambda size: number
+
+    monkeypatch.setattr("fastft.partitioner.scratch", lambda node: of(node, 0))
+    monkeypatch.setattr("fastft.partitioner.lasting", lambda node: of(node, 1))
+    halves, value = [], torch.empty(8, 16, device="meta")
+    for targets in (("abs", "neg"), ("exp",)):
+        half = torch.fx.GraphModule({}, torch.fx.Graph())
+        node = half.graph.placeholder("primals_1")
+        node.meta["val"] = value
+        for target in targets:
+            node = half.graph.call_function(getattr(torch.ops.aten, target).default, (node,))
+            node.meta["val"] = value
+        half.graph.output((node,))
+        halves.append(half)
+    lives = [live for _, live in Walk(*halves, 1, {})._lives({})]
+    one = 8 * 16 * 4
+    assert lives == [peak, one + peak, 2 * one + 130, one + 100, 2 * one + (100 if last == "keeps" else 50)]
+
+
+def test_the_optimizer_keeps_two_tensors_like_each_trained_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        network = model().to(dtype)
+        run(network, memory="fast")
+        found[dtype] = the_plan()["predicted"]
+        monkeypatch.setattr(memory, "ADAM_STATES", 0)
+        run(network, memory="fast")
+        found[dtype] -= the_plan()["predicted"]
+        monkeypatch.undo()
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert found == {torch.float32: 8 * trained, torch.bfloat16: 4 * trained}
+
+
 # ------------------------------------------------------------------------------------------------------------ budgets
 
 

@@ -367,6 +367,7 @@ def test_costs_of_raw_calls() -> None:
     assert costs.raw_work(backward, int, {}).flops == 2 * of_one + 8 * 8192 * 14336  # what it computes again
     of_slice = 2 * 2048 * (2 * 4096 + 2 * 48)
     assert costs.scratch(forward)(int) == of_slice + 2 * 2048 * 3 * 14336
+    assert costs.lasting(forward) is costs.lasting(backward) is None
     assert costs.scratch(backward)(int) == of_slice + 2 * 2048 * 5 * 14336
     stack = called(torch.ops.fastft.lora_stack.default, x, [gate, gate], [], [], [64, 256] * 2, a[:2], result=x)
     assert costs.raw_work(stack, int, {}).flops == 2 * 8192 * (2 * 14336 + 32) * 4096
