@@ -23,12 +23,12 @@ from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
-    "MUST_SAVE", "PREFER_RECOMPUTE", "Moment", "allow_compilations", "autocast_nodes", "backend_in_trace",
+    "MUST_SAVE", "SPIN", "PREFER_RECOMPUTE", "Moment", "allow_compilations", "autocast_nodes", "backend_in_trace",
     "cache_stamp", "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "copy_joint",
     "dynamo_counters", "fake_mode", "fake_mode_of", "forget_loaded_code", "grad_mode_at", "gradients",
     "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source", "is_checkpoint", "is_recompile",
     "no_side_effect_calls", "numbers_are_inputs", "partition", "process_group_store", "qualified_name",
-    "registered_backend", "size_expression", "size_hint", "storage_of", "tree_map", "version",
+    "registered_backend", "size_expression", "size_hint", "spin", "storage_of", "tree_map", "version",
     "whole_cache_entries", "wrapper_context",
 ]  # fmt: skip
 
