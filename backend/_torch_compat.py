@@ -23,7 +23,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
-    "MUST_SAVE", "SPIN", "PREFER_RECOMPUTE", "Moment", "allow_compilations", "autocast_nodes", "backend_in_trace",
+    "MUST_SAVE", "PREFER_RECOMPUTE", "SPIN", "Moment", "allow_compilations", "autocast_nodes", "backend_in_trace",
     "cache_stamp", "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "copy_joint",
     "dynamo_counters", "fake_mode", "fake_mode_of", "forget_loaded_code", "grad_mode_at", "gradients",
     "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source", "is_checkpoint", "is_recompile",
