@@ -25,8 +25,8 @@ from fastft.fallback import said
 from fastft.kernels import _linear_cross_entropy_fused as fused
 from fastft.kernels import lora_linear, lora_mlp
 from fastft.kernels._dense_weights import whole
+from fastft.kernels._linear_cross_entropy_chunks import chunk_rows
 from fastft.kernels._op import OPS, Cost, Op
-from fastft.kernels.linear_cross_entropy import chunk_rows
 from fastft.reporting import Work
 
 # ------------------------------------------------------------------------------------------------------------ formulas

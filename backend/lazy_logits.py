@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 
 from fastft import _torch_compat as compat
-from fastft.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy, linear_log_prob
+from fastft.kernels._linear_cross_entropy_chunks import chunk_rows
+from fastft.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_prob
 
 #: One row-wise operation on logits, by name, and its operand.
 Step = tuple[str, Any]

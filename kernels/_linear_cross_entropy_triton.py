@@ -1,5 +1,5 @@
 """The loss's Triton kernels over rows of logits: forward, with the gradient written over them, and backward.
-``linear_cross_entropy.py`` has the maths, and launches.
+``linear_cross_entropy.py`` has the maths, and with ``_linear_cross_entropy_chunks.py`` the launches.
 """
 
 from __future__ import annotations

@@ -45,14 +45,17 @@ token has::
     d / d z_v = g_label [v = y] - g_p p_v + g_mean - g_entropy p_v (log p_v + entropy)
     g_label = (1 - e) g_score        g_p = (1 + 2 c lse) g_score - g_lse        g_mean = (e g_score + g_mean_z) / vocab
 
-The variants ``fused`` and ``filtered`` are the same without a buffer: ``_linear_cross_entropy_fused.py``.
+The variants ``fused`` and ``filtered`` are the same without a buffer.
 
 Same maths as ``torch.nn.functional.cross_entropy`` and as TRL's ``ChunkedLogProbFunction`` (outputs and their meaning).
+
+Beside the functions, their references and the raw ops, which are here: ``_linear_cross_entropy_chunks.py`` has the way
+in chunks of logits, ``_linear_cross_entropy_triton.py`` its kernels, ``_linear_cross_entropy_fused.py`` the variants,
+and ``_linear_cross_entropy_call.py`` what all of them are told of a call.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -60,11 +63,21 @@ import sympy
 import torch
 import torch.nn.functional as F
 
+from fastft.kernels import _linear_cross_entropy_chunks as chunks
 from fastft.kernels import _linear_cross_entropy_fused as fused
-from fastft.kernels import _products as products
-from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._inputs import Inputs, Model, New
-from fastft.kernels._linear_cross_entropy_triton import _backward_kernel, _forward_kernel, _scale_kernel
+from fastft.kernels._linear_cross_entropy_call import (
+    Maths,
+    Scored,
+    Wanted,
+    capturing,
+    cast_operands,
+    coefficients,
+    of_logits,
+    transform,
+    wide_dtype,
+)
+from fastft.kernels._linear_cross_entropy_triton import _scale_kernel
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._triton import triton
 
@@ -86,44 +99,6 @@ class LogProb(NamedTuple):
     lse: torch.Tensor
 
 
-class _Maths(NamedTuple):
-    """The constants of one call, as the raw ops take them; ``dtype`` is what the head multiplies in."""
-
-    ignore_index: int
-    softcap: float | None
-    logit_scale: float
-    temperature: float
-    label_smoothing: float
-    z_loss: float
-    dtype: torch.dtype
-    way: str
-
-
-#: Ways to compute it: in chunks of logits; in tiles, without any; in tiles, without the small gradients.
-WAYS = ("chunks", "fused", "filtered")
-
-
-class _Wanted(NamedTuple):
-    """Which of the forward's outputs are asked for."""
-
-    entropy: bool
-    is_top1: bool
-    mean_logits: bool
-    log_sum_sq_probs: bool
-    unit_gradient: bool = False
-    unit_weight: bool = False
-    unit_bias: bool = False
-
-    def flags(self) -> dict[str, bool]:
-        """Constants of the kernels."""
-        return {name.upper(): wanted for name, wanted in zip(self._fields[:4], self, strict=False)}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What the maths after the GEMM runs in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _head_dtype(hidden: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype the head multiplies in: the caller's, else autocast's, else the hidden states' own (what ``F.linear``
     would do).
@@ -137,18 +112,6 @@ def _head_dtype(hidden: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
-
-
-def _transform(
-    raw: torch.Tensor, softcap: float | None, logit_scale: float, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``(z, tanh)`` of raw logits that are already in the wide dtype; tanh is None without a softcap."""
-    z = raw * logit_scale if logit_scale != 1.0 else raw
-    tanh = None
-    if softcap is not None:
-        tanh = torch.tanh(z / softcap)
-        z = tanh * softcap
-    return (z / temperature if temperature != 1.0 else z), tanh
 
 
 def linear_log_prob_reference(
@@ -173,8 +136,10 @@ def linear_log_prob_reference(
     """:func:`linear_log_prob` in plain differentiable PyTorch, with all the logits at once."""
     dtype = _head_dtype(hidden, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        raw = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(_wide(dtype))
-    z, _ = _transform(raw, softcap, logit_scale, temperature)
+        raw = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(
+            wide_dtype(dtype)
+        )
+    z, _ = transform(raw, softcap, logit_scale, temperature)
     valid = labels != ignore_index
     # Ignored rows are replaced before any maths, so that a NaN in them reaches neither a value nor a gradient.
     z = z.masked_fill(~valid[:, None], 0.0)
@@ -198,171 +163,10 @@ def linear_log_prob_reference(
     )
 
 
-# -------------------------------------------------------------------------------------------------------- configuration
-
-#: Most tokens in a chunk, and most bytes that its logits may take (0.6 GiB, less what else a call makes). With powers
-#: of two from 1024 on both products run nearly at the rate that they have for all tokens at once; fewer tokens read the
-#: weight too often.
-CHUNK_TOKENS, CHUNK_BYTES = 2048, 600 * 2**20
-#: Tokens and columns of a product's tile, and how many an H100 works on at a time. The last wave of a product should
-#: have tiles for nearly all: what FULL of them have is as good as any, what less than FILLED have is worth other chunks
-#: (3584 columns: 1024 tokens are 112 tiles, 1152 are 126; 5120: 2048 tokens are 2.4 waves, 1664 are 1.97).
-TILE, WAVE, FILLED, FULL = (128, 256), 132, 0.9, 0.95
-#: Under a head that is trained, logits may take this share of its gradient's bytes in fp32, which every chunk but the
-#: first reads and writes.
-TRAINED_SHARE = 1.0
-
-
-def chunk_rows(tokens: int, vocab: int, itemsize: int, hidden: int = 0, trained: bool = False) -> int:
-    """Tokens in one chunk: a power of two within the limits above; another multiple of a tile's rows near it where that
-    saves a chunk, or fills a wave of the gradient's product, of ``hidden`` columns, that the power of two does not; or
-    less, so that chunks are of about equal size. ``trained``: the head's weight has a gradient.
-    """
-    most = min(max(CHUNK_BYTES // max(vocab * itemsize, 1), 1), CHUNK_TOKENS)
-    if trained:
-        most = max(most, int(TRAINED_SHARE * hidden * 4 / itemsize))
-    power = 1 << most.bit_length() - 1
-    if tokens <= power:
-        return max(tokens, 1)
-    rows, nine = TILE[0], power * 9 // 8
-    if not trained and power >= 8 * rows:
-        near = [n for n in range(power * 3 // 4, min(nine, most) + 1, rows) if _filled(n, hidden) >= FULL]
-        if near and _filled(power, hidden) < FILLED:
-            return min(near[-1], tokens)
-        if nine <= most and math.ceil(tokens / nine) < math.ceil(tokens / power):
-            return min(nine, tokens)
-    even = math.ceil(tokens / math.ceil(tokens / power))
-    return min(math.ceil(even / rows) * rows, power)
-
-
-def _filled(rows: int, columns: int) -> float:
-    """The share of a GPU that a product's waves of tiles occupy."""
-    tiles = math.ceil(rows / TILE[0]) * math.ceil(max(columns, 1) / TILE[1])
-    return tiles / (math.ceil(tiles / WAVE) * WAVE)
-
-
-def _row_config(vocab: int) -> dict[str, int]:
-    """Columns that a program takes at a time, and its warps: 16 fp32 values a thread at real vocabularies. Few programs
-    on a multiprocessor, so that less lies between a logit's two readings.
-    """
-    block = min(1 << max(vocab - 1, 1).bit_length(), 16384)
-    return {"BLOCK": block, "num_warps": max(min(block // 512, 32), 1)}
-
-
-def _legal(config: Config, device: torch.device, dtype: torch.dtype, rows: int, vocab: int) -> str | None:
-    return crowded(4 * config["BLOCK"], config["num_warps"])
-
-
-#: Of both kernels. How many tokens make a chunk is memory's to decide, and is not tuned.
-CONFIG = Space(
-    "linear_cross_entropy.rows",
-    {"BLOCK": (1024, 2048, 4096, 8192, 16384, 32768), "num_warps": (2, 4, 8, 16, 32)},
-    lambda device, dtype, rows, vocab: _row_config(vocab),
-    tokens=("rows",),
-    sizes=("vocab",),
-    legal=_legal,
-)
-
-
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 
-class _Head:
-    """The head of one call: its operands in the dtype it multiplies in, and the one buffer that every chunk's logits
-    are written to.
-    """
-
-    def __init__(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, maths: _Maths, trained: bool
-    ) -> None:
-        self.hidden, self.dtype, self.maths = hidden, maths.dtype, maths
-        _, self.weight, self.bias = _operands(hidden[:0], weight, bias, maths.dtype)
-        # The kernels are fp32 inside: fp64 runs in PyTorch on every device.
-        self.triton = use_triton(hidden) and self.dtype != torch.float64
-        tokens, vocab = hidden.shape[0], weight.shape[0]
-        self.rows = chunk_rows(tokens, vocab, self.dtype.itemsize, weight.shape[1], trained)
-        # Rows are padded to whole 16-byte words: at an odd vocabulary cuBLAS and the kernels would take one element at
-        # a time. Kernels read and write the padding too; what is in it reaches no result.
-        stride = -(-vocab // 16) * 16
-        self.buffer = torch.empty((min(self.rows, tokens), stride), dtype=self.dtype, device=hidden.device)[:, :vocab]
-        self.constants = {
-            "V": vocab,
-            "STRIDE": stride,
-            "IGNORE_INDEX": maths.ignore_index,
-            **_of_logits(maths),
-            **CONFIG(hidden.device, self.dtype, self.rows, vocab),
-        }
-
-    def chunks(self) -> list[slice]:
-        tokens = self.hidden.shape[0]
-        return [slice(start, min(start + self.rows, tokens)) for start in range(0, tokens, self.rows)]
-
-    def states(self, chunk: slice) -> torch.Tensor:
-        return self.hidden[chunk].to(self.dtype)
-
-    def logits(self, chunk: slice) -> torch.Tensor:
-        """The chunk's raw logits, in the buffer."""
-        out = self.buffer[: chunk.stop - chunk.start]
-        if self.bias is None:
-            return torch.mm(self.states(chunk), self.weight.t(), out=out)
-        return torch.addmm(self.bias, self.states(chunk), self.weight.t(), out=out)
-
-
-class _HeadGradients:
-    """What goes to the weight and to the bias, in ``dtype``s, added up over chunks in fp32 (fp64)."""
-
-    def __init__(self, head: _Head, weight: torch.dtype | None, bias: torch.dtype | None) -> None:
-        self.head, self.dtypes = head, (weight, bias)
-        self.once = len(head.chunks()) == 1 and weight == head.dtype
-        self.weight: torch.Tensor | None = None
-        self.bias: torch.Tensor | None = None
-
-    def add(self, logits: torch.Tensor, chunk: slice, labels: torch.Tensor | None) -> None:
-        """The gradients of the chunk's ``logits``. ``labels``: None if all count."""
-        weight, bias = self.dtypes
-        if weight is not None:
-            states = self.head.states(chunk)
-            if labels is not None:
-                # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
-                states = states.masked_fill((labels[chunk] == self.head.maths.ignore_index)[:, None], 0)
-            if self.once:
-                self.weight = products.mm(logits.t(), states)
-            else:
-                self.weight = _add_matmul(self.weight, logits.t(), states, _wide(self.head.dtype))
-        if bias is not None:
-            found = logits.sum(0, dtype=_wide(self.head.dtype))
-            self.bias = found if self.bias is None else self.bias.add_(found)
-
-    def found(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What nobody wants is empty, and zeros what no token is for."""
-        parts, sizes = (self.weight, self.bias), ((*self.head.weight.shape,), (self.head.weight.shape[0],))
-        results = []
-        for part, dtype, size in zip(parts, self.dtypes, sizes, strict=True):
-            if dtype is None:
-                results.append(self.head.hidden.new_empty((0, *size[1:])))
-            else:
-                results.append(self.head.hidden.new_zeros(size, dtype=dtype) if part is None else part.to(dtype))
-        return results[0], results[1]
-
-
-def _of_logits(maths: _Maths) -> dict[str, Any]:
-    """Constants of the kernels: how z is made of a raw logit."""
-    return {
-        "SCALE": float(maths.logit_scale),
-        "SOFTCAP": float(maths.softcap or 1.0),
-        "HAS_SOFTCAP": maths.softcap is not None,
-        "INV_TEMPERATURE": 1.0 / maths.temperature,
-    }
-
-
-def _operands(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """In the dtype that the head multiplies in."""
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _in_tiles(hidden: torch.Tensor, maths: _Maths) -> bool:
+def _in_tiles(hidden: torch.Tensor, maths: Maths) -> bool:
     """Whether the kernels without a buffer run. Where Triton does not, the ways differ in nothing."""
     return maths.way != "chunks" and use_triton(hidden) and maths.dtype != torch.float64
 
@@ -379,42 +183,9 @@ def _check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
-def _capturing(x: torch.Tensor) -> bool:
-    """Whether a CUDA graph is being recorded: nothing may wait for the GPU then."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-class _Scored:
-    """How many labels count. Asked of a GPU when this is made, and waited for when it is wanted, which costs far less
-    than a GEMM over padding and prompts: what is to be done on the CPU comes between. While a CUDA graph is recorded
-    nobody can wait: all labels count then.
-    """
-
-    def __init__(self, labels: torch.Tensor, ignore_index: int) -> None:
-        self.labels, self.counts = labels, labels != ignore_index
-        self.all = False  # whether all count; known after :meth:`positions`
-        self.number: torch.Tensor | None = None
-        if not _capturing(labels):
-            self.number = torch.empty((), dtype=torch.int64, pin_memory=labels.is_cuda)
-            self.number.copy_(self.counts.sum(), non_blocking=True)
-            self.event = torch.cuda.current_stream(labels.device).record_event() if labels.is_cuda else None
-
-    def positions(self) -> torch.Tensor | None:
-        """Those of the labels that count, when enough others (1 in 16) can be left out of every GEMM; else None."""
-        if self.number is None:
-            return None
-        if self.event is not None:
-            self.event.synchronize()
-        number = int(self.number)
-        self.all = number == self.labels.shape[0]
-        if 16 * number > 15 * self.labels.shape[0]:
-            return None
-        return (~self.counts).sort(stable=True).indices[:number]
-
-
-def _read(options: tuple[Any, ...]) -> tuple[_Maths, _Wanted]:
+def _read(options: tuple[Any, ...]) -> tuple[Maths, Wanted]:
     """The forward's options. Without a buffer there is nothing that it could make the unit gradient of."""
-    maths, wanted = _Maths(*options[:8]), _Wanted(*options[8:])
+    maths, wanted = Maths(*options[:8]), Wanted(*options[8:])
     if maths.way != "chunks":
         wanted = wanted._replace(unit_gradient=False, unit_weight=False, unit_bias=False)
     return maths, wanted
@@ -426,7 +197,7 @@ def _forward(
     maths, wanted = _read(options)
     if not hidden.is_cuda:
         _check_labels(labels, weight.shape[0], maths.ignore_index)
-    scored = _Scored(labels, maths.ignore_index)
+    scored = Scored(labels, maths.ignore_index)
     run = _prepared(hidden, weight, bias, labels, maths, wanted)
     keep = scored.positions()
     if keep is None:
@@ -443,8 +214,8 @@ def _prepared(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
-    maths: _Maths,
-    wanted: _Wanted,
+    maths: Maths,
+    wanted: Wanted,
 ) -> Callable[[bool], tuple[torch.Tensor, ...]]:
     """Makes what all tokens take; the result computes, told whether all of them count."""
     labels = labels.contiguous()
@@ -453,10 +224,10 @@ def _prepared(
 
         def in_tiles(_: bool) -> tuple[torch.Tensor, ...]:
             fused.forward(
-                *_operands(hidden, weight, bias, maths.dtype),
+                *cast_operands(hidden, weight, bias, maths.dtype),
                 labels,
                 outputs[:7],
-                _of_logits(maths),
+                of_logits(maths),
                 ignore_index=maths.ignore_index,
                 smoothing=float(maths.label_smoothing),
                 z_loss=float(maths.z_loss),
@@ -466,82 +237,14 @@ def _prepared(
 
         return in_tiles
     units = [unit.dtype if unit.shape[0] else None for unit in _empty_units(weight[:1], bias, wanted)]
-    head = _Head(hidden, weight, bias, maths, wanted.unit_weight)
-    gradients = _HeadGradients(head, *units)
-
-    def in_chunks(every: bool) -> tuple[torch.Tensor, ...]:
-        for chunk in head.chunks():
-            logits = head.logits(chunk)
-            # An output nobody asked for is empty; its kernel argument is never touched.
-            parts = [x[chunk] if x.shape[0] else x for x in outputs[:7]]
-            if head.triton:
-                _forward_kernel[(logits.shape[0],)](
-                    logits,
-                    labels[chunk],
-                    *parts,
-                    SMOOTHING=float(maths.label_smoothing),
-                    Z_LOSS=float(maths.z_loss),
-                    **wanted.flags(),
-                    GRADIENT=any(wanted[4:]),
-                    **head.constants,
-                )
-            else:
-                _forward_chunk(logits, labels[chunk], parts, maths, any(wanted[4:]))
-            if wanted.unit_gradient:
-                products.matmul_into(outputs[7][chunk], logits, head.weight)
-            gradients.add(logits, chunk, None if every else labels)
-        return *outputs, *gradients.found()
-
-    return in_chunks
+    return chunks.prepared(hidden, weight, bias, labels, outputs, units, maths, wanted)
 
 
-def _forward_chunk(
-    logits: torch.Tensor, labels: torch.Tensor, parts: list[torch.Tensor], maths: _Maths, gradient: bool
-) -> None:
-    """``_forward_kernel`` in PyTorch, for tensors that Triton does not take."""
-    score, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = parts
-    ignored, smoothing, vocab = labels == maths.ignore_index, maths.label_smoothing, logits.shape[1]
-    z, tanh = _transform(logits.to(score.dtype), maths.softcap, maths.logit_scale, maths.temperature)
-    target = labels.masked_fill(ignored, 0)[:, None]
-    largest = z.amax(-1)
-    largest = largest.masked_fill_(largest == -math.inf, 0)
-    log_z = (z - largest[:, None]).exp_().sum(-1).log_()
-    log_p = (z - largest[:, None]).sub_(log_z[:, None])
-    top.copy_(largest.masked_fill(ignored, 0))
-    log_sum.copy_(log_z.masked_fill(ignored, 0))
-    lse, found = largest + log_z, log_p.gather(1, target).squeeze(1)
-    if smoothing:
-        found = (1 - smoothing) * found - smoothing * (lse - z.mean(-1))
-    if maths.z_loss:
-        found = found - maths.z_loss * lse * lse
-    score.copy_(found.masked_fill(ignored, 0))
-    if mean_logits.shape[0]:
-        mean_logits.copy_(z.mean(-1).masked_fill(ignored, 0))
-    if is_top1.shape[0]:
-        is_top1.copy_((z.argmax(-1) == target.squeeze(1)).masked_fill(ignored, False))
-    p = torch.exp(log_p)
-    if entropy.shape[0]:
-        entropy.copy_(-(p * log_p).masked_fill_(p == 0, 0).sum(-1).masked_fill(ignored, 0))
-    if log_sum_sq_probs.shape[0]:
-        log_sum_sq_probs.copy_((p * p).sum(-1).log().masked_fill(ignored, 0))
-    if gradient:
-        dr = p.neg_()
-        if maths.z_loss:
-            dr.mul_(1 + 2 * maths.z_loss * lse[:, None])
-        dr.scatter_add_(1, target, torch.full_like(target, 1 - smoothing, dtype=p.dtype))
-        if smoothing:
-            dr.add_(smoothing / vocab)
-        dr.mul_(maths.logit_scale / maths.temperature)
-        if tanh is not None:
-            dr.mul_(1 - tanh * tanh)
-        logits.copy_(dr.masked_fill_(ignored[:, None], 0))
-
-
-def _empty_outputs(hidden: torch.Tensor, dtype: torch.dtype, wanted: _Wanted) -> tuple[torch.Tensor, ...]:
+def _empty_outputs(hidden: torch.Tensor, dtype: torch.dtype, wanted: Wanted) -> tuple[torch.Tensor, ...]:
     """(score, the largest z, the log of the sum over it, entropy, is_top1, mean_logits, log_sum_sq_probs, unit
     gradient), what is not asked for being empty.
     """
-    tokens, wide = hidden.shape[0], _wide(dtype)
+    tokens, wide = hidden.shape[0], wide_dtype(dtype)
 
     def per_token(wanted: bool, kind: torch.dtype = wide) -> torch.Tensor:
         return hidden.new_empty((tokens if wanted else 0,), dtype=kind)
@@ -558,7 +261,7 @@ def _empty_outputs(hidden: torch.Tensor, dtype: torch.dtype, wanted: _Wanted) ->
     )
 
 
-def _empty_units(weight: torch.Tensor, bias: torch.Tensor | None, wanted: _Wanted) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty_units(weight: torch.Tensor, bias: torch.Tensor | None, wanted: Wanted) -> tuple[torch.Tensor, torch.Tensor]:
     """The unit gradients of weight and bias: of all tokens together, so that fp16 could overflow."""
 
     def unit(wanted: bool, of: torch.Tensor, *size: int) -> torch.Tensor:
@@ -592,60 +295,6 @@ def _empty_grads(
     )
 
 
-def _add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``total + a @ b`` in fp32 (fp64), in ``total``'s place, without rounding the product to the operands' dtype
-    first. None: there is no total yet.
-    """
-    if a.dtype != dtype and not a.is_cuda:
-        a, b = a.to(dtype), b.to(dtype)
-    if a.dtype == dtype:
-        return torch.mm(a, b) if total is None else total.addmm_(a, b)
-    if total is None:
-        return products.mm_single(a, b)
-    if not products.sums_all(a, b):
-        return total.add_(products.mm_single(a, b))
-    return torch.addmm(total, a, b, out_dtype=dtype, out=total)
-
-
-class _Coefficients(NamedTuple):
-    """What each token multiplies the parts of its logits' gradients by, [tokens] each; None: that part is nobody's."""
-
-    label: torch.Tensor | None
-    p: torch.Tensor | None
-    mean: torch.Tensor | None
-    entropy: torch.Tensor | None
-
-    def of(self, chunk: slice) -> _Coefficients:
-        return _Coefficients(*(None if g is None else g[chunk] for g in self))
-
-    def least(self, maths: _Maths) -> torch.Tensor | None:
-        """Up to where a gradient of a logit is small beside its token's coefficients: 2^-12 of the largest in bf16, a
-        32nd of the dtype's spacing. None: filter nothing.
-        """
-        sizes = [g for g in (self.label, self.p, self.entropy) if g is not None]
-        if maths.way != "filtered" or not sizes:
-            return None
-        largest = torch.stack(sizes).abs().amax(0)
-        return largest * (abs(maths.logit_scale / maths.temperature) * torch.finfo(maths.dtype).eps / 32)
-
-
-def _coefficients(
-    grads: tuple[torch.Tensor | None, ...], top: torch.Tensor, log_sum: torch.Tensor, vocab: int, maths: _Maths
-) -> _Coefficients:
-    """Out of the gradients of score, entropy, mean and lse."""
-    wide = _wide(maths.dtype)
-    g_score, g_entropy, g_mean, g_lse = (None if g is None else g.to(wide).contiguous() for g in grads)
-    label = p = g_score
-    if g_score is not None and maths.z_loss:
-        p = g_score * (1 + 2 * maths.z_loss * (top + log_sum))
-    if g_score is not None and maths.label_smoothing:
-        label, smooth = g_score * (1 - maths.label_smoothing), g_score * maths.label_smoothing
-        g_mean = smooth if g_mean is None else g_mean + smooth
-    if g_lse is not None:
-        p = -g_lse if p is None else p - g_lse
-    return _Coefficients(label, p, None if g_mean is None else g_mean / vocab, g_entropy)
-
-
 def _backward(
     grad_score: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,
@@ -660,13 +309,13 @@ def _backward(
     entropy: torch.Tensor,
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    maths, need = _Maths(*options[:8]), options[8:]
+    maths, need = Maths(*options[:8]), options[8:]
     grads = (grad_score, grad_entropy, grad_mean_logits, grad_lse)
-    if grad_score is None and not _capturing(hidden) and not any(bool(g.any()) for g in grads if g is not None):
+    if grad_score is None and not capturing(hidden) and not any(bool(g.any()) for g in grads if g is not None):
         # Waiting for the GPU once costs far less than the GEMMs.
         dh, dw, db = _empty_grads(hidden, weight, bias, *need)
         return dh.zero_(), dw.zero_(), db.zero_()
-    scored = _Scored(labels, maths.ignore_index)
+    scored = Scored(labels, maths.ignore_index)
     keep = scored.positions()
     if keep is None:
         return _backward_all(grads, hidden, weight, bias, labels, (top, log_sum, entropy), maths, scored.all, *need)
@@ -683,82 +332,31 @@ def _backward_all(
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    maths: _Maths,
+    maths: Maths,
     every: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     labels = labels.contiguous()
-    top, log_sum, entropy = saved
-    coefficients = _coefficients(grads, top, log_sum, weight.shape[0], maths)
+    factors = coefficients(grads, *saved[:2], weight.shape[0], maths)
     bias_dtype = weight.dtype if bias is None else bias.dtype
     if _in_tiles(hidden, maths):
         dh, dw, db = fused.backward(
-            *_operands(hidden, weight, bias, maths.dtype),
+            *cast_operands(hidden, weight, bias, maths.dtype),
             labels,
             saved,
-            coefficients,
-            coefficients.least(maths),
-            _of_logits(maths),
+            factors,
+            factors.least(maths),
+            of_logits(maths),
             ignore_index=maths.ignore_index,
             need_hidden=need_hidden,
             need_weight=need_weight,
             need_bias=need_bias,
         )
         return dh.to(hidden.dtype), dw.to(weight.dtype), db.to(bias_dtype)
-    head = _Head(hidden, weight, bias, maths, need_weight)
-    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0, hidden.shape[1]), dtype=maths.dtype)
-    gradients = _HeadGradients(head, weight.dtype if need_weight else None, bias_dtype if need_bias else None)
-    for chunk in head.chunks():
-        logits, each = head.logits(chunk), coefficients.of(chunk)
-        of_chunk = (top[chunk], log_sum[chunk], entropy[chunk] if entropy.shape[0] else top[chunk])
-        if head.triton:
-            _backward_kernel[(logits.shape[0], triton.cdiv(weight.shape[0], head.constants["BLOCK"]))](
-                logits,
-                labels[chunk],
-                *of_chunk,
-                *(top if g is None else g for g in each),
-                LABEL=each.label is not None,
-                P=each.p is not None,
-                MEAN=each.mean is not None,
-                ENTROPY=each.entropy is not None,
-                **head.constants,
-            )
-        else:
-            _backward_chunk(logits, labels[chunk], of_chunk, each, maths)
-        if need_hidden:
-            products.matmul_into(grad_hidden[chunk], logits, head.weight)
-        gradients.add(logits, chunk, None if every else labels)
-    return grad_hidden.to(hidden.dtype), *gradients.found()
-
-
-def _backward_chunk(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    each: _Coefficients,
-    maths: _Maths,
-) -> None:
-    """``_backward_kernel`` in PyTorch, for tensors that Triton does not take."""
-    top, log_sum, entropy = saved
-    ignored = labels == maths.ignore_index
-    z, tanh = _transform(logits.to(top.dtype), maths.softcap, maths.logit_scale, maths.temperature)
-    log_p = (z - top[:, None]) - log_sum[:, None]
-    p = log_p.exp()
-    dr = torch.zeros_like(p)
-    if each.p is not None:
-        dr.addcmul_(p, each.p[:, None], value=-1)
-    if each.label is not None:
-        dr.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], each.label[:, None])
-    if each.mean is not None:
-        dr += each.mean[:, None]
-    if each.entropy is not None:
-        dr -= each.entropy[:, None] * (p * (log_p + entropy[:, None])).masked_fill_(p == 0, 0)
-    dr *= maths.logit_scale / maths.temperature
-    if tanh is not None:
-        dr *= 1 - tanh * tanh
-    logits.copy_(dr.masked_fill_(ignored[:, None], 0))
+    needs = (need_hidden, need_weight, need_bias)
+    return chunks.backward(factors, hidden, weight, bias, labels, saved, maths, every, *needs)
 
 
 def _backward_fake(
@@ -800,9 +398,14 @@ _backward_op = raw_op(
 SCALED = 4096
 
 
+def _times(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """unit · g in plain PyTorch, of one g for all or one for each row."""
+    return (unit * g.view(-1, *[1] * (unit.dim() - 1))).to(dtype)
+
+
 def _scale(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not use_triton(unit) or torch.float64 in (unit.dtype, dtype) or not unit.is_contiguous() or unit.numel() == 0:
-        return (unit * g.view(-1, *[1] * (unit.dim() - 1))).to(dtype)
+        return _times(unit, g, dtype)
     out = torch.empty_like(unit, dtype=dtype)
     columns = unit.numel() // g.shape[0]
     blocks = triton.cdiv(columns, SCALED)
@@ -829,7 +432,7 @@ def _scaled(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Te
     g = g.reshape(-1)
     if _untraced(unit) and not torch.is_grad_enabled():
         return _scale_op(unit, g, dtype)
-    return (unit * g.view(-1, *[1] * (unit.dim() - 1))).to(dtype)
+    return _times(unit, g, dtype)
 
 
 # ----------------------------------------------------------------------------------------------- autograd and functions
@@ -845,8 +448,8 @@ class _LinearLogProb(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        maths: _Maths,
-        wanted: _Wanted,
+        maths: Maths,
+        wanted: Wanted,
         gradients: tuple[bool, bool, bool],
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
@@ -901,9 +504,9 @@ class _SumOfScores(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        maths: _Maths,
+        maths: Maths,
     ) -> torch.Tensor:
-        wanted = _Wanted(False, False, False, False, *ctx.needs_input_grad[:3])
+        wanted = Wanted(False, False, False, False, *ctx.needs_input_grad[:3])
         score, *_, unit, unit_weight, unit_bias = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
         ctx.save_for_backward(labels, unit, unit_weight, unit_bias)
         ctx.ignore_index = maths.ignore_index
@@ -925,8 +528,8 @@ def _scores(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     labels: torch.Tensor,
-    maths: _Maths,
-    wanted: _Wanted,
+    maths: Maths,
+    wanted: Wanted,
     gradients: tuple[bool, bool, bool] = (False, False, False),
 ) -> LogProb:
     """The op, with a token's score in the place of its log-probability. ``gradients``: whether entropy, mean and lse
@@ -960,8 +563,8 @@ def _log_prob(
     dtype: torch.dtype | None = None,
 ) -> LogProb:
     _check_logits(softcap, temperature)
-    maths = _Maths(ignore_index, softcap, logit_scale, temperature, 0.0, 0.0, _head_dtype(hidden, dtype), way)
-    wanted = _Wanted(entropy, is_top1, mean_logits, log_sum_sq_probs)
+    maths = Maths(ignore_index, softcap, logit_scale, temperature, 0.0, 0.0, _head_dtype(hidden, dtype), way)
+    wanted = Wanted(entropy, is_top1, mean_logits, log_sum_sq_probs)
     return _scores(hidden, weight, bias, labels, maths, wanted, (entropy_gradient, mean_logits_gradient, lse_gradient))
 
 
@@ -1075,8 +678,10 @@ def linear_cross_entropy_reference(
     _check_loss(reduction, label_smoothing, z_loss)
     dtype = _head_dtype(hidden, dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        raw = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(_wide(dtype))
-    z, _ = _transform(raw, softcap, logit_scale, 1.0)
+        raw = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(
+            wide_dtype(dtype)
+        )
+    z, _ = transform(raw, softcap, logit_scale, 1.0)
     z, flat = z.flatten(0, -2), labels.reshape(-1)
     loss = F.cross_entropy(z, flat, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
     if z_loss:
@@ -1103,12 +708,12 @@ def _cross_entropy(
     _check_loss(reduction, label_smoothing, z_loss)
     _check_logits(softcap)
     flat, dtype = labels.reshape(-1), _head_dtype(hidden, dtype)
-    maths = _Maths(ignore_index, softcap, logit_scale, 1.0, label_smoothing, z_loss, dtype, way)
+    maths = Maths(ignore_index, softcap, logit_scale, 1.0, label_smoothing, z_loss, dtype, way)
     rows = hidden.reshape(-1, hidden.shape[-1])
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
     if trained and reduction != "none" and way == "chunks":
         return _averaged(-_SumOfScores.apply(rows, weight, bias, flat, maths), flat, ignore_index, reduction)
-    score = _scores(rows, weight, bias, flat, maths, _Wanted(False, False, False, False)).log_prob
+    score = _scores(rows, weight, bias, flat, maths, Wanted(False, False, False, False)).log_prob
     loss = _reduce(-score, flat, ignore_index, reduction)
     return loss.view(labels.shape) if reduction == "none" else loss
 

@@ -19,8 +19,8 @@ from fastft import caches, costs, reporting
 from fastft.costs import H100, rates_of, work_of
 from fastft.kernels import load
 from fastft.kernels._dense_weights import whole
+from fastft.kernels._linear_cross_entropy_chunks import chunk_rows
 from fastft.kernels._op import OPS, Cost
-from fastft.kernels.linear_cross_entropy import chunk_rows
 from fastft.kernels.lora_linear import JOINT
 from fastft.kernels.lora_linear import OP as LORA_LINEAR
 from fastft.reporting import Report, Work

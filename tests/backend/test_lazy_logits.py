@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.compare import relative_error
-from fastft.kernels import linear_cross_entropy as kernel
+from fastft.kernels import _linear_cross_entropy_chunks as chunks
 from fastft.lazy_logits import LazyLogits, lazy_logits
 
 B, S, H, V = 2, 7, 8, 53
@@ -26,8 +26,8 @@ LABELS = torch.randint(0, V, (B, S), generator=torch.Generator().manual_seed(1))
 def small_chunks(monkeypatch):
     """Five rows a chunk."""
     torch.manual_seed(0)
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", 5 * V * 4)
-    monkeypatch.setattr(kernel, "TRAINED_SHARE", 0.0)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 5 * V * 4)
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 0.0)
 
 
 def stock_loss(z, labels=LABELS):

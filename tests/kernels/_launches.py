@@ -27,6 +27,7 @@ from fastft.kernels import (
 )
 from fastft.kernels._config import SPACES
 from fastft.kernels._inputs import New
+from fastft.kernels._linear_cross_entropy_call import Maths, Wanted
 from fastft.kernels._op import OPS, Op
 from tests.kernels._each import home_of, homes, parts
 
@@ -144,12 +145,12 @@ def _linear_cross_entropy(s: Shape, dtype: torch.dtype) -> None:
     tokens = s["batch"] * s["seq"]
     hidden, weight = _empty(tokens, s["hidden"], dtype=dtype), _empty(s["vocab"], s["hidden"], dtype=dtype)
     labels = _empty(tokens, dtype=torch.int64)
-    wanted = linear_cross_entropy._Wanted(True, False, False, False, True)
+    wanted = Wanted(True, False, False, False, True)
     for way in ("chunks", "fused"):
-        maths = linear_cross_entropy._Maths(-100, s["softcap"], 1.0, 1.0, 0.0, 0.0, dtype, way)
-        _, top, *_ = linear_cross_entropy._prepared(hidden, weight, None, labels, maths, wanted)()
+        maths = Maths(-100, s["softcap"], 1.0, 1.0, 0.0, 0.0, dtype, way)
+        _, top, *_ = linear_cross_entropy._prepared(hidden, weight, None, labels, maths, wanted)(True)
     grads, saved = (top, None, None, None), (top, top, top)
-    linear_cross_entropy._backward_all(grads, hidden, weight, None, labels, saved, maths, True, True, False)
+    linear_cross_entropy._backward_all(grads, hidden, weight, None, labels, saved, maths, True, True, True, False)
 
 
 def _lora_glu(s: Shape, dtype: torch.dtype) -> None:

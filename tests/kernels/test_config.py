@@ -164,22 +164,28 @@ def test_an_edit_of_what_decides_a_launch_is_another_source(
         _config._helpers.cache_clear()
 
 
-def test_an_edit_of_a_part_is_another_source(tmp_path: Path) -> None:
-    """A file's kernels may stand in another one: ``_attention_triton.py``."""
-    from fastft.kernels import attention
+PARTS = {
+    "attention": ("mask", "pytorch", "routes", "triton"),
+    "linear_cross_entropy": ("call", "chunks", "fused", "triton"),
+}
 
-    file = attention.CONFIGS["dq"].file
+
+@pytest.mark.parametrize("home", PARTS)
+def test_an_edit_of_a_part_is_another_source(home: str, tmp_path: Path) -> None:
+    """A file's kernels and spaces may stand in another one: ``_attention_triton.py``."""
+    fastft.kernels.load()
+    (file,) = {space.file for space in SPACES.values() if space.kernel.partition(".")[0] == home}
     parts = _config.parts_of(file)
-    assert [part.name for part in parts] == [
-        "attention.py",
-        *(f"_attention_{name}.py" for name in ("mask", "pytorch", "routes", "triton")),
-    ]
+    assert [part.name for part in parts] == [f"{home}.py", *(f"_{home}_{name}.py" for name in PARTS[home])]
     for part in parts:
         (tmp_path / part.name).write_bytes(part.read_bytes())
-    assert _config.source_of(tmp_path / file.name) == _config.source_of(file)
-    with (tmp_path / "_attention_triton.py").open("a", encoding="utf-8") as part:
-        part.write("# edited\n")
-    assert _config.source_of(tmp_path / file.name) != _config.source_of(file)
+    source = _config.source_of(file)
+    assert _config.source_of(tmp_path / file.name) == source
+    for part in parts[1:]:
+        with (tmp_path / part.name).open("a", encoding="utf-8") as edited:
+            edited.write("# edited\n")
+        assert _config.source_of(tmp_path / file.name) != source
+        (tmp_path / part.name).write_bytes(part.read_bytes())
 
 
 def test_a_name_is_taken_once() -> None:

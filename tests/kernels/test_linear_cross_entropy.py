@@ -22,16 +22,16 @@ import fastft
 from bench.shapes import shapes
 from fastft.compare import assert_within
 from fastft.judging import Wide
+from fastft.kernels import _linear_cross_entropy_chunks as chunks
 from fastft.kernels import _linear_cross_entropy_fused as fused
 from fastft.kernels import linear_cross_entropy as module
+from fastft.kernels._linear_cross_entropy_call import WAYS as NAMES
+from fastft.kernels._linear_cross_entropy_call import Scored
+from fastft.kernels._linear_cross_entropy_chunks import chunk_rows
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
 from fastft.kernels.linear_cross_entropy import (
-    WAYS as NAMES,
-)
-from fastft.kernels.linear_cross_entropy import (
     LogProb,
-    chunk_rows,
     filtered_cross_entropy,
     filtered_log_prob,
     filtered_supported,
@@ -89,8 +89,8 @@ def small_tiles(kernel, device, dtype, own, other):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks, the last one shorter: 4 rows of 131 fp32 logits, under a trained head too."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 131 * 4)
-    monkeypatch.setattr(module, "TRAINED_SHARE", 0.0)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * 131 * 4)
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 0.0)
     monkeypatch.setattr(fused, "_tiles", small_tiles)
     monkeypatch.setattr(fused, "GROUP", 2)
 
@@ -185,7 +185,7 @@ def test_label_smoothing_and_z_loss(options, reduction, frozen, dtype, device, w
 def test_a_frozen_head_is_one_pass_with_smoothing_and_z_loss(options, device, monkeypatch):
     h, w, b, y = inputs(torch.float32, device, frozen=True)
     loss = linear_cross_entropy(h, w, b, y, softcap=3.0, **options)
-    monkeypatch.setattr(module, "_Head", None)  # a backward that computed logits again would fail here
+    monkeypatch.setattr(chunks, "_Head", None)  # a backward that computed logits again would fail here
     assert torch.autograd.grad(loss, h)[0].any()
 
 
@@ -195,7 +195,7 @@ def test_a_frozen_head_is_one_pass_with_smoothing_and_z_loss(options, device, mo
 @pytest.mark.parametrize("trained", ["hwb", "wb", "hb", "w"])
 def test_a_trained_head_is_one_pass_under_a_sum(trained, reduction, share, dtype, device, monkeypatch):
     """No logits in the backward, whoever has a gradient; and the same one as from all logits."""
-    monkeypatch.setattr(module, "TRAINED_SHARE", share)
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", share)
     monkeypatch.setattr(module, "_backward_op", None)
     tensors = [t.detach().requires_grad_(n in trained) for n, t in zip("hwb", inputs(dtype, device), strict=False)]
     y = inputs(dtype, device)[3]
@@ -211,10 +211,10 @@ def test_a_trained_head_is_one_pass_under_a_sum(trained, reduction, share, dtype
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["chunks", "at once"])
 def test_sums_of_odd_sizes_have_all_their_terms(share, device, monkeypatch):
     """Every product over an odd vocabulary, or an odd number of tokens, is one that cuBLAS does not cut."""
-    monkeypatch.setattr(module, "TRAINED_SHARE", share * 100)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 2**30)
-    sums, mm_single = [], module.products.mm_single
-    monkeypatch.setattr(module.products, "mm_single", lambda a, b: sums.append(a.shape[1]) or mm_single(a, b))
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", share * 100)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2**30)
+    sums, mm_single = [], chunks.products.mm_single
+    monkeypatch.setattr(chunks.products, "mm_single", lambda a, b: sums.append(a.shape[1]) or mm_single(a, b))
     tokens, vocab = 1100, 1089
     h, w, _, y = inputs(torch.bfloat16, device, tokens=tokens, vocab=vocab, bias=False)
     y = y.clamp(min=0)
@@ -267,7 +267,7 @@ def test_ignored_tokens_are_left_out_of_every_gemm(ignore_index, device, monkeyp
         call = getattr(of, name)
         monkeypatch.setattr(of, name, lambda *args, **kwargs: rows.append(count(*args)) or call(*args, **kwargs))
 
-    counted("logits", module._Head, lambda head, chunk: chunk.stop - chunk.start)
+    counted("logits", chunks._Head, lambda head, chunk: chunk.stop - chunk.start)
     counted("forward", fused, lambda hidden, *_: hidden.shape[0])
     counted("backward", fused, lambda hidden, *_: hidden.shape[0])
     way.log_prob(h, w, b, y, ignore_index=ignore_index, entropy=True).entropy.sum().backward()
@@ -290,7 +290,7 @@ def test_the_gradient_of_an_fp32_weight_is_summed_in_fp32(device, monkeypatch):
     for changed in ({"CHUNK_BYTES": 1 << 20}, {"TRAINED_SHARE": 99.0}):
         with monkeypatch.context() as patched:
             for name, value in changed.items():
-                patched.setattr(module, name, value)
+                patched.setattr(chunks, name, value)
             in_one = gradient()
         assert in_one.dtype == torch.float32 and (in_many - in_one).norm() <= 1e-5 * in_one.norm()
 
@@ -372,7 +372,7 @@ def test_like_stock_cross_entropy_when_every_label_is_ignored(frozen, device, wa
 @pytest.mark.parametrize("frozen", [True, False])
 def test_ignored_tokens_poison_nothing(frozen, left_out, device, monkeypatch, way):
     if not left_out:
-        monkeypatch.setattr(module._Scored, "positions", lambda self: None)
+        monkeypatch.setattr(Scored, "positions", lambda self: None)
     h, w, b, y = inputs(torch.float32, device, frozen=frozen)
     bad = h.detach().clone()
     bad[y == -100] = float("nan")
@@ -458,7 +458,8 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_largest_allocation_is_one_chunk(frozen, device, monkeypatch):
     # Triton's interpreter copies what a kernel reads; the PyTorch body is the one with temporaries to look for.
-    monkeypatch.setattr(module, "use_triton", lambda x: x.is_cuda)
+    for part in (module, chunks):
+        monkeypatch.setattr(part, "use_triton", lambda x: x.is_cuda)
     h, w, b, y = inputs(torch.float32, device, tokens=40, hidden=4, frozen=frozen)
     with Largest() as seen:
         found = linear_log_prob(h, w, b, y, softcap=5.0, **ALL)
@@ -488,7 +489,7 @@ def test_entropy_without_gradient(device, monkeypatch):
     assert not found.entropy.requires_grad and found.log_prob.requires_grad
     both = linear_log_prob(h, w, b, y, entropy=True)
     (expected,) = torch.autograd.grad(found.log_prob.sum(), h)
-    monkeypatch.setattr(module, "_Head", None)  # a backward that computed logits again would fail here
+    monkeypatch.setattr(chunks, "_Head", None)  # a backward that computed logits again would fail here
     grads = [torch.ones_like(both.log_prob), torch.zeros_like(both.entropy)]
     (got,) = torch.autograd.grad([both.log_prob, both.entropy], h, grads)
     assert torch.equal(got, expected)
@@ -559,7 +560,7 @@ def test_labels_at_ties_and_impossible_tokens(device, way):
 
 @pytest.mark.parametrize("impossible", [0, 40], ids=["", "first block impossible"])
 def test_vocabulary_of_several_blocks(impossible, device, monkeypatch):
-    monkeypatch.setattr(module, "_row_config", lambda vocab: {"BLOCK": 32, "num_warps": 1})
+    monkeypatch.setattr(chunks, "_row_config", lambda vocab: {"BLOCK": 32, "num_warps": 1})
     h, w, b, y = inputs(torch.float32, device)
     with torch.no_grad():
         b += torch.linspace(0, 9, 131, device=device)  # the maximum moves from block to block
@@ -574,7 +575,7 @@ def test_vocabulary_of_several_blocks(impossible, device, monkeypatch):
 @pytest.mark.parametrize("maths", [{}, dict(logit_scale=-0.7), dict(softcap=3.0)], ids=["plain", "negative", "softcap"])
 def test_vocabulary_without_padding(maths, device, monkeypatch):
     """What lies past the end of the last block is no logit, of rows too that no padding ends: all of them are small."""
-    monkeypatch.setattr(module, "_row_config", lambda vocab: {"BLOCK": 32, "num_warps": 1})
+    monkeypatch.setattr(chunks, "_row_config", lambda vocab: {"BLOCK": 32, "num_warps": 1})
     h, w, b, y = inputs(torch.float32, device, vocab=144)
     with torch.no_grad():
         b -= 20 * maths.get("logit_scale", 1.0)
@@ -798,7 +799,7 @@ def test_raw_ops(bias, way, device):
 
 
 def test_chunk_rows(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 600 * 2**20)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 600 * 2**20)
     assert chunk_rows(8192, 128256, 2, 4096) == chunk_rows(8192, 151936, 2, 4096) == 2048
     assert chunk_rows(8192, 262144, 2, 2560) == 1024
     # Gemma 2: 126 of 132 tiles where 1024 tokens have 112; phi-4: 1.97 waves where 2048 tokens have 2.4.
@@ -810,11 +811,11 @@ def test_chunk_rows(monkeypatch):
         for vocab in (97, 32000, 128256, 256000):
             for hidden in (0, 2048, 3584, 5120):
                 rows = chunk_rows(tokens, vocab, 2, hidden)
-                assert rows <= module.CHUNK_TOKENS and rows * vocab * 2 <= module.CHUNK_BYTES
+                assert rows <= chunks.CHUNK_TOKENS and rows * vocab * 2 <= chunks.CHUNK_BYTES
                 assert rows == tokens or rows % 128 == 0
     assert chunk_rows(2100, 128256, 2) == 1152  # two chunks of about the same size
     # With a gradient of the weight, what its fp32 sum takes: here no more than all logits, there a quarter of them.
-    monkeypatch.setattr(module, "TRAINED_SHARE", 1.0)
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 1.0)
     assert chunk_rows(8192, 128256, 2, 4096, True) == 8192 and chunk_rows(16384, 248320, 2, 2048, True) == 4096
     assert chunk_rows(8192, 128256, 2, 64, True) == 2048 and chunk_rows(8192, 128256, 4, 4096, True) == 4096
 
@@ -1067,8 +1068,8 @@ def _cross_entropy_derivations() -> list[Derivation]:
 DERIVATIONS = {"linear_cross_entropy": _cross_entropy_derivations, "linear_log_prob": _log_prob_derivations}
 
 SMALL_TILES = {
-    "_row_config": lambda vocab: {"BLOCK": 2, "num_warps": 1},
-    "chunk_rows": lambda *_: 1,
+    "chunks._row_config": lambda vocab: {"BLOCK": 2, "num_warps": 1},
+    "chunks.chunk_rows": lambda *_: 1,
     "SCALED": 2,
     "_untraced": lambda x: True,
     "fused._tiles": lambda kernel, *_: {
@@ -1107,28 +1108,28 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: chunks that leave a wave half empty",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "        if near and _filled(power, hidden) < FILLED:",
         "        if False:",
         "tests/kernels/test_linear_cross_entropy.py -k test_chunk_rows",
     ),
     Mutant(
         "cross-entropy: larger chunks that are no fewer",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "if nine <= most and math.ceil(tokens / nine) < math.ceil(tokens / power):",
         "if nine <= most:",
         "tests/kernels/test_linear_cross_entropy.py -k test_chunk_rows",
     ),
     Mutant(
         "cross-entropy: lse's gradient at the label",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_call.py",
         "    label = p = g_score\n",
         "    label = p = g_score if g_lse is None or g_score is None else g_score - g_lse\n",
         "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
     ),
     Mutant(
         "cross-entropy: the mean's gradient of each logit is the whole",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_call.py",
         "None if g_mean is None else g_mean / vocab",
         "g_mean",
         "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
@@ -1143,14 +1144,14 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: smoothing takes the label's whole part, trainable head",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_call.py",
         "g_score * (1 - maths.label_smoothing), g_score * maths.label_smoothing",
         "g_score, g_score * maths.label_smoothing",
         "tests/kernels/test_linear_cross_entropy.py::test_label_smoothing_and_z_loss[chunks-options0-none-False-dtype0]",
     ),
     Mutant(
         "cross-entropy: z-loss of p without lse, trainable head",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_call.py",
         "p = g_score * (1 + 2 * maths.z_loss * (top + log_sum))",
         "p = g_score * (1 + 2 * maths.z_loss)",
         "tests/kernels/test_linear_cross_entropy.py::test_label_smoothing_and_z_loss[chunks-options1-none-False-dtype0]",
@@ -1181,14 +1182,14 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: z-loss without its gradient, frozen head, in PyTorch",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "            dr.mul_(1 + 2 * maths.z_loss * lse[:, None])\n",
         "            pass\n",
         "tests/kernels/test_linear_cross_entropy.py::test_label_smoothing_and_z_loss[chunks-options1-mean-True-dtype0]",
     ),
     Mutant(
         "cross-entropy: smoothing without the others' part, frozen head, in PyTorch",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "            dr.add_(smoothing / vocab)\n",
         "            pass\n",
         "tests/kernels/test_linear_cross_entropy.py -k smoothing",
@@ -1202,14 +1203,14 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: a trained head's logits only where hidden states have a gradient",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "labels[chunk], parts, maths, any(wanted[4:])",
         "labels[chunk], parts, maths, wanted.unit_gradient",
         "tests/kernels/test_linear_cross_entropy.py -k under_a_sum",
     ),
     Mutant(
         "cross-entropy: a trained head's logits only where hidden states have a gradient, in the kernel",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "GRADIENT=any(wanted[4:])",
         "GRADIENT=wanted.unit_gradient",
         "tests/kernels/test_linear_cross_entropy.py -k under_a_sum",
@@ -1224,7 +1225,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: the last tokens of an odd number left to cuBLAS",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "self.weight = products.mm(logits.t(), states)",
         "self.weight = torch.mm(logits.t(), states)",
         "tests/kernels/test_linear_cross_entropy.py -k odd_sizes",
@@ -1238,7 +1239,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: an fp32 head's gradient rounded where it is one product",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "self.once = len(head.chunks()) == 1 and weight == head.dtype",
         "self.once = len(head.chunks()) == 1",
         "tests/kernels/test_linear_cross_entropy.py -k summed_in_fp32",
@@ -1252,7 +1253,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: lse's gradient with the sign of the log-probability's",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_call.py",
         "p = -g_lse if p is None else p - g_lse",
         "p = -g_lse if p is None else p + g_lse",
         "tests/kernels/test_linear_cross_entropy.py -k gradients_of_lse",
@@ -1266,14 +1267,14 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: label smoothing adds to the whole loss",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "found = (1 - smoothing) * found - smoothing * (lse - z.mean(-1))",
         "found = found - smoothing * (lse - z.mean(-1))",
         "tests/kernels/test_linear_cross_entropy.py -k smoothing",
     ),
     Mutant(
         "cross-entropy: z-loss of lse, not of its square",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "found = found - maths.z_loss * lse * lse",
         "found = found - maths.z_loss * lse",
         "tests/kernels/test_linear_cross_entropy.py::test_label_smoothing_and_z_loss[chunks-options1-mean-True-dtype0]",
@@ -1359,14 +1360,14 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: softcap's slope forgotten",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "        if tanh is not None:\n            dr.mul_(1 - tanh * tanh)\n",
         "",
         "tests/kernels/test_linear_cross_entropy.py::test_log_prob[chunks-softcap-True-dtype0]",
     ),
     Mutant(
         "cross-entropy: scale forgotten in backward",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "    dr *= maths.logit_scale / maths.temperature\n",
         "",
         "tests/kernels/test_linear_cross_entropy.py::test_log_prob[chunks-softcap-True-dtype0]",
@@ -1380,21 +1381,21 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: ignore_index is always -100",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_call.py",
         "self.labels, self.counts = labels, labels != ignore_index",
         "self.labels, self.counts = labels, labels != -100",
         "tests/kernels/test_linear_cross_entropy.py::test_ignored_tokens_are_left_out_of_every_gemm[chunks-130]",
     ),
     Mutant(
         "cross-entropy: dW of the last chunk only",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "_add_matmul(self.weight, logits.t(), states",
         "_add_matmul(None, logits.t(), states",
         'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
     ),
     Mutant(
         "cross-entropy: dW rounded chunk by chunk",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "if total is None else total.addmm_(a, b)",
         "if total is None else total.add_((a @ b).bfloat16())",
         'tests/kernels/test_linear_cross_entropy.py -k "log_prob or cross_entropy"',
@@ -1441,14 +1442,14 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: the largest logit swallows the log of the sum, value in PyTorch",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "log_p = (z - largest[:, None]).sub_(log_z[:, None])",
         "log_p = z - (largest + log_z)[:, None]",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
     ),
     Mutant(
         "cross-entropy: the largest logit swallows the log of the sum, gradient in PyTorch",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "log_p = (z - top[:, None]) - log_sum[:, None]",
         "log_p = z - (top + log_sum)[:, None]",
         "tests/kernels/test_linear_cross_entropy.py -k sure_of",
@@ -1582,7 +1583,7 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy, filtered: the threshold is the rounding itself",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_call.py",
         "torch.finfo(maths.dtype).eps / 32",
         "torch.finfo(maths.dtype).eps",
         "tests/kernels/test_linear_cross_entropy.py -k leaves_out",
@@ -1605,14 +1606,14 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: a gradient that is a little small at every step",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_chunks.py",
         "    dr *= maths.logit_scale / maths.temperature\n",
         "    dr *= maths.logit_scale / maths.temperature * 0.9995\n",
         "tests/kernels/test_linear_cross_entropy.py -k not_biased",
     ),
     Mutant(
         "cross-entropy: all labels count",
-        "kernels/linear_cross_entropy.py",
+        "kernels/_linear_cross_entropy_call.py",
         "        self.all = number == self.labels.shape[0]\n",
         "        self.all = True\n",
         "tests/kernels/test_linear_cross_entropy.py -k copied_where",

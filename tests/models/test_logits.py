@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import fastft
 from fastft.compare import assert_within
 from fastft.judging import Wide
-from fastft.kernels import linear_cross_entropy as loss_op
+from fastft.kernels import _linear_cross_entropy_chunks as chunks
 from fastft.lazy_logits import LazyLogits
 
 from ._families import VOCAB, batch, build
@@ -143,8 +143,8 @@ def test_unread_logits_are_never_allocated(lora: float | None, labels: bool, mon
     """Nothing as large as [batch, seq, vocab] in any dtype is allocated in a step; reading the logits allocates it.
     Neither by a loss of the caller's, a number a token.
     """
-    monkeypatch.setattr(loss_op, "CHUNK_BYTES", 16 * VOCAB * 4)
-    monkeypatch.setattr(loss_op, "TRAINED_SHARE", 0.0)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 16 * VOCAB * 4)
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 0.0)
     # A vocabulary much wider than the MLP, and enough tokens that [tokens, vocab] is larger than any weight.
     data = batch("plain", rows=4, length=250)
     model = build("llama3", lora=lora)

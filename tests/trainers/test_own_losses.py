@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 
 import fastft  # noqa: E402
 from fastft.compare import relative_error  # noqa: E402
-from fastft.kernels import linear_cross_entropy as loss_op  # noqa: E402
+from fastft.kernels import _linear_cross_entropy_chunks as chunks  # noqa: E402
 from tests.models.test_logits import largest_allocation  # noqa: E402
 from tests.trainers import _tiny as tiny  # noqa: E402
 from tests.trainers.conftest import Calls  # noqa: E402
@@ -100,8 +100,8 @@ def train(folder: Path, case: str, *, compiled: bool, autocast: bool) -> tuple[t
 
 @pytest.mark.parametrize("case, autocast", [*((case, False) for case in CASES), ("Trainer, label smoothing", True)])
 def test_as_stock(calls: Calls, tmp_path: Path, case: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_op, "CHUNK_BYTES", 16 * WIDE * 4)
-    monkeypatch.setattr(loss_op, "TRAINED_SHARE", 0.0)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 16 * WIDE * 4)
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 0.0)
     run, largest = train(tmp_path, case, compiled=True, autocast=autocast)
     report = fastft.report()
     assert report.breaks == 0 and not report.errors, str(report)

@@ -20,7 +20,7 @@ from datasets import Dataset  # noqa: E402
 
 import fastft  # noqa: E402
 from fastft.compare import relative_error  # noqa: E402
-from fastft.kernels import linear_cross_entropy as loss_op  # noqa: E402
+from fastft.kernels import _linear_cross_entropy_chunks as chunks  # noqa: E402
 from tests.models.test_logits import largest_allocation  # noqa: E402
 from tests.trainers import _tiny as tiny  # noqa: E402
 from tests.trainers.conftest import Calls  # noqa: E402
@@ -152,8 +152,8 @@ def test_distillation_keeps_trls_own_divergence(calls: Calls, tmp_path: Path) ->
 
 @pytest.mark.parametrize("case, adapter", [*((case, True) for case in CASES), ("dpo", False), ("sft dft", False)])
 def test_as_stock(calls: Calls, tmp_path: Path, case: str, adapter: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_op, "CHUNK_BYTES", 16 * WIDE * 4)
-    monkeypatch.setattr(loss_op, "TRAINED_SHARE", 0.0)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 16 * WIDE * 4)
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 0.0)
     run, largest = train(tmp_path, case, compiled=True, adapter=adapter)
     report = fastft.report()
     assert report.breaks == 0 and not report.missed and not report.errors, str(report)

@@ -1,0 +1,351 @@
+"""The loss in chunks of logits: how many tokens make a chunk, the one buffer that every chunk's logits are written to,
+and both walks over the chunks, each with its PyTorch body for tensors that Triton does not take.
+``linear_cross_entropy.py`` has the maths, ``_linear_cross_entropy_triton.py`` the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastft.kernels import _products as products
+from fastft.kernels._config import Config, Space, crowded
+from fastft.kernels._linear_cross_entropy_call import (
+    Coefficients,
+    Maths,
+    Wanted,
+    cast_operands,
+    of_logits,
+    transform,
+    wide_dtype,
+)
+from fastft.kernels._linear_cross_entropy_triton import _backward_kernel, _forward_kernel
+from fastft.kernels._op import use_triton
+from fastft.kernels._triton import triton
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+#: Most tokens in a chunk, and most bytes that its logits may take (0.6 GiB, less what else a call makes). With powers
+#: of two from 1024 on both products run nearly at the rate that they have for all tokens at once; fewer tokens read the
+#: weight too often.
+CHUNK_TOKENS, CHUNK_BYTES = 2048, 600 * 2**20
+#: Tokens and columns of a product's tile, and how many an H100 works on at a time. The last wave of a product should
+#: have tiles for nearly all: what FULL of them have is as good as any, what less than FILLED have is worth other chunks
+#: (3584 columns: 1024 tokens are 112 tiles, 1152 are 126; 5120: 2048 tokens are 2.4 waves, 1664 are 1.97).
+TILE, WAVE, FILLED, FULL = (128, 256), 132, 0.9, 0.95
+#: Under a head that is trained, logits may take this share of its gradient's bytes in fp32, which every chunk but the
+#: first reads and writes.
+TRAINED_SHARE = 1.0
+
+
+def chunk_rows(tokens: int, vocab: int, itemsize: int, hidden: int = 0, trained: bool = False) -> int:
+    """Tokens in one chunk: a power of two within the limits above; another multiple of a tile's rows near it where that
+    saves a chunk, or fills a wave of the gradient's product, of ``hidden`` columns, that the power of two does not; or
+    less, so that chunks are of about equal size. ``trained``: the head's weight has a gradient.
+    """
+    most = min(max(CHUNK_BYTES // max(vocab * itemsize, 1), 1), CHUNK_TOKENS)
+    if trained:
+        most = max(most, int(TRAINED_SHARE * hidden * 4 / itemsize))
+    power = 1 << most.bit_length() - 1
+    if tokens <= power:
+        return max(tokens, 1)
+    rows, nine = TILE[0], power * 9 // 8
+    if not trained and power >= 8 * rows:
+        near = [n for n in range(power * 3 // 4, min(nine, most) + 1, rows) if _filled(n, hidden) >= FULL]
+        if near and _filled(power, hidden) < FILLED:
+            return min(near[-1], tokens)
+        if nine <= most and math.ceil(tokens / nine) < math.ceil(tokens / power):
+            return min(nine, tokens)
+    even = math.ceil(tokens / math.ceil(tokens / power))
+    return min(math.ceil(even / rows) * rows, power)
+
+
+def _filled(rows: int, columns: int) -> float:
+    """The share of a GPU that a product's waves of tiles occupy."""
+    tiles = math.ceil(rows / TILE[0]) * math.ceil(max(columns, 1) / TILE[1])
+    return tiles / (math.ceil(tiles / WAVE) * WAVE)
+
+
+def _row_config(vocab: int) -> dict[str, int]:
+    """Columns that a program takes at a time, and its warps: 16 fp32 values a thread at real vocabularies. Few programs
+    on a multiprocessor, so that less lies between a logit's two readings.
+    """
+    block = min(1 << max(vocab - 1, 1).bit_length(), 16384)
+    return {"BLOCK": block, "num_warps": max(min(block // 512, 32), 1)}
+
+
+def _legal(config: Config, device: torch.device, dtype: torch.dtype, rows: int, vocab: int) -> str | None:
+    return crowded(4 * config["BLOCK"], config["num_warps"])
+
+
+#: Of both kernels. How many tokens make a chunk is memory's to decide, and is not tuned.
+CONFIG = Space(
+    "linear_cross_entropy.rows",
+    {"BLOCK": (1024, 2048, 4096, 8192, 16384, 32768), "num_warps": (2, 4, 8, 16, 32)},
+    lambda device, dtype, rows, vocab: _row_config(vocab),
+    tokens=("rows",),
+    sizes=("vocab",),
+    legal=_legal,
+)
+CONFIG.file = Path(__file__).with_name("linear_cross_entropy.py")  # of the op, whose variants are tuned
+
+# ------------------------------------------------------------------------------------------------------------- the head
+
+
+class _Head:
+    """The head of one call: its operands in the dtype it multiplies in, and the one buffer that every chunk's logits
+    are written to.
+    """
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, maths: Maths, trained: bool
+    ) -> None:
+        self.hidden, self.dtype, self.maths = hidden, maths.dtype, maths
+        _, self.weight, self.bias = cast_operands(hidden[:0], weight, bias, maths.dtype)
+        # The kernels are fp32 inside: fp64 runs in PyTorch on every device.
+        self.triton = use_triton(hidden) and self.dtype != torch.float64
+        tokens, vocab = hidden.shape[0], weight.shape[0]
+        self.rows = chunk_rows(tokens, vocab, self.dtype.itemsize, weight.shape[1], trained)
+        # Rows are padded to whole 16-byte words: at an odd vocabulary cuBLAS and the kernels would take one element at
+        # a time. Kernels read and write the padding too; what is in it reaches no result.
+        stride = -(-vocab // 16) * 16
+        self.buffer = torch.empty((min(self.rows, tokens), stride), dtype=self.dtype, device=hidden.device)[:, :vocab]
+        self.constants = {
+            "V": vocab,
+            "STRIDE": stride,
+            "IGNORE_INDEX": maths.ignore_index,
+            **of_logits(maths),
+            **CONFIG(hidden.device, self.dtype, self.rows, vocab),
+        }
+
+    def chunks(self) -> list[slice]:
+        tokens = self.hidden.shape[0]
+        return [slice(start, min(start + self.rows, tokens)) for start in range(0, tokens, self.rows)]
+
+    def states(self, chunk: slice) -> torch.Tensor:
+        return self.hidden[chunk].to(self.dtype)
+
+    def logits(self, chunk: slice) -> torch.Tensor:
+        """The chunk's raw logits, in the buffer."""
+        out = self.buffer[: chunk.stop - chunk.start]
+        if self.bias is None:
+            return torch.mm(self.states(chunk), self.weight.t(), out=out)
+        return torch.addmm(self.bias, self.states(chunk), self.weight.t(), out=out)
+
+
+class _HeadGradients:
+    """What goes to the weight and to the bias, in ``dtype``s, added up over chunks in fp32 (fp64)."""
+
+    def __init__(self, head: _Head, weight: torch.dtype | None, bias: torch.dtype | None) -> None:
+        self.head, self.dtypes = head, (weight, bias)
+        self.once = len(head.chunks()) == 1 and weight == head.dtype
+        self.weight: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
+
+    def add(self, logits: torch.Tensor, chunk: slice, labels: torch.Tensor | None) -> None:
+        """The gradients of the chunk's ``logits``. ``labels``: None if all count."""
+        weight, bias = self.dtypes
+        if weight is not None:
+            states = self.head.states(chunk)
+            if labels is not None:
+                # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
+                states = states.masked_fill((labels[chunk] == self.head.maths.ignore_index)[:, None], 0)
+            if self.once:
+                self.weight = products.mm(logits.t(), states)
+            else:
+                self.weight = _add_matmul(self.weight, logits.t(), states, wide_dtype(self.head.dtype))
+        if bias is not None:
+            found = logits.sum(0, dtype=wide_dtype(self.head.dtype))
+            self.bias = found if self.bias is None else self.bias.add_(found)
+
+    def found(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What nobody wants is empty, and zeros what no token is for."""
+        parts, sizes = (self.weight, self.bias), ((*self.head.weight.shape,), (self.head.weight.shape[0],))
+        results = []
+        for part, dtype, size in zip(parts, self.dtypes, sizes, strict=True):
+            if dtype is None:
+                results.append(self.head.hidden.new_empty((0, *size[1:])))
+            else:
+                results.append(self.head.hidden.new_zeros(size, dtype=dtype) if part is None else part.to(dtype))
+        return results[0], results[1]
+
+
+def _add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``total + a @ b`` in fp32 (fp64), in ``total``'s place, without rounding the product to the operands' dtype
+    first. None: there is no total yet.
+    """
+    if a.dtype != dtype and not a.is_cuda:
+        a, b = a.to(dtype), b.to(dtype)
+    if a.dtype == dtype:
+        return torch.mm(a, b) if total is None else total.addmm_(a, b)
+    if total is None:
+        return products.mm_single(a, b)
+    if not products.sums_all(a, b):
+        return total.add_(products.mm_single(a, b))
+    return torch.addmm(total, a, b, out_dtype=dtype, out=total)
+
+
+# -------------------------------------------------------------------------------------------------------------- forward
+
+
+def prepared(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    outputs: tuple[torch.Tensor, ...],
+    units: list[torch.dtype | None],
+    maths: Maths,
+    wanted: Wanted,
+) -> Callable[[bool], tuple[torch.Tensor, ...]]:
+    """Makes the buffer; the result computes, told whether all tokens count. ``outputs``: what is written to, the last
+    one the hidden states' unit gradient. ``units``: dtypes of the weight's and the bias's, which come behind them;
+    None: not wanted.
+    """
+    head = _Head(hidden, weight, bias, maths, wanted.unit_weight)
+    gradients = _HeadGradients(head, *units)
+
+    def in_chunks(every: bool) -> tuple[torch.Tensor, ...]:
+        for chunk in head.chunks():
+            logits = head.logits(chunk)
+            # An output nobody asked for is empty; its kernel argument is never touched.
+            parts = [x[chunk] if x.shape[0] else x for x in outputs[:7]]
+            if head.triton:
+                _forward_kernel[(logits.shape[0],)](
+                    logits,
+                    labels[chunk],
+                    *parts,
+                    SMOOTHING=float(maths.label_smoothing),
+                    Z_LOSS=float(maths.z_loss),
+                    **wanted.flags(),
+                    GRADIENT=any(wanted[4:]),
+                    **head.constants,
+                )
+            else:
+                _forward_chunk(logits, labels[chunk], parts, maths, any(wanted[4:]))
+            if wanted.unit_gradient:
+                products.matmul_into(outputs[7][chunk], logits, head.weight)
+            gradients.add(logits, chunk, None if every else labels)
+        return *outputs, *gradients.found()
+
+    return in_chunks
+
+
+def _forward_chunk(
+    logits: torch.Tensor, labels: torch.Tensor, parts: list[torch.Tensor], maths: Maths, gradient: bool
+) -> None:
+    """``_forward_kernel`` in PyTorch, for tensors that Triton does not take."""
+    score, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = parts
+    ignored, smoothing, vocab = labels == maths.ignore_index, maths.label_smoothing, logits.shape[1]
+    z, tanh = transform(logits.to(score.dtype), maths.softcap, maths.logit_scale, maths.temperature)
+    target = labels.masked_fill(ignored, 0)[:, None]
+    largest = z.amax(-1)
+    largest = largest.masked_fill_(largest == -math.inf, 0)
+    log_z = (z - largest[:, None]).exp_().sum(-1).log_()
+    log_p = (z - largest[:, None]).sub_(log_z[:, None])
+    top.copy_(largest.masked_fill(ignored, 0))
+    log_sum.copy_(log_z.masked_fill(ignored, 0))
+    lse, found = largest + log_z, log_p.gather(1, target).squeeze(1)
+    if smoothing:
+        found = (1 - smoothing) * found - smoothing * (lse - z.mean(-1))
+    if maths.z_loss:
+        found = found - maths.z_loss * lse * lse
+    score.copy_(found.masked_fill(ignored, 0))
+    if mean_logits.shape[0]:
+        mean_logits.copy_(z.mean(-1).masked_fill(ignored, 0))
+    if is_top1.shape[0]:
+        is_top1.copy_((z.argmax(-1) == target.squeeze(1)).masked_fill(ignored, False))
+    p = torch.exp(log_p)
+    if entropy.shape[0]:
+        entropy.copy_(-(p * log_p).masked_fill_(p == 0, 0).sum(-1).masked_fill(ignored, 0))
+    if log_sum_sq_probs.shape[0]:
+        log_sum_sq_probs.copy_((p * p).sum(-1).log().masked_fill(ignored, 0))
+    if gradient:
+        dr = p.neg_()
+        if maths.z_loss:
+            dr.mul_(1 + 2 * maths.z_loss * lse[:, None])
+        dr.scatter_add_(1, target, torch.full_like(target, 1 - smoothing, dtype=p.dtype))
+        if smoothing:
+            dr.add_(smoothing / vocab)
+        dr.mul_(maths.logit_scale / maths.temperature)
+        if tanh is not None:
+            dr.mul_(1 - tanh * tanh)
+        logits.copy_(dr.masked_fill_(ignored[:, None], 0))
+
+
+# ------------------------------------------------------------------------------------------------------------- backward
+
+
+def backward(
+    coefficients: Coefficients,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    maths: Maths,
+    every: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden, weight and bias, what is not wanted being empty. ``saved``: the largest z, the log of the
+    sum over it, and the entropy. ``every``: whether all tokens count.
+    """
+    top, log_sum, entropy = saved
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    head = _Head(hidden, weight, bias, maths, need_weight)
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0, hidden.shape[1]), dtype=maths.dtype)
+    gradients = _HeadGradients(head, weight.dtype if need_weight else None, bias_dtype if need_bias else None)
+    for chunk in head.chunks():
+        logits, each = head.logits(chunk), coefficients.of(chunk)
+        of_chunk = (top[chunk], log_sum[chunk], entropy[chunk] if entropy.shape[0] else top[chunk])
+        if head.triton:
+            _backward_kernel[(logits.shape[0], triton.cdiv(weight.shape[0], head.constants["BLOCK"]))](
+                logits,
+                labels[chunk],
+                *of_chunk,
+                *(top if g is None else g for g in each),
+                LABEL=each.label is not None,
+                P=each.p is not None,
+                MEAN=each.mean is not None,
+                ENTROPY=each.entropy is not None,
+                **head.constants,
+            )
+        else:
+            _backward_chunk(logits, labels[chunk], of_chunk, each, maths)
+        if need_hidden:
+            products.matmul_into(grad_hidden[chunk], logits, head.weight)
+        gradients.add(logits, chunk, None if every else labels)
+    return grad_hidden.to(hidden.dtype), *gradients.found()
+
+
+def _backward_chunk(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    each: Coefficients,
+    maths: Maths,
+) -> None:
+    """``_backward_kernel`` in PyTorch, for tensors that Triton does not take."""
+    top, log_sum, entropy = saved
+    ignored = labels == maths.ignore_index
+    z, tanh = transform(logits.to(top.dtype), maths.softcap, maths.logit_scale, maths.temperature)
+    log_p = (z - top[:, None]) - log_sum[:, None]
+    p = log_p.exp()
+    dr = torch.zeros_like(p)
+    if each.p is not None:
+        dr.addcmul_(p, each.p[:, None], value=-1)
+    if each.label is not None:
+        dr.scatter_add_(1, labels.masked_fill(ignored, 0)[:, None], each.label[:, None])
+    if each.mean is not None:
+        dr += each.mean[:, None]
+    if each.entropy is not None:
+        dr -= each.entropy[:, None] * (p * (log_p + entropy[:, None])).masked_fill_(p == 0, 0)
+    dr *= maths.logit_scale / maths.temperature
+    if tanh is not None:
+        dr *= 1 - tanh * tanh
+    logits.copy_(dr.masked_fill_(ignored[:, None], 0))
