@@ -247,6 +247,10 @@ def _delta_kernel(
     at = rows.to(tl.int64)
     dv = tl.arange(0, BLOCK_DV)
     mask = (rows < Sq)[:, None] & (dv < DV)[None, :]
+    if HAS_ASKED or HAS_SINKS:
+        lse = tl.load(lse_ptr + head.to(tl.int64) * Sq + rows, mask=rows < Sq, other=float("inf"))
+    if HAS_ASKED:  # of a query that saw no key nothing is read: no weight of it is anything but 0
+        mask = mask & (lse != float("inf"))[:, None]
     do = tl.load(do_ptr + b * do_b + h * do_h + at[:, None] * do_s + dv[None, :], mask=mask, other=0.0).to(tl.float32)
     out = tl.load(out_ptr + b * o_b + h * o_h + at[:, None] * o_s + dv[None, :], mask=mask, other=0.0).to(tl.float32)
     delta = tl.sum(do * out, 1)
@@ -255,7 +259,6 @@ def _delta_kernel(
         asked = tl.sum((do != 0.0).to(tl.int32), 1) > 0
         tl.store(asked_ptr + tl.program_id(0), tl.max(tl.where(asked, rows + 1, 0), 0))
     if HAS_SINKS:
-        lse = tl.load(lse_ptr + head.to(tl.int64) * Sq + rows, mask=rows < Sq, other=float("inf"))
         p = exp2(tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634 - lse)
         tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(p * delta, 0))
 

@@ -538,6 +538,29 @@ def test_tiles_outside_of_the_mask_are_not_visited(kind: str) -> None:
         assert torch.equal(a[:, :, seen], b[:, :, seen]), name
 
 
+@pytest.mark.skipif(not (INTERPRET or CUDA), reason="of the Triton kernels")
+def test_gradients_of_skipped_padding_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """δ is what they are read for."""
+    found: list[torch.Tensor] = []
+    kernel = module._delta_kernel
+
+    class Seen:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def launch(*args: Any, **constants: Any) -> None:
+                kernel[grid](*args, **constants)
+                found.append(args[4].clone())
+
+            return launch
+
+    monkeypatch.setattr(module, "_delta_kernel", Seen())
+    q, k, v, do = (torch.randn(1, 2, 64, 32, device=DEVICE, dtype=HALF) for _ in range(4))
+    keep = (torch.arange(64, device=DEVICE) < 40).to(torch.int64)[None]
+    do[:, :, 40:] = torch.nan
+    run(lambda *t: attention(*t, causal=True, mask=attention_mask(keep, None, 0, True)), [q, k, v], do)
+    (delta,) = found
+    assert delta[:, :, :40].isfinite().all() and delta[:, :, :40].any() and not delta[:, :, 40:].any()
+
+
 def test_the_kind_of_mask_is_waited_for_once() -> None:
     """Until it arrives, its memory holds what is right for every mask."""
     kind = torch.tensor(masks.HOLES | masks.BLIND, dtype=torch.int8)
@@ -1202,6 +1225,12 @@ MUTANTS = (
                 "padding_costs",
             ),
             ("dq is computed", "        hi = tl.where(m0 < asked, hi, 0)\n", "", "padding_costs"),
+            (
+                "gradients of queries that saw nothing are read",
+                "        mask = mask & (lse != float(\"inf\"))[:, None]\n",
+                "        lse = lse\n",
+                "skipped_padding_are_not_read",
+            ),
             ("dk is computed", "tl.minimum(hi, tl.load(asked_ptr + b * Hq + hq))", "hi", "padding_costs"),
         )
     ),
