@@ -335,7 +335,8 @@ def test_scratch_is_what_is_made(seen):
         found -= sum(t.numel() * t.element_size() for t in (y, *grads))
         one, four = (_most(lambda: lora_mlp(*args, **{**more, "rows": 512 // n})) for n in (1, 4))  # noqa: B023
         # A slice's gate and up are gone before the next one's come.
-        assert quant is not None or four - y.nbytes < 0.4 * (one - y.nbytes)
+        # (Triton's interpreter has copies of all that a kernel gets.)
+        assert quant is not None or INTERPRET or four - y.nbytes < 0.4 * (one - y.nbytes)
         assert said / 2 < found <= said * (1.15 if INTERPRET else 2), (form, quant, found, said)
 
 
