@@ -30,7 +30,10 @@ WAYS = ("chunks", "fused", "filtered")
 
 
 class Wanted(NamedTuple):
-    """Which of the forward's outputs are asked for."""
+    """Which of the forward's outputs are asked for. ``later``: in place of the weight's unit gradient, what it is made
+    of, the logits' own, ``[tokens, vocab]``, those of the tokens that count first where others are left out: for a call
+    whose tokens are all in one chunk.
+    """
 
     entropy: bool
     is_top1: bool
@@ -39,6 +42,7 @@ class Wanted(NamedTuple):
     unit_gradient: bool = False
     unit_weight: bool = False
     unit_bias: bool = False
+    later: bool = False
 
     def flags(self) -> dict[str, bool]:
         """Constants of the kernels."""

@@ -101,7 +101,13 @@ class _Head:
     """
 
     def __init__(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, maths: Maths, trained: bool
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        maths: Maths,
+        trained: bool,
+        rows: int = 0,
     ) -> None:
         self.hidden, self.dtype, self.maths = hidden, maths.dtype, maths
         _, self.weight, self.bias = cast_operands(hidden[:0], weight, bias, maths.dtype)
@@ -109,13 +115,10 @@ class _Head:
         self.triton = use_triton(hidden) and self.dtype != torch.float64
         tokens, vocab = hidden.shape[0], weight.shape[0]
         self.rows = chunk_rows(tokens, vocab, self.dtype.itemsize, weight.shape[1], trained)
-        # Rows are padded to whole 16-byte words: at an odd vocabulary cuBLAS and the kernels would take one element at
-        # a time. Kernels read and write the padding too; what is in it reaches no result.
-        stride = -(-vocab // 16) * 16
-        self.buffer = torch.empty((min(self.rows, tokens), stride), dtype=self.dtype, device=hidden.device)[:, :vocab]
+        self.buffer = empty_logits(hidden, vocab, max(min(self.rows, tokens), rows), self.dtype)
         self.constants = {
             "V": vocab,
-            "STRIDE": stride,
+            "STRIDE": self.buffer.stride(0),
             "IGNORE_INDEX": maths.ignore_index,
             **of_logits(maths),
             **CONFIG(hidden.device, self.dtype, self.rows, vocab),
@@ -134,6 +137,23 @@ class _Head:
         if self.bias is None:
             return torch.mm(self.states(chunk), self.weight.t(), out=out)
         return torch.addmm(self.bias, self.states(chunk), self.weight.t(), out=out)
+
+
+def empty_logits(hidden: torch.Tensor, vocab: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows are padded to whole 16-byte words: at an odd vocabulary cuBLAS and the kernels would take one element at a
+    time. Kernels read and write the padding too; what is in it reaches no result.
+    """
+    return hidden.new_empty((rows, -(-vocab // 16) * 16), dtype=dtype)[:, :vocab]
+
+
+def at_once(hidden: torch.Tensor, weight: torch.Tensor, maths: Maths) -> bool:
+    """Whether all tokens are in one chunk, whose gradient is of the weight's dtype and scale: fp16 has no room for a
+    sum's share of each token.
+    """
+    tokens, dtype = hidden.shape[0], maths.dtype
+    if maths.way != "chunks" or weight.dtype != dtype or dtype == torch.float16:
+        return False
+    return chunk_rows(tokens, weight.shape[0], dtype.itemsize, weight.shape[1], True) >= tokens
 
 
 class _HeadGradients:
@@ -200,12 +220,13 @@ def prepared(
     units: list[torch.dtype | None],
     maths: Maths,
     wanted: Wanted,
+    rows: int = 0,
 ) -> Callable[[bool], tuple[torch.Tensor, ...]]:
     """Makes the buffer; the result computes, told whether all tokens count. ``outputs``: what is written to, the last
     one the hidden states' unit gradient. ``units``: dtypes of the weight's and the bias's, which come behind them;
-    None: not wanted.
+    None: not wanted. ``rows``: of the buffer, at least.
     """
-    head = _Head(hidden, weight, bias, maths, wanted.unit_weight)
+    head = _Head(hidden, weight, bias, maths, wanted.unit_weight or wanted.later, rows)
     gradients = _HeadGradients(head, *units)
 
     def in_chunks(every: bool) -> tuple[torch.Tensor, ...]:
@@ -229,7 +250,11 @@ def prepared(
             if wanted.unit_gradient:
                 products.matmul_into(outputs[7][chunk], logits, head.weight)
             gradients.add(logits, chunk, None if every else labels)
-        return *outputs, *gradients.found()
+        unit_weight, unit_bias = gradients.found()
+        if wanted.later:
+            unit_weight = head.buffer
+            unit_weight[hidden.shape[0] :].zero_()
+        return *outputs, unit_weight, unit_bias
 
     return in_chunks
 

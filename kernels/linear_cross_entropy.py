@@ -35,8 +35,9 @@ where recomputing logits in backward takes three. u is of unit scale, so storing
 rounding and no underflow.
 
 Trainable head: under a sum or a mean over tokens every token has the same g, so dW and db of g = 1 come out of forward
-too, and the backward scales: three GEMMs. Else dW needs g_t while dr is built, so forward keeps only m and l and
-backward computes each chunk's logits again. dW is summed in fp32 over chunks, which are larger then: the buffer may
+too, and the backward scales: three GEMMs. Where one chunk has all tokens, and no graph is traced, dr is kept instead,
+and the backward computes dW = sum_t dr_t (g h_t)^T. Else dW needs g_t while dr is built, so forward keeps only m and l
+and backward computes each chunk's logits again. dW is summed in fp32 over chunks, which are larger then: the buffer may
 take what that sum takes, and where all tokens fit there is no sum. The gradients of the entropy, of lse and of the mean
 of z are computed likewise, whatever the head; as they are mostly asked for by nobody but a compiler that gives every
 output a gradient of zeros, the backward looks first. All of them are one sum for each logit, whose coefficients each
@@ -65,6 +66,7 @@ import torch.nn.functional as F
 
 from fastft.kernels import _linear_cross_entropy_chunks as chunks
 from fastft.kernels import _linear_cross_entropy_fused as fused
+from fastft.kernels import _products as products
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._linear_cross_entropy_call import (
     Maths,
@@ -187,7 +189,7 @@ def _read(options: tuple[Any, ...]) -> tuple[Maths, Wanted]:
     """The forward's options. Without a buffer there is nothing that it could make the unit gradient of."""
     maths, wanted = Maths(*options[:8]), Wanted(*options[8:])
     if maths.way != "chunks":
-        wanted = wanted._replace(unit_gradient=False, unit_weight=False, unit_bias=False)
+        wanted = wanted._replace(unit_gradient=False, unit_weight=False, unit_bias=False, later=False)
     return maths, wanted
 
 
@@ -203,7 +205,8 @@ def _forward(
     if keep is None:
         return run(scored.all)
     del run  # and its buffer
-    *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)(True)
+    rows = hidden.shape[0]
+    *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted, rows)(True)
     whole = _empty_outputs(hidden, maths.dtype, wanted)
     each = (w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
     return *each, unit_weight, unit_bias
@@ -216,8 +219,11 @@ def _prepared(
     labels: torch.Tensor,
     maths: Maths,
     wanted: Wanted,
+    rows: int = 0,
 ) -> Callable[[bool], tuple[torch.Tensor, ...]]:
-    """Makes what all tokens take; the result computes, told whether all of them count."""
+    """Makes what all tokens take; the result computes, told whether all of them count. ``rows``: of the logits'
+    gradient that is kept, at least.
+    """
     labels = labels.contiguous()
     outputs = _empty_outputs(hidden, maths.dtype, wanted)
     if _in_tiles(hidden, maths):
@@ -237,7 +243,7 @@ def _prepared(
 
         return in_tiles
     units = [unit.dtype if unit.shape[0] else None for unit in _empty_units(weight[:1], bias, wanted)]
-    return chunks.prepared(hidden, weight, bias, labels, outputs, units, maths, wanted)
+    return chunks.prepared(hidden, weight, bias, labels, outputs, units, maths, wanted, rows if wanted.later else 0)
 
 
 def _empty_outputs(hidden: torch.Tensor, dtype: torch.dtype, wanted: Wanted) -> tuple[torch.Tensor, ...]:
@@ -275,7 +281,10 @@ def _forward_fake(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, ...]:
     maths, wanted = _read(options)
-    return *_empty_outputs(hidden, maths.dtype, wanted), *_empty_units(weight, bias, wanted)
+    unit_weight, unit_bias = _empty_units(weight, bias, wanted)
+    if wanted.later:
+        unit_weight = chunks.empty_logits(hidden, weight.shape[0], hidden.shape[0], maths.dtype)
+    return *_empty_outputs(hidden, maths.dtype, wanted), unit_weight, unit_bias
 
 
 def _empty_grads(
@@ -380,8 +389,8 @@ _MATHS = (
 
 _forward_op = raw_op(
     f"linear_log_prob({_HEAD}, {_MATHS}, bool entropy, bool is_top1, bool mean_logits, bool log_sum_sq_probs, "
-    "bool unit_gradient, bool unit_weight, bool unit_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor)",
+    "bool unit_gradient, bool unit_weight, bool unit_bias, bool later=False) -> (Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
@@ -420,6 +429,36 @@ _scale_op = raw_op(
 )
 
 
+def _weigh(
+    gradient: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, g: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    """dW = Σ_t dr_t (g h_t)ᵀ, of the tokens that count: g goes to the smaller factor, so that nothing as large as the
+    weight has to be scaled, and rounded, once more.
+    """
+    gradient, states = _counted(gradient, hidden, labels, ignore_index)
+    return products.mm(gradient.t(), _scale(states, g, gradient.dtype))
+
+
+def _counted(
+    gradient: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of ``gradient`` that are of a token, and their hidden states."""
+    scored = Scored(labels, ignore_index)
+    keep = scored.positions()
+    states = (hidden if keep is None else hidden[keep]).to(gradient.dtype)
+    if keep is None and not scored.all:
+        # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
+        states = states.masked_fill((labels == ignore_index)[:, None], 0)
+    return gradient[: states.shape[0]], states
+
+
+_weigh_op = raw_op(
+    "linear_log_prob_weight(Tensor gradient, Tensor hidden, Tensor labels, Tensor g, int ignore_index) -> Tensor",
+    _weigh,
+    lambda gradient, hidden, labels, g, ignore_index: gradient.new_empty((gradient.shape[1], hidden.shape[1])),
+)
+
+
 def _untraced(x: torch.Tensor) -> bool:
     return type(x) is torch.Tensor
 
@@ -433,6 +472,17 @@ def _scaled(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Te
     if _untraced(unit) and not torch.is_grad_enabled():
         return _scale_op(unit, g, dtype)
     return _times(unit, g, dtype)
+
+
+def _weighed(
+    gradient: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, g: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    """:func:`_weigh`, in plain PyTorch where :func:`_scaled` is."""
+    g = g.reshape(-1)
+    if _untraced(gradient) and not torch.is_grad_enabled():
+        return _weigh_op(gradient, hidden, labels, g, ignore_index)  # type: ignore[no-any-return]
+    gradient, states = _counted(gradient, hidden, labels, ignore_index)
+    return gradient.t() @ _times(states, g, gradient.dtype)
 
 
 # ----------------------------------------------------------------------------------------------- autograd and functions
@@ -495,7 +545,10 @@ class _LinearLogProb(torch.autograd.Function):
 
 
 class _SumOfScores(torch.autograd.Function):
-    """Trained head: one gradient for all tokens, so that the head's own comes out of forward with theirs."""
+    """Trained head: one gradient for all tokens, so that the head's own comes out of forward with theirs. Outside of a
+    graph, where all tokens are in one chunk, the forward leaves the last product to the backward, which has g for it: a
+    pass over the weight's gradient is saved, and a rounding (a graph has the next ops to fuse that pass with).
+    """
 
     @staticmethod
     def forward(
@@ -507,20 +560,29 @@ class _SumOfScores(torch.autograd.Function):
         maths: Maths,
     ) -> torch.Tensor:
         wanted = Wanted(False, False, False, False, *ctx.needs_input_grad[:3])
+        if wanted.unit_weight and _untraced(hidden) and chunks.at_once(hidden, weight, maths):
+            wanted = wanted._replace(unit_weight=False, later=True)
         score, *_, unit, unit_weight, unit_bias = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
-        ctx.save_for_backward(labels, unit, unit_weight, unit_bias)
+        ctx.save_for_backward(labels, unit, unit_weight, unit_bias, hidden if wanted.later else None)
         ctx.ignore_index = maths.ignore_index
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return score.sum()
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        labels, *units = ctx.saved_tensors
+        labels, *units, hidden = ctx.saved_tensors
         # A division by no tokens under "mean" makes g inf or NaN, for nobody.
         counts = labels != ctx.ignore_index
         each = g.masked_fill(~counts, 0), *[g.masked_fill(~counts.any(), 0)] * 2
-        found = zip(units, each, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        return *(_scaled(unit, of, dtype) if need else None for unit, of, dtype, need in found), None, None
+        found: list[torch.Tensor | None] = []
+        for i, (unit, of, dtype) in enumerate(zip(units, each, ctx.dtypes, strict=True)):
+            if not ctx.needs_input_grad[i]:
+                found.append(None)
+            elif i == 1 and hidden is not None:
+                found.append(_weighed(unit, hidden.detach(), labels, of, ctx.ignore_index))
+            else:
+                found.append(_scaled(unit, of, dtype))
+        return *found, None, None
 
 
 def _scores(
@@ -865,7 +927,7 @@ register(
         call=linear_cross_entropy,
         reference=linear_cross_entropy_reference,
         supported=supported,
-        raw=("linear_log_prob", "linear_log_prob_backward", "linear_log_prob_scale"),
+        raw=("linear_log_prob", "linear_log_prob_backward", "linear_log_prob_scale", "linear_log_prob_weight"),
         recompute=Recompute.KEEP,
         cost=cost,
         sizes=sizes,

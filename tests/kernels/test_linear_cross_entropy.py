@@ -4,6 +4,7 @@ TRL's own function.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import re
@@ -385,9 +386,11 @@ def test_ignored_tokens_poison_nothing(frozen, left_out, device, monkeypatch, wa
         assert torch.equal(a, e)
 
 
+@pytest.mark.parametrize("share", [0.0, 100.0], ids=["chunks", "at once"])
 @pytest.mark.parametrize("ignored", [1, 0])
-def test_states_are_copied_where_a_label_is_ignored(ignored, device):
+def test_states_are_copied_where_a_label_is_ignored(ignored, share, device, monkeypatch):
     """Of a trained head, and few are: too few to leave them out of the products."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", share)
     h, w, b, y = inputs(torch.float32, device, tokens=40)
     y = y.clamp(min=0)
     y[:ignored] = -100
@@ -422,36 +425,64 @@ def test_scaled_units(shape, rows, dtypes, device):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_the_gradient_of_the_scale(frozen, device):
+def test_the_gradient_of_the_scale(frozen, device, monkeypatch):
     h, w, _, y = inputs(torch.float32, device, frozen=frozen)
     g = torch.tensor(0.5, device=device, requires_grad=True)
     loss = linear_cross_entropy(h, w, None, y, reduction="sum")
     (dh,) = torch.autograd.grad(loss, h, g, create_graph=True)
     torch.testing.assert_close(torch.autograd.grad(dh.square().sum(), g)[0] * 0.25, dh.detach().square().sum())
+    for share in () if frozen else (0.0, 100.0):  # chunks, at once
+        monkeypatch.setattr(chunks, "TRAINED_SHARE", share)
+        loss = linear_cross_entropy(h, w, None, y, reduction="sum")
+        (dw,) = torch.autograd.grad(loss, w, g, create_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(dw.square().sum(), g)[0] * 0.25, dw.detach().square().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("ignored", [0, 1, 13])
+def test_nothing_as_large_as_a_trained_head_is_scaled(dtype, ignored, device, monkeypatch):
+    """Of one chunk: its gradient is the only thing of that size, but in fp16, where a sum over tokens may overflow."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 100.0)
+    h, w, _, y = inputs(dtype, device, tokens=40, bias=False)
+    y = y.clamp(min=0)
+    y[:ignored] = -100
+    loss = linear_cross_entropy(h, w, None, y)
+    with Largest() as seen:
+        (dw,) = torch.autograd.grad(loss, w, torch.tensor(0.3, device=device, dtype=loss.dtype))
+    assert ("linear_log_prob_weight" in seen.ops) == (dtype != torch.float16)
+    assert dtype == torch.float16 or seen.shapes[w.shape] + seen.shapes[w.t().shape] == 1
+    (exact,) = torch.autograd.grad(0.3 * linear_cross_entropy_reference(h.double(), w.double(), None, y), w)
+    (stock,) = torch.autograd.grad(0.3 * linear_cross_entropy_reference(h, w, None, y), w)
+    assert_within("dw", dw, stock, exact, length=40)
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gives, and the shapes of what ``masked_fill`` gives."""
+    """Elements of the largest tensor that any operation gives, the shapes of what ``masked_fill`` gives, how many new
+    tensors of a shape there are, and our ops that were called."""
 
     def __init__(self):
         super().__init__()
-        self.numel, self.filled = 0, set()
+        self.numel, self.filled, self.shapes, self.ops = 0, set(), collections.Counter(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         bodies = {
             "linear_log_prob": module._forward,
             "linear_log_prob_backward": module._backward,
             "linear_log_prob_scale": module._scale,
+            "linear_log_prob_weight": module._weigh,
         }
         if func.namespace == "fastft":
+            self.ops.add(func._opname)
             with self:  # look inside
                 return bodies[func._opname](*args)
         out = func(*args, **(kwargs or {}))
         if func._opname == "masked_fill":
             self.filled.add(out.shape)
+        given = {x.data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)}
         for x in torch.utils._pytree.tree_leaves(out):
             if isinstance(x, torch.Tensor):
                 self.numel = max(self.numel, x.numel())
+                self.shapes[x.shape] += x.data_ptr() not in given
         return out
 
 
@@ -1611,6 +1642,59 @@ MUTANTS = (
         "    dr *= maths.logit_scale / maths.temperature * 0.9995\n",
         "tests/kernels/test_linear_cross_entropy.py -k not_biased",
     ),
+    *(
+        Mutant(
+            f"cross-entropy, a head later: {name}",
+            f"kernels/{file}.py",
+            old,
+            new,
+            f"tests/kernels/test_linear_cross_entropy.py -k '{test}'",
+        )
+        for name, file, old, new, test in (
+            (
+                "g is left out",
+                "linear_cross_entropy",
+                "_scale(states, g, gradient.dtype))",
+                "states)",
+                "as_large_as",
+            ),
+            (
+                "g is left out of a graph",
+                "linear_cross_entropy",
+                "_times(states, g, gradient.dtype)",
+                "states",
+                "gradient_of_the_scale",
+            ),
+            (
+                "tokens that are left out",
+                "linear_cross_entropy",
+                "states = (hidden if keep is None else hidden[keep])",
+                "states = hidden",
+                "as_large_as",
+            ),
+            (
+                "states of ignored tokens",
+                "linear_cross_entropy",
+                "    if keep is None and not scored.all:\n",
+                "    if False:\n",
+                "copied_where",
+            ),
+            (
+                "in fp16",
+                "_linear_cross_entropy_chunks",
+                " or dtype == torch.float16:",
+                ":",
+                "as_large_as",
+            ),
+            (
+                "in several chunks",
+                "_linear_cross_entropy_chunks",
+                "weight.shape[1], True) >= tokens",
+                "weight.shape[1], True) > 0",
+                "one_pass_under_a_sum",
+            ),
+        )
+    ),
     Mutant(
         "cross-entropy: all labels count",
         "kernels/_linear_cross_entropy_call.py",
@@ -1621,8 +1705,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy, fused: ignored tokens are computed too",
         "kernels/linear_cross_entropy.py",
-        "_prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)(True)\n",
-        "_prepared(hidden, weight, bias, labels, maths, wanted)(True)\n"
+        "_prepared(hidden[keep], weight, bias, labels[keep], maths, wanted, rows)(True)\n",
+        "_prepared(hidden, weight, bias, labels, maths, wanted, rows)(True)\n"
         "    found = [x[keep] if len(x) else x for x in found]\n",
         "tests/kernels/test_linear_cross_entropy.py -k left_out_of_every_gemm",
     ),
