@@ -118,7 +118,7 @@ class _Head:
         self.buffer = empty_logits(hidden, vocab, max(min(self.rows, tokens), rows), self.dtype)
         self.constants = {
             "V": vocab,
-            "STRIDE": self.buffer.stride(0),
+            "STRIDE": _stride(vocab),
             "IGNORE_INDEX": maths.ignore_index,
             **of_logits(maths),
             **CONFIG(hidden.device, self.dtype, self.rows, vocab),
@@ -140,10 +140,17 @@ class _Head:
 
 
 def empty_logits(hidden: torch.Tensor, vocab: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows are padded to whole 16-byte words: at an odd vocabulary cuBLAS and the kernels would take one element at a
-    time. Kernels read and write the padding too; what is in it reaches no result.
+    """A buffer, on the device of ``hidden``. Kernels read and write its rows' padding too; what is in it reaches no
+    result.
     """
-    return hidden.new_empty((rows, -(-vocab // 16) * 16), dtype=dtype)[:, :vocab]
+    return torch.empty((rows, _stride(vocab)), dtype=dtype, device=hidden.device)[:, :vocab]
+
+
+def _stride(vocab: int) -> int:
+    """Rows are padded to whole 16-byte words: at an odd vocabulary cuBLAS and the kernels would take one element at a
+    time.
+    """
+    return -(-vocab // 16) * 16
 
 
 def at_once(hidden: torch.Tensor, weight: torch.Tensor, maths: Maths) -> bool:

@@ -481,7 +481,8 @@ def test_report_says_what_data_a_step_had(tmp_path):
 
 def test_report_of_committed_files(tmp_path):
     text, page = render(tmp_path, *COMPARED)
-    assert "11,818" in text and "15,476" in text and len(page.images) == len(COMPARED)
+    profiled = [path for path in COMPARED if '"kernels": [' in path.read_text()]
+    assert "11,818" in text and "15,476" in text and len(page.images) == len(COMPARED) + len(profiled)
 
 
 @pytest.mark.parametrize("copies", [True, False])

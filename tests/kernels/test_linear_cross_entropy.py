@@ -1256,9 +1256,9 @@ MUTANTS = (
     ),
     Mutant(
         "cross-entropy: the last tokens of an odd number left to cuBLAS",
-        "kernels/_linear_cross_entropy_chunks.py",
-        "self.weight = products.mm(logits.t(), states)",
-        "self.weight = torch.mm(logits.t(), states)",
+        "kernels/linear_cross_entropy.py",
+        "products.mm(gradient.t(), _scale",
+        "torch.mm(gradient.t(), _scale",
         "tests/kernels/test_linear_cross_entropy.py -k odd_sizes",
     ),
     Mutant(
