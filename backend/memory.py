@@ -542,4 +542,5 @@ def _leanest(plans: Sequence[Plan], sizes: Sizes) -> int:
 
 
 def _versions(args: Sequence[Any]) -> list[int]:
-    return [x._version for x in args if isinstance(x, torch.Tensor) and not x.is_inference()]
+    with compat.plain_tensors():  # bitsandbytes' weights are of a class that Python is asked about
+        return [x._version for x in args if isinstance(x, torch.Tensor) and not x.is_inference()]

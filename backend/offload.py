@@ -101,11 +101,17 @@ def _start(to: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if device is None:
         to.copy_(x)
     else:
-        side = _STREAMS.setdefault(device.index, torch.cuda.Stream(device))
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+        if device.index not in _STREAMS:
+            _STREAMS[device.index] = torch.cuda.Stream(device)
+        # Without the stream's context manager, which takes the host as long as all the rest.
+        side, here = _STREAMS[device.index], torch.cuda.current_stream(device)
+        side.wait_event(here.record_event())
+        torch.cuda.set_stream(side)
+        try:
             to.copy_(x, non_blocking=True)
             event = side.record_event()
+        finally:
+            torch.cuda.set_stream(here)
     number = next(_NUMBERS)
     STARTED[number] = to, event
     return torch.tensor([number])

@@ -32,6 +32,8 @@ REGION = "ac_graph_id"
 Sizes = Mapping[sympy.Symbol, int]
 #: Forward node → its region, counted from 0 in the order of the forward.
 Regions = Mapping[str, int]
+#: A saved tensor is offloaded if the largest of its region has at most so many times its bytes.
+SMALL = 16
 
 
 # -------------------------------------------------------------------------------------------------------------- regions
@@ -228,6 +230,17 @@ def _numel(t: torch.Tensor, sizes: Sizes) -> int:
     return math.prod(number_at(n, sizes) for n in t.shape)
 
 
+def _worth_moving(movable: Mapping[fx.Node, int]) -> dict[str, int]:
+    """By name, without those that are small beside the largest of their region (adapters' h, attention's logsumexp): a
+    copy takes the host as long to start, whatever its size.
+    """
+    size = {root: _numel(t := root.meta["val"], {}) * t.element_size() for root in movable}
+    largest: dict[int, int] = {}
+    for root, region in movable.items():
+        largest[region] = max(largest.get(region, 0), size[root])
+    return {root.name: region for root, region in movable.items() if SMALL * size[root] >= largest[region]}
+
+
 @dataclass
 class _Step:
     """One node as it runs: the tensors it makes, those that nobody reads after it, bytes that its op takes for itself,
@@ -282,11 +295,13 @@ class Walk:
         #: What the forward computes after all regions.
         self.loss = [n for n, step in steps if step.region == self.count and n.op == "call_function"]
         #: Saved tensors that can be offloaded, with the regions that read them.
-        self.movable = {
-            name: region
-            for name, root in saved.items()
-            if root.name == name and can_move(root) and (region := self.saved.get(name)) is not None
-        }
+        self.movable = _worth_moving(
+            {
+                root: region
+                for name, root in saved.items()
+                if root.name == name and can_move(root) and (region := self.saved.get(name)) is not None
+            }
+        )
         self.steps = [step for _, step in [*steps, *half]]
         self.halfway = len(steps)
         #: What the backward makes and returns.

@@ -22,7 +22,7 @@ from torch import fx
 
 import fastft.kernels.lora_mlp  # noqa: F401  (registers its op, and those of which a chain consists)
 from fastft.kernels._op import Reason
-from fastft.kernels.lora_mlp import tokens_of_slice
+from fastft.kernels.lora_mlp import FORWARD_SLICES, tokens_of_slice
 from fastft.rewrite import sweep
 
 _ops: Any = torch.ops.fastft
@@ -31,8 +31,8 @@ _ops: Any = torch.ops.fastft
 @dataclass
 class Slices:
     """What was done. ``regions``: of forward nodes, with the new ones; ``again``: the new backward node of each MLP,
-    which computes it again → its region; ``tokens`` of a slice, by region; ``left``: why a region's MLP stays in one
-    piece.
+    which computes it again → its region; ``tokens`` of a slice of the backward, by region; ``left``: why a region's MLP
+    stays in one piece.
     """
 
     regions: dict[str, int]
@@ -284,9 +284,10 @@ def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, rows: int) -> tuple[fx.Nod
         [layer.bias for layer in mlp.layers], [len(layer.a) for layer in mlp.layers],
         flat["a"], flat["b"], flat["b_bias"], flat["scaling"],
     )  # fmt: skip
-    how = mlp.kind, mlp.stacked, mlp.lora_dtype, rows
+    how = mlp.kind, mlp.stacked, mlp.lora_dtype
     with graph.inserting_before(mlp.down):
-        new = _call(graph, _ops.lora_mlp.default, (mlp.x, *layers, mlp.residual, *how), mlp.down)
+        given = (mlp.x, *layers, mlp.residual, *how, FORWARD_SLICES * rows)
+        new = _call(graph, _ops.lora_mlp.default, given, mlp.down)
     each = range(len(mlp.layers))
     thin = [(role, j) for role, layer in enumerate(mlp.layers) for j in range(len(layer.a))]
     lists: list[list[_Slot]] = [[(name, role) for role in each] for name in ("weight", "sum")]
@@ -297,7 +298,8 @@ def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, rows: int) -> tuple[fx.Nod
         order += [slot for pair in pairs for slot in pair]
     ends = [item for call in (mlp.down, *back.calls) for item in (*call.users, call)]
     with graph.inserting_before(back.calls[0]):
-        again = _call(graph, _ops.lora_mlp_backward.default, (back.dy, mlp.x, *layers, *how, *needs), back.calls[0])
+        backs = (back.dy, mlp.x, *layers, *how, rows, *needs)
+        again = _call(graph, _ops.lora_mlp_backward.default, backs, back.calls[0])
         for slot, old in back.read.items():
             item = graph.call_function(operator.getitem, (again, order.index(slot)))
             item.meta = dict(old.meta)

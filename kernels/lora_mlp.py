@@ -51,6 +51,9 @@ WIDE, WIDE_FORWARD = 5, 3
 #: What these may take, in bytes, and the fewest and the most tokens that a slice has: with 1,024 a product that gives
 #: [tokens, 4096] still fills an H100 (128 tiles of 128 × 256, 132 multiprocessors); 8,192 gain nothing more.
 SLICE_BYTES, FEWEST, MOST = 2**30, 1024, 8192
+#: A forward's slice is of so many of the backward's, beside which it holds little more, and saves launches: with slices
+#: of 2,048 tokens the host is slower than an H100.
+FORWARD_SLICES = 2
 
 
 def tokens_of_slice(tokens: int, intermediate: int, itemsize: int) -> int:

@@ -61,12 +61,18 @@ def the_plan() -> dict[str, Any]:
 
 
 class Calls:
-    """Raw ops in both halves of the graph that was cut last, and the widths of all that is there for all tokens."""
+    """Raw ops in both halves of the graph that was cut last, the tokens of their slices, and the widths of all that is
+    there for all tokens.
+    """
 
     def __init__(self, tokens: int = TOKENS) -> None:
         self.found, self.widths = Counter[str](), set[int]()
+        self.rows: dict[str, set[int]] = {}
         for node in (n for half in HALVES[-1] for n in half.graph.nodes):
             self.found[getattr(node.target, "_opname", "")] += 1
+            names = [a.name for a in node.target._schema.arguments] if hasattr(node.target, "_schema") else []
+            if "rows" in names:
+                self.rows.setdefault(node.target._opname, set()).add(node.args[names.index("rows")])
             for t in tree_iter(node.meta.get("val")):
                 if isinstance(t, torch.Tensor) and t.dim() > 1 and t.shape[:-1].numel() == tokens:
                     self.widths.add(t.shape[-1])
@@ -104,6 +110,7 @@ def test_families(at: Any, family: str, lora: float | None, level: str) -> None:
     again = 1 + (family == "gemma2")
     for name, count in (("lora_mlp", again), ("lora_mlp_backward", 1), ("glu", 0), ("lora_glu", 0), ("lora_stack", 0)):
         assert calls.found[name] == count * families.LAYERS, name
+    assert calls.rows == {"lora_mlp": {16}, "lora_mlp_backward": {8}}
     assert not {w for w in calls.widths if w >= WIDE}, calls.widths
     assert the_plan()["predicted"] < before or lora is None  # gradients of weights are summed up in fp32
     check_equal(sliced, eager)

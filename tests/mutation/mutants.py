@@ -1677,6 +1677,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_costs.py -k raw_calls_have",
     ),
     Mutant(
+        "offloading: what is small is copied too",
+        "backend/partitioner.py",
+        "if SMALL * size[root] >= largest[region]}",
+        "}",
+        "tests/backend/test_memory.py -k kept_up_to_the_mlp",
+    ),
+    Mutant(
+        "slicing: a forward's slices are no larger",
+        "backend/slicing.py",
+        "*how, FORWARD_SLICES * rows)",
+        "*how, rows)",
+        "tests/backend/test_slicing.py -k 'families and llama3-None-all'",
+    ),
+    Mutant(
+        "memory plan: a class of weights is asked about their version",
+        "backend/memory.py",
+        "    with compat.plain_tensors():  #",
+        "    if True:  #",
+        "tests/backend/test_memory.py -k versions_ask",
+    ),
+    Mutant(
         "offloading: a copy is waited for where it starts",
         "backend/offload.py",
         "after = max(last.get(landings[name], output.prev), ticket)",
