@@ -62,7 +62,7 @@ HOST_SHARE, HOST_BYTES_PER_SECOND = 0.25, 50e9
 #: How often a choice that needs more than the formula says is made again, by so much less.
 ROUNDS = 3
 #: How much more than the smallest peak there is ``"lean"`` may need, for less time: a part of that peak.
-LEAN_SHARE = 0.09
+LEAN_SHARE = 0.055
 #: The leanest choice's own cut is believed if it needs no more than this beside what the formula says it adds.
 CLOSE = 0.02
 

@@ -22,7 +22,7 @@ from torch import fx
 
 import fastft.kernels.lora_mlp  # noqa: F401  (registers its op, and those of which a chain consists)
 from fastft.kernels._op import Reason
-from fastft.kernels.lora_mlp import FORWARD_SLICES, tokens_of_slice
+from fastft.kernels.lora_mlp import tokens_of_slice
 from fastft.rewrite import sweep
 
 _ops: Any = torch.ops.fastft
@@ -65,11 +65,11 @@ def slice_mlps(
         elif isinstance(mlp, _MLP) and back is not None:
             x = mlp.x.meta["val"]
             tokens, width = size(math.prod(x.shape[:-1])), size(mlp.act.meta["val"].shape[-1])
-            rows = tokens_of_slice(tokens, width, x.element_size())
-            if tokens > rows:
-                new, again = _replace(joint.graph, mlp, back, rows)
+            rows = [tokens_of_slice(tokens, width, x.element_size(), forward=half) for half in (True, False)]
+            if tokens > rows[1]:
+                new, again = _replace(joint.graph, mlp, back, *rows)
                 done.regions[new.name] = done.again[again.name] = region
-                done.tokens[region] = rows
+                done.tokens[region] = rows[1]
     joint.graph.lint()
     joint.recompile()
     return done
@@ -276,8 +276,8 @@ def _way_back(mlp: _MLP) -> _Back | Reason | None:
 # --------------------------------------------------------------------------------------------------------- replacement
 
 
-def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, rows: int) -> tuple[fx.Node, fx.Node]:
-    """The new forward node, and the new backward node."""
+def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, forward: int, backward: int) -> tuple[fx.Node, fx.Node]:
+    """The new forward node, and the new backward node, with so many tokens in a slice."""
     flat = {name: [t for layer in mlp.layers for t in getattr(layer, name)] for name in _LISTS}
     layers = (
         [layer.weight for layer in mlp.layers], flat["quant"], flat["shape"], flat["blocks"],
@@ -286,7 +286,7 @@ def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, rows: int) -> tuple[fx.Nod
     )  # fmt: skip
     how = mlp.kind, mlp.stacked, mlp.lora_dtype
     with graph.inserting_before(mlp.down):
-        given = (mlp.x, *layers, mlp.residual, *how, FORWARD_SLICES * rows)
+        given = (mlp.x, *layers, mlp.residual, *how, forward)
         new = _call(graph, _ops.lora_mlp.default, given, mlp.down)
     each = range(len(mlp.layers))
     thin = [(role, j) for role, layer in enumerate(mlp.layers) for j in range(len(layer.a))]
@@ -298,7 +298,7 @@ def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, rows: int) -> tuple[fx.Nod
         order += [slot for pair in pairs for slot in pair]
     ends = [item for call in (mlp.down, *back.calls) for item in (*call.users, call)]
     with graph.inserting_before(back.calls[0]):
-        backs = (back.dy, mlp.x, *layers, *how, rows, *needs)
+        backs = (back.dy, mlp.x, *layers, *how, backward, *needs)
         again = _call(graph, _ops.lora_mlp_backward.default, backs, back.calls[0])
         for slot, old in back.read.items():
             item = graph.call_function(operator.getitem, (again, order.index(slot)))
