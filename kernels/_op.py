@@ -70,25 +70,32 @@ def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
     @functools.wraps(run)
     def body(*args: Any) -> Any:
         first = next((a for a in args if isinstance(a, torch.Tensor)), None)
+        device = "cpu" if first is None else first.device.type
+        autocast = torch.is_autocast_enabled(device)
+        there = first is None or not first.is_cuda or first.get_device() == torch.cuda.current_device()
+        if there and not autocast:
+            return guarded(first, args)
         with contextlib.ExitStack() as stack:
-            if first is not None and first.is_cuda and first.device.index != torch.cuda.current_device():
+            if first is not None and not there:
                 # Triton launches on the current device, which need not be the tensors' (a model split over several).
                 stack.enter_context(torch.cuda.device(first.device))
-            device = "cpu" if first is None else first.device.type
-            if torch.is_autocast_enabled(device):
+            if autocast:
                 stack.enter_context(torch.autocast(device, enabled=False))
-            if name not in FAILED:
-                try:
-                    return run(*args)
-                except Exception as error:
-                    if not (first is not None and use_triton(first) and _rescued(name, error)):
-                        raise
-            # An op is functional: what a kernel left half done is in tensors that nobody has seen.
-            token = _PLAIN.set(True)
+            return guarded(first, args)
+
+    def guarded(first: torch.Tensor | None, args: tuple[Any, ...]) -> Any:
+        if name not in FAILED:
             try:
                 return run(*args)
-            finally:
-                _PLAIN.reset(token)
+            except Exception as error:
+                if not (first is not None and use_triton(first) and _rescued(name, error)):
+                    raise
+        # An op is functional: what a kernel left half done is in tensors that nobody has seen.
+        token = _PLAIN.set(True)
+        try:
+            return run(*args)
+        finally:
+            _PLAIN.reset(token)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, body, "CPU")

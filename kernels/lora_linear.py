@@ -316,16 +316,13 @@ def _backward(
     rank = [down.shape[0] for down in a]
     column = _starts(rank)
 
-    def nothing() -> torch.Tensor:
-        return dy[0].new_empty(0)
-
     def thin_g(j: int) -> torch.Tensor:
         g = gs[layer[j]]
         return g if lora_dtype == torch.float32 else g.to(lora_dtype)
 
-    base = []
+    base: list[torch.Tensor | None] = []
     for i, g in enumerate(gs):
-        dw, dsum = nothing(), nothing()
+        dw = dsum = None
         if need_weight[i]:
             assert x is not None
             dw = matmul(g.to(dtype).t(), _rows(x), weight[i].dtype)
@@ -333,8 +330,9 @@ def _backward(
             dsum = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
         base += [dw, dsum]
 
-    dx = nothing()
-    das, dbs, dx_loras = ([nothing() for _ in a] for _ in range(3))
+    dx: torch.Tensor | None = None
+    none: list[torch.Tensor | None] = [None] * len(a)
+    das, dbs, dx_loras = none.copy(), none.copy(), none.copy()
     # The adapters that read x: their u side by side, behind all g where these are.
     shared = [j for j in range(len(a)) if not own[j] and (need_x or need_a[j])]
     at = _starts([rank[j] for j in shared])
@@ -369,7 +367,7 @@ def _backward(
             of_all = matmul(u.t(), _rows(x), torch.promote_types(a[shared[0]].dtype, torch.float32))
             found = zip(shared, _apart(of_all, [rank[j] for j in shared], scales), strict=True)
             for j, da in found:
-                das[j] = da.to(a[j].dtype) if need_a[j] else nothing()
+                das[j] = da.to(a[j].dtype) if need_a[j] else None
     for j, (down, up) in enumerate(zip(a, b, strict=True)):
         if own[j] and (need_a[j] or need_x_lora[j]):
             u = matmul(thin_g(j), up.to(lora_dtype), lora_dtype)
@@ -394,9 +392,10 @@ def _backward(
         for i in sorted(range(len(gs)), key=lambda i: gs[i].shape[1]):
             with each[i] as dense:
                 g = gs[i].to(dtype)
-                dx = dx.addmm_(g, dense, beta=beta_for(dx)) if dx.dim() == 2 else torch.mm(g, dense)
+                dx = torch.mm(g, dense) if dx is None else dx.addmm_(g, dense, beta=beta_for(dx))
     thin = [t for three in zip(das, dbs, dx_loras, strict=True) for t in three]
-    return [dx.view(*lead, k) if need_x else dx, *base, *thin]
+    results = (None if dx is None else dx.view(*lead, k), *base, *thin)
+    return [dy[0].new_empty(0) if t is None else t for t in results]
 
 
 def _apart(rows: torch.Tensor, sizes: Sequence[int], scaling: Sequence[float]) -> list[torch.Tensor]:

@@ -48,9 +48,9 @@ Optionals = Sequence["torch.Tensor | None"]
 
 #: Numbers as wide as the MLP that the backward of a slice holds at one time, and the forward.
 WIDE, WIDE_FORWARD = 5, 3
-#: What these may take, in bytes (8,192 tokens of Llama-3.1-8B's forward), the fewest tokens that a slice has (with 1,024
-#: a product that gives [tokens, 4096] still fills an H100: 128 tiles of 128 × 256, 132 multiprocessors), and the rows of
-#: a tile.
+#: What these may take, in bytes (8,192 tokens of Llama-3.1-8B's forward), the fewest tokens that a slice has (with
+#: 1,024 a product that gives [tokens, 4096] still fills an H100: 128 tiles of 128 × 256, 132 multiprocessors), and the
+#: rows of a tile.
 SLICE_BYTES, FEWEST, TILE = 672 * 2**20, 1024, 128
 #: Into how many slices a backward is cut at least. A slice's launches take the host 1.5 ms, 2,048 tokens of the 8B an
 #: H100 2.3 ms.
@@ -323,7 +323,9 @@ def _backward(
             of_x, found = _back_of_slice(gs[part], xs[part], parts, kind, stacked, lora_dtype)
             if need_x:
                 dx[part] = of_x
-            totals = [total.add_(t) for total, t in zip(totals, found, strict=True)] if totals else found
+            if totals and (pairs := [pair for pair in zip(totals, found, strict=True) if pair[0].numel()]):
+                torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+            totals = totals or found
             del of_x, found  # the next slice's take their place
     if not totals:
         given = (dy, x, weight, quant, shape, blocks, bias, adapters, a, b, b_bias, scaling, kind, stacked, lora_dtype)

@@ -549,7 +549,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "slicing: one slice",
         "backend/slicing.py",
-        "            if tokens > rows:\n",
+        "            if tokens > rows[1]:\n",
         "            if True:\n",
         "tests/backend/test_slicing.py -k few_tokens",
     ),
@@ -1316,8 +1316,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "op: a kernel that failed is tried again and again",
         "kernels/_op.py",
-        "            if name not in FAILED:\n",
-        "            if True:\n",
+        "        if name not in FAILED:\n",
+        "        if True:\n",
         "tests/backend/test_fallback.py -k kernel_that_cannot",
     ),
     Mutant(
