@@ -833,7 +833,7 @@ MUTANTS = (
     Mutant(
         "lora_linear: dx of the last layer only",
         "kernels/lora_linear.py",
-        "dx = dx.addmm_(g, dense, beta=beta_for(dx)) if dx.dim() == 2 else torch.mm(g, dense)",
+        "dx = torch.mm(g, dense) if dx is None else dx.addmm_(g, dense, beta=beta_for(dx))",
         "dx = torch.mm(g, dense)",
         'tests/kernels/test_lora_linear.py -k "test_dtypes or test_shapes or joint_dtypes or joint_shapes"',
     ),
