@@ -76,6 +76,7 @@ from fastft.kernels._linear_cross_entropy_call import (
     cast_operands,
     coefficients,
     of_logits,
+    positions,
     transform,
     wide_dtype,
 )
@@ -202,14 +203,22 @@ def _forward(
     scored = Scored(labels, maths.ignore_index)
     run = _prepared(hidden, weight, bias, labels, maths, wanted)
     keep = scored.positions()
+    number = _number(labels, wanted, scored.number)
     if keep is None:
-        return run(scored.all)
+        return *run(scored.all), number
     del run  # and its buffer
     rows = hidden.shape[0]
     *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted, rows)(True)
     whole = _empty_outputs(hidden, maths.dtype, wanted)
     each = (w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
-    return *each, unit_weight, unit_bias
+    return *each, unit_weight, unit_bias, number
+
+
+def _number(labels: torch.Tensor, wanted: Wanted, counted: int = -1) -> torch.Tensor:
+    """How many labels count, on the CPU, for the backward, which would have to wait for a GPU; -1: nobody could wait.
+    Empty where nobody goes on with it, and on the labels' device: Inductor records no CUDA graph of two devices.
+    """
+    return torch.full((1,), counted, device="cpu") if wanted.later else labels.new_empty(0)
 
 
 def _prepared(
@@ -284,7 +293,7 @@ def _forward_fake(
     unit_weight, unit_bias = _empty_units(weight, bias, wanted)
     if wanted.later:
         unit_weight = chunks.empty_logits(hidden, weight.shape[0], hidden.shape[0], maths.dtype)
-    return *_empty_outputs(hidden, maths.dtype, wanted), unit_weight, unit_bias
+    return *_empty_outputs(hidden, maths.dtype, wanted), unit_weight, unit_bias, _number(labels, wanted)
 
 
 def _empty_grads(
@@ -390,7 +399,7 @@ _MATHS = (
 _forward_op = raw_op(
     f"linear_log_prob({_HEAD}, {_MATHS}, bool entropy, bool is_top1, bool mean_logits, bool log_sum_sq_probs, "
     "bool unit_gradient, bool unit_weight, bool unit_bias, bool later=False) -> (Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
@@ -430,37 +439,46 @@ _scale_op = raw_op(
 
 
 def _weigh(
-    gradient: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, g: torch.Tensor, ignore_index: int
+    gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    g: torch.Tensor,
+    ignore_index: int,
+    counted: int = -1,
 ) -> torch.Tensor:
     """dW = Σ_t dr_t (g h_t)ᵀ, of the tokens that count: g goes to the smaller factor, so that nothing as large as the
     weight has to be scaled, and rounded, once more.
     """
-    gradient, states = _counted(gradient, hidden, labels, ignore_index)
+    gradient, states = _counting(gradient, hidden, labels, ignore_index, counted)
     return products.mm(gradient.t(), _scale(states, g, gradient.dtype))
 
 
-def _counted(
-    gradient: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, ignore_index: int
+def _counting(
+    gradient: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, ignore_index: int, counted: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of ``gradient`` that are of a token, and their hidden states."""
-    scored = Scored(labels, ignore_index)
-    keep = scored.positions()
+    """The rows of ``gradient`` that are of a token, and their hidden states. ``counted``: what the forward found, so
+    that the same tokens are left out as there; -1: none.
+    """
+    counts = labels != ignore_index
+    keep = positions(counts, counted)
     states = (hidden if keep is None else hidden[keep]).to(gradient.dtype)
-    if keep is None and not scored.all:
+    if keep is None and counted < labels.shape[0]:
         # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
-        states = states.masked_fill((labels == ignore_index)[:, None], 0)
+        states = states.masked_fill(~counts[:, None], 0)
     return gradient[: states.shape[0]], states
 
 
 _weigh_op = raw_op(
-    "linear_log_prob_weight(Tensor gradient, Tensor hidden, Tensor labels, Tensor g, int ignore_index) -> Tensor",
+    "linear_log_prob_weight(Tensor gradient, Tensor hidden, Tensor labels, Tensor g, int ignore_index, "
+    "int counted=-1) -> Tensor",
     _weigh,
-    lambda gradient, hidden, labels, g, ignore_index: gradient.new_empty((gradient.shape[1], hidden.shape[1])),
+    lambda gradient, hidden, *_: gradient.new_empty((gradient.shape[1], hidden.shape[1])),
 )
 
 
 def _untraced(x: torch.Tensor) -> bool:
-    return type(x) is torch.Tensor
+    """Whether x is computed now. Dynamo has it that what it traces is of the type of tensors."""
+    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _scaled(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -475,13 +493,18 @@ def _scaled(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Te
 
 
 def _weighed(
-    gradient: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, g: torch.Tensor, ignore_index: int
+    gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    g: torch.Tensor,
+    ignore_index: int,
+    counted: int,
 ) -> torch.Tensor:
     """:func:`_weigh`, in plain PyTorch where :func:`_scaled` is."""
     g = g.reshape(-1)
     if _untraced(gradient) and not torch.is_grad_enabled():
-        return _weigh_op(gradient, hidden, labels, g, ignore_index)  # type: ignore[no-any-return]
-    gradient, states = _counted(gradient, hidden, labels, ignore_index)
+        return _weigh_op(gradient, hidden, labels, g, ignore_index, counted)  # type: ignore[no-any-return]
+    gradient, states = _counting(gradient, hidden, labels, ignore_index, counted)
     return gradient.t() @ _times(states, g, gradient.dtype)
 
 
@@ -508,7 +531,8 @@ class _LinearLogProb(torch.autograd.Function):
         differentiable = (entropy_gradient, mean_gradient, gradients[2])
         # With a gradient of lse or the mean, the unit gradient would be of no use: backward needs the logits anyway.
         frozen = need_hidden and not (need_weight or need_bias or any(differentiable[1:])) and maths.way == "chunks"
-        *outputs, unit, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted._replace(unit_gradient=frozen))
+        wanted = wanted._replace(unit_gradient=frozen)
+        *outputs, unit, _, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
         score, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
         lse = top + log_sum
         ctx.maths, ctx.frozen, ctx.hidden_dtype, ctx.differentiable = maths, frozen, hidden.dtype, differentiable
@@ -562,9 +586,9 @@ class _SumOfScores(torch.autograd.Function):
         wanted = Wanted(False, False, False, False, *ctx.needs_input_grad[:3])
         if wanted.unit_weight and _untraced(hidden) and chunks.at_once(hidden, weight, maths):
             wanted = wanted._replace(unit_weight=False, later=True)
-        score, *_, unit, unit_weight, unit_bias = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
+        score, *_, unit, unit_weight, unit_bias, counted = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
         ctx.save_for_backward(labels, unit, unit_weight, unit_bias, hidden if wanted.later else None)
-        ctx.ignore_index = maths.ignore_index
+        ctx.ignore_index, ctx.counted = maths.ignore_index, int(counted) if wanted.later else -1
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return score.sum()
 
@@ -579,7 +603,7 @@ class _SumOfScores(torch.autograd.Function):
             if not ctx.needs_input_grad[i]:
                 found.append(None)
             elif i == 1 and hidden is not None:
-                found.append(_weighed(unit, hidden.detach(), labels, of, ctx.ignore_index))
+                found.append(_weighed(unit, hidden.detach(), labels, of, ctx.ignore_index, ctx.counted))
             else:
                 found.append(_scaled(unit, of, dtype))
         return *found, None, None
@@ -600,7 +624,7 @@ def _scores(
     if torch.is_grad_enabled():
         return LogProb(*_LinearLogProb.apply(hidden, weight, bias, labels, maths, wanted, gradients))
     # autograd.Function reports needs_input_grad even here, and would compute the gradient for nothing.
-    score, top, log_sum, *optional, _, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
+    score, top, log_sum, *optional, _, _, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
     return LogProb._make((score, *optional, top + log_sum))
 
 
