@@ -203,15 +203,14 @@ def _forward(
     scored = Scored(labels, maths.ignore_index)
     run = _prepared(hidden, weight, bias, labels, maths, wanted)
     keep = scored.positions()
-    number = _number(labels, wanted, scored.number)
     if keep is None:
-        return *run(scored.all), number
+        return *run(scored.all), _number(labels, wanted, scored.number)
     del run  # and its buffer
     rows = hidden.shape[0]
     *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted, rows)(True)
     whole = _empty_outputs(hidden, maths.dtype, wanted)
     each = (w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
-    return *each, unit_weight, unit_bias, number
+    return *each, unit_weight, unit_bias, _number(labels, wanted, scored.number)
 
 
 def _number(labels: torch.Tensor, wanted: Wanted, counted: int = -1) -> torch.Tensor:

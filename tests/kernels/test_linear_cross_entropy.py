@@ -269,7 +269,7 @@ def test_ignored_tokens_are_left_out_of_every_gemm(ignore_index, device, monkeyp
         call = getattr(of, name)
         monkeypatch.setattr(of, name, lambda *args, **kwargs: rows.append(count(*args)) or call(*args, **kwargs))
 
-    counted("logits", chunks._Head, lambda head, chunk: chunk.stop - chunk.start)
+    counted("logits", chunks._Head, lambda head, chunk: len(chunk.logits))
     counted("forward", fused, lambda hidden, *_: hidden.shape[0])
     counted("backward", fused, lambda hidden, *_: hidden.shape[0])
     way.log_prob(h, w, b, y, ignore_index=ignore_index, entropy=True).entropy.sum().backward()
@@ -477,6 +477,26 @@ def test_the_backward_of_a_trained_head_waits_for_nobody(ignored, recorded, devi
     monkeypatch.setattr(module, "Scored", None)
     for name, a, s, e in zip("hw", torch.autograd.grad(loss, [h, w]), stock, exact, strict=True):
         assert_within(f"d{name}", a, s, e, length=131 * 4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("share", [0.0, 100.0], ids=["chunks", "at once"])
+def test_a_product_is_what_follows_the_wait(share, bias, device, monkeypatch):
+    """Not even a view is made between them, while the GPU would have nothing to do."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", share)
+    h, w, b, y = (None if t is None else t.detach() for t in inputs(torch.float32, device, bias=bias))
+    called, real = [], Scored.positions
+    monkeypatch.setattr(Scored, "positions", lambda self: (real(self), called.clear())[0])
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    maths = (-100, None, 1.0, 1.0, 0.0, 0.0, torch.float32, "chunks")
+    with Noting():
+        module._forward(h, w, b, y.clamp(min=0), *maths, *[False] * 4, True, not share, False, bool(share))
+    assert called[0] == ("addmm" if bias else "mm")
 
 
 class Largest(TorchDispatchMode):
@@ -1268,8 +1288,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: a trained head's logits only where hidden states have a gradient",
         "kernels/_linear_cross_entropy_chunks.py",
-        "labels[chunk], parts, maths, any(wanted[4:])",
-        "labels[chunk], parts, maths, wanted.unit_gradient",
+        "targets, parts, maths, any(wanted[4:])",
+        "targets, parts, maths, wanted.unit_gradient",
         "tests/kernels/test_linear_cross_entropy.py -k under_a_sum",
     ),
     Mutant(
@@ -1304,8 +1324,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: an fp32 head's gradient rounded where it is one product",
         "kernels/_linear_cross_entropy_chunks.py",
-        "self.once = len(head.chunks()) == 1 and weight == head.dtype",
-        "self.once = len(head.chunks()) == 1",
+        "self.once = len(head.chunks) == 1 and weight == head.dtype",
+        "self.once = len(head.chunks) == 1",
         "tests/kernels/test_linear_cross_entropy.py -k summed_in_fp32",
     ),
     Mutant(
@@ -1748,6 +1768,13 @@ MUTANTS = (
                 "one_pass_under_a_sum",
             ),
         )
+    ),
+    Mutant(
+        "cross-entropy: views are made after the wait",
+        "kernels/_linear_cross_entropy_chunks.py",
+        "torch.mm(states, self.turned,",
+        "torch.mm(states, self.weight.t(),",
+        "tests/kernels/test_linear_cross_entropy.py -k follows_the_wait",
     ),
     Mutant(
         "cross-entropy: all labels count",
