@@ -36,12 +36,12 @@ rounding and no underflow.
 
 Trainable head: under a sum or a mean over tokens every token has the same g, so dW and db of g = 1 come out of forward
 too, and the backward scales: three GEMMs. Where one chunk has all tokens, and no graph is traced, dr is kept instead,
-and the backward computes dW = sum_t dr_t (g h_t)^T. Else dW needs g_t while dr is built, so forward keeps only m and l
-and backward computes each chunk's logits again. dW is summed in fp32 over chunks, which are larger then: the buffer may
-take what that sum takes, and where all tokens fit there is no sum. The gradients of the entropy, of lse and of the mean
-of z are computed likewise, whatever the head; as they are mostly asked for by nobody but a compiler that gives every
-output a gradient of zeros, the backward looks first. All of them are one sum for each logit, whose coefficients each
-token has::
+and the backward computes dW = sum_t dr_t (g_t h_t)^T; unless a bias is trained, it does where each token has its own g
+too. Else dW needs g_t while dr is built, so forward keeps only m and l and backward computes each chunk's logits again:
+four GEMMs. dW is summed in fp32 over chunks, which are larger then: the buffer may take what that sum takes, and where
+all tokens fit there is no sum. The gradients of the entropy, of lse and of the mean of z are computed likewise,
+whatever the head; as they are mostly asked for by nobody but a compiler that gives every output a gradient of zeros,
+the backward looks first. All of them are one sum for each logit, whose coefficients each token has::
 
     d / d z_v = g_label [v = y] - g_p p_v + g_mean - g_entropy p_v (log p_v + entropy)
     g_label = (1 - e) g_score        g_p = (1 + 2 c lse) g_score - g_lse        g_mean = (e g_score + g_mean_z) / vocab
@@ -445,26 +445,28 @@ def _weigh(
     ignore_index: int,
     counted: int = -1,
 ) -> torch.Tensor:
-    """dW = Σ_t dr_t (g h_t)ᵀ, of the tokens that count: g goes to the smaller factor, so that nothing as large as the
-    weight has to be scaled, and rounded, once more.
+    """dW = Σ_t dr_t (g_t h_t)ᵀ, of the tokens that count, of one g for all or one for each: g goes to the smaller
+    factor, so that nothing as large as the weight has to be scaled, and rounded, once more.
     """
-    gradient, states = _counting(gradient, hidden, labels, ignore_index, counted)
+    gradient, states, g = _counting(gradient, hidden, labels, g, ignore_index, counted)
     return products.mm(gradient.t(), _scale(states, g, gradient.dtype))
 
 
 def _counting(
-    gradient: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, ignore_index: int, counted: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of ``gradient`` that are of a token, and their hidden states. ``counted``: what the forward found, so
-    that the same tokens are left out as there; -1: none.
+    gradient: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, g: torch.Tensor, ignore_index: int, counted: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows of ``gradient`` that are of a token, their hidden states and their g. ``counted``: what the forward
+    found, so that the same tokens are left out as there; -1: none.
     """
     counts = labels != ignore_index
     keep = positions(counts, counted)
-    states = (hidden if keep is None else hidden[keep]).to(gradient.dtype)
+    if keep is not None:
+        hidden, g = hidden[keep], g[keep] if g.shape[0] > 1 else g
+    states = hidden.to(gradient.dtype)
     if keep is None and counted < labels.shape[0]:
         # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
         states = states.masked_fill(~counts[:, None], 0)
-    return gradient[: states.shape[0]], states
+    return gradient[: states.shape[0]], states, g
 
 
 _weigh_op = raw_op(
@@ -503,15 +505,24 @@ def _weighed(
     g = g.reshape(-1)
     if _untraced(gradient) and not torch.is_grad_enabled():
         return _weigh_op(gradient, hidden, labels, g, ignore_index, counted)  # type: ignore[no-any-return]
-    gradient, states = _counting(gradient, hidden, labels, ignore_index, counted)
+    gradient, states, g = _counting(gradient, hidden, labels, g, ignore_index, counted)
     return gradient.t() @ _times(states, g, gradient.dtype)
 
 
 # ----------------------------------------------------------------------------------------------- autograd and functions
 
 
+def _kept(hidden: torch.Tensor, weight: torch.Tensor, maths: Maths) -> bool:
+    """Whether the forward leaves the weight's product to the backward: outside of a graph, where all tokens are in one
+    chunk.
+    """
+    return _untraced(hidden) and chunks.at_once(hidden, weight, maths)
+
+
 class _LinearLogProb(torch.autograd.Function):
-    """Frozen head: the unit gradient comes out of forward. Everything else backward computes from logits again."""
+    """Frozen head: the unit gradient comes out of forward. So does what a trained head's is made of where it may be
+    kept. Everything else backward computes from logits again.
+    """
 
     @staticmethod
     def forward(
@@ -530,12 +541,16 @@ class _LinearLogProb(torch.autograd.Function):
         differentiable = (entropy_gradient, mean_gradient, gradients[2])
         # With a gradient of lse or the mean, the unit gradient would be of no use: backward needs the logits anyway.
         frozen = need_hidden and not (need_weight or need_bias or any(differentiable[1:])) and maths.way == "chunks"
-        wanted = wanted._replace(unit_gradient=frozen)
-        *outputs, unit, _, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
+        later = need_weight and not (need_bias or any(differentiable)) and _kept(hidden, weight, maths)
+        wanted = wanted._replace(unit_gradient=frozen or (later and need_hidden), later=later)
+        *outputs, unit, dr, _, counted = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
         score, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
         lse = top + log_sum
-        ctx.maths, ctx.frozen, ctx.hidden_dtype, ctx.differentiable = maths, frozen, hidden.dtype, differentiable
-        if frozen and not entropy_gradient:
+        ctx.maths, ctx.hidden_dtype, ctx.differentiable = maths, hidden.dtype, differentiable
+        ctx.ready, ctx.counted = frozen or later, int(counted) if later else -1
+        if later:
+            ctx.save_for_backward(unit, labels, dr, hidden)
+        elif frozen and not entropy_gradient:
             ctx.save_for_backward(unit, labels)
         else:
             ctx.save_for_backward(unit, labels, hidden, weight, bias, top, log_sum, entropy)
@@ -551,15 +566,19 @@ class _LinearLogProb(torch.autograd.Function):
         # Dynamo gives zeros even for what was marked as not differentiable.
         incoming = zip((grad_entropy, grad_mean, grad_lse), ctx.differentiable, strict=True)
         others = [g if wanted else None for g, wanted in incoming]
+        needs = ctx.needs_input_grad[:3]
         grads: list[torch.Tensor | None] = [None, None, None]
-        if ctx.frozen and grad_score is not None:
+        if ctx.ready and grad_score is not None:
             # An ignored token's g may be inf or NaN (a division by no tokens under "mean").
             g = grad_score.masked_fill(labels == ctx.maths.ignore_index, 0)
-            grads[0] = _scaled(unit, g, ctx.hidden_dtype)
+            if needs[0]:
+                grads[0] = _scaled(unit, g, ctx.hidden_dtype)
+            if needs[1]:
+                dr, hidden = rest
+                grads[1] = _weighed(dr, hidden.detach(), labels, g, ctx.maths.ignore_index, ctx.counted)
             grad_score = None
         if any(g is not None for g in (grad_score, *others)):
             hidden, weight, bias, top, log_sum, entropy = rest
-            needs = ctx.needs_input_grad[:3]
             operands = (hidden, weight, bias, labels, top, log_sum, entropy)
             found = _backward_op(grad_score, *others, *operands, *ctx.maths, *needs)
             more = [grad if need else None for grad, need in zip(found, needs, strict=True)]
@@ -568,9 +587,9 @@ class _LinearLogProb(torch.autograd.Function):
 
 
 class _SumOfScores(torch.autograd.Function):
-    """Trained head: one gradient for all tokens, so that the head's own comes out of forward with theirs. Outside of a
-    graph, where all tokens are in one chunk, the forward leaves the last product to the backward, which has g for it: a
-    pass over the weight's gradient is saved, and a rounding (a graph has the next ops to fuse that pass with).
+    """Trained head: one gradient for all tokens, so that the head's own comes out of forward with theirs. Where the
+    last product is left to the backward, which has g for it, a pass over the weight's gradient is saved, and a rounding
+    (a graph has the next ops to fuse that pass with).
     """
 
     @staticmethod
@@ -583,7 +602,7 @@ class _SumOfScores(torch.autograd.Function):
         maths: Maths,
     ) -> torch.Tensor:
         wanted = Wanted(False, False, False, False, *ctx.needs_input_grad[:3])
-        if wanted.unit_weight and _untraced(hidden) and chunks.at_once(hidden, weight, maths):
+        if wanted.unit_weight and _kept(hidden, weight, maths):
             wanted = wanted._replace(unit_weight=False, later=True)
         score, *_, unit, unit_weight, unit_bias, counted = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
         ctx.save_for_backward(labels, unit, unit_weight, unit_bias, hidden if wanted.later else None)
@@ -935,7 +954,7 @@ register(
         call=linear_log_prob,
         reference=linear_log_prob_reference,
         supported=supported,
-        raw=("linear_log_prob", "linear_log_prob_backward", "linear_log_prob_scale"),
+        raw=("linear_log_prob", "linear_log_prob_backward", "linear_log_prob_scale", "linear_log_prob_weight"),
         recompute=Recompute.KEEP,
         cost=cost,
         sizes=sizes,

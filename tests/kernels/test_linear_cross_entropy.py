@@ -210,6 +210,100 @@ def test_a_trained_head_is_one_pass_under_a_sum(trained, reduction, share, dtype
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", ["hw", "w"])
+@pytest.mark.parametrize("ignored", [0, 1, 20, 40])
+def test_a_trained_head_is_one_pass_for_each_token(ignored, trained, dtype, device, monkeypatch):
+    """No logits in the backward where one chunk has all tokens, whose gradients differ; an ignored one's may be
+    anything, and so may its hidden state. What is kept gives the same again.
+    """
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 100.0)
+    monkeypatch.setattr(module, "_backward_op", None)
+    made = inputs(dtype, device, tokens=40, bias=False)
+    h, w = (t.detach().requires_grad_(n in trained) for n, t in zip("hw", made, strict=False))
+    b, y = torch.randn(131, device=device).to(dtype), made[3].clamp(min=0)
+    y[torch.randperm(40, device=device)[:ignored]] = -100
+    g = torch.randn(40, device=device)
+    odd = torch.where(y == -100, torch.tensor([torch.inf, torch.nan], device=device).repeat(20), g)
+    wanted = [t for t in (h, w) if t.requires_grad]
+    for fn, reference, options in (
+        (linear_log_prob, linear_log_prob_reference, dict(softcap=3.0, temperature=1.3)),
+        (linear_cross_entropy, linear_cross_entropy_reference, dict(reduction="none", label_smoothing=0.1)),
+    ):
+        check(fn, reference, (h, w, b), y, [strided(g)], **options)
+        bad = torch.where((y == -100)[:, None], torch.nan, h.detach()).requires_grad_(h.requires_grad)
+        clean, poisoned = (fn(x, w, b, y, **options) for x in (h, bad))
+        if fn is linear_log_prob:
+            clean, poisoned = clean.log_prob, poisoned.log_prob
+        expected = torch.autograd.grad(clean, wanted, g)
+        leaves = [t for t in (bad, w) if t.requires_grad]
+        for _ in range(2):
+            found = torch.autograd.grad(poisoned, leaves, strided(odd), retain_graph=True)
+            assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("trained", ["hw", "w"])
+def test_what_a_trained_head_keeps(trained, device, monkeypatch):
+    """The logits' gradient, the hidden states and, if they have one, theirs."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 100.0)
+    made, kept = inputs(torch.float32, device, tokens=40, bias=False), []
+    h, w = (t.detach().requires_grad_(n in trained) for n, t in zip("hw", made, strict=False))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        linear_log_prob(h, w, None, made[3])
+    shapes = collections.Counter(x.shape for x in kept)
+    assert shapes[40, 131] == 1 and shapes[40, 24] == len(trained)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(bias=True),
+        dict(entropy=True),
+        dict(mean_logits=True, mean_logits_gradient=True),
+        dict(lse_gradient=True),
+        dict(dtype=torch.float16),
+        dict(share=0.0),
+    ],
+    ids=str,
+)
+def test_a_trained_heads_logits_are_computed_again(change, device, monkeypatch):
+    """Where something else has a gradient, there are several chunks, or dtypes have no room: nothing of their size is
+    kept.
+    """
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", change.pop("share", 100.0))
+    dtype = change.pop("dtype", torch.float32)
+    h, w, b, y = inputs(dtype, device, tokens=40, bias=change.pop("bias", False))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        linear_log_prob(h, w, b, y, **change)
+    assert not any(x.shape[0] and x.shape[1:] == w.shape[:1] for x in kept)
+    cotangents = [torch.randn(40, device=device) for _ in range(2)]
+    check(linear_log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **change)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_that_a_constant_is_sent(create_graph, device, monkeypatch):
+    """Of zeros, by Dynamo, to outputs that have none: a trained head's kept gradient is all that there is."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 100.0)
+    monkeypatch.setattr(module, "_backward_op", None)
+    h, w, _, y = inputs(torch.float32, device, tokens=40, bias=False)
+    g = torch.randn(40, device=device, requires_grad=create_graph)
+    found = linear_log_prob(h, w, None, y, entropy_gradient=False, **ALL)
+    node, zeros = found.log_prob.grad_fn, torch.zeros(40, device=device)
+    with torch.set_grad_enabled(create_graph):
+        ours = node.apply(g, zeros, None, zeros, None, zeros)[:2]
+    exact, stock = (
+        torch.autograd.grad(linear_log_prob_reference(*leaves, None, y).log_prob, leaves, g.detach())
+        for leaves in (doubled((h, w)), (h, w))
+    )
+    for name, a, s, e in zip("hw", ours, stock, exact, strict=True):
+        assert_within(f"d{name}", a.detach(), s, e, length=131 * 4)
+    if create_graph:
+        for a in ours:
+            dot = torch.autograd.grad(a.square().sum(), g, retain_graph=True)[0] @ g
+            torch.testing.assert_close(dot, 2 * a.square().sum())
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["chunks", "at once"])
 def test_sums_of_odd_sizes_have_all_their_terms(share, device, monkeypatch):
     """Every product over an odd vocabulary, or an odd number of tokens, is one that cuBLAS does not cut."""
@@ -404,11 +498,15 @@ def test_states_are_copied_where_a_label_is_ignored(ignored, share, device, monk
     assert any(shape[-1:] == h.shape[-1:] for shape in seen.filled) == bool(ignored)
 
 
-def test_no_tokens(device, way):
+@pytest.mark.parametrize("share", [0.0, 100.0], ids=["chunks", "at once"])
+def test_no_tokens(share, device, way, monkeypatch):
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", share)
     h, w, b, y = inputs(torch.float32, device, tokens=0)
     assert way.cross_entropy(h, w, b, y).isnan()
     grads = torch.autograd.grad(way.cross_entropy(h, w, b, y, reduction="sum"), [h, w, b])
     assert [g.shape for g in grads] == [h.shape, w.shape, b.shape] and not any(g.any() for g in grads)
+    grads = torch.autograd.grad(way.log_prob(h, w, None, y).log_prob.sum(), [h, w])
+    assert [g.shape for g in grads] == [h.shape, w.shape] and not any(g.any() for g in grads)
     found = way.log_prob(h.detach(), w.detach(), None, y, **ALL)
     assert all(x.shape == (0,) for x in found)
 
@@ -1721,8 +1819,8 @@ MUTANTS = (
             (
                 "tokens that are left out",
                 "linear_cross_entropy",
-                "states = (hidden if keep is None else hidden[keep])",
-                "states = hidden",
+                "hidden, g = hidden[keep], ",
+                "hidden, g = hidden, ",
                 "as_large_as",
             ),
             (
@@ -1745,6 +1843,48 @@ MUTANTS = (
                 "if number < 0 or 16",
                 "if 16",
                 "waits_for_nobody",
+            ),
+            (
+                "each token's g is another's",
+                "linear_cross_entropy",
+                "g[keep] if g.shape[0] > 1 else g",
+                "g[: len(keep)]",
+                "for_each_token",
+            ),
+            (
+                "g of ignored tokens",
+                "linear_cross_entropy",
+                "g = grad_score.masked_fill(labels == ctx.maths.ignore_index, 0)",
+                "g = grad_score + 0",
+                "for_each_token",
+            ),
+            (
+                "beside others' gradients",
+                "linear_cross_entropy",
+                "not (need_bias or any(differentiable))",
+                "not need_bias",
+                "computed_again",
+            ),
+            (
+                "beside a bias's gradient",
+                "linear_cross_entropy",
+                "not (need_bias or any(differentiable))",
+                "not any(differentiable)",
+                "computed_again",
+            ),
+            (
+                "logits again for each token",
+                "linear_cross_entropy",
+                " and _kept(hidden, weight, maths)\n        wanted",
+                " and False\n        wanted",
+                "for_each_token",
+            ),
+            (
+                "hidden states' gradient for nobody",
+                "linear_cross_entropy",
+                "frozen or (later and need_hidden)",
+                "frozen or later",
+                "head_keeps",
             ),
             (
                 "in a graph",
