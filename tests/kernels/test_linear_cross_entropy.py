@@ -1071,6 +1071,7 @@ def _log_prob_samples(new: New, n: int) -> Named:
     yield "trainable head", _head_sample(new, n), {**maths, **everything}
     yield "frozen head", _head_sample(new, n, frozen=True), {**maths, **everything}
     yield "frozen head, plain", _head_sample(new, n, frozen=True, bias=False), {}
+    yield "trainable head, plain", _head_sample(new, n, bias=False), {}
     yield "lse and mean", _head_sample(new, n), {**maths, **SMOOTH}
 
 
