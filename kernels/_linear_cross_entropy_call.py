@@ -31,8 +31,8 @@ WAYS = ("chunks", "fused", "filtered")
 
 class Wanted(NamedTuple):
     """Which of the forward's outputs are asked for. ``later``: in place of the weight's unit gradient, what it is made
-    of, the logits' own, ``[tokens, vocab]``, those of the tokens that count first where others are left out: for a call
-    whose tokens are all in one chunk.
+    of, the logits' own, ``[tokens, vocab]``, those of the tokens that count first where others are left out, and how
+    many count: for a call whose tokens are all in one chunk.
     """
 
     entropy: bool
@@ -64,25 +64,33 @@ class Scored:
     """
 
     def __init__(self, labels: torch.Tensor, ignore_index: int) -> None:
-        self.labels, self.counts = labels, labels != ignore_index
-        self.all = False  # whether all count; known after :meth:`positions`
-        self.number: torch.Tensor | None = None
+        self.counts = labels != ignore_index
+        # How many, -1 where nobody can wait, and whether all do: known after :meth:`positions`.
+        self.number, self.all = -1, False
+        self.asked: torch.Tensor | None = None
         if not capturing(labels):
-            self.number = torch.empty((), dtype=torch.int64, pin_memory=labels.is_cuda)
-            self.number.copy_(self.counts.sum(), non_blocking=True)
+            self.asked = torch.empty((), dtype=torch.int64, pin_memory=labels.is_cuda)
+            self.asked.copy_(self.counts.sum(), non_blocking=True)
             self.event = torch.cuda.current_stream(labels.device).record_event() if labels.is_cuda else None
 
     def positions(self) -> torch.Tensor | None:
-        """Those of the labels that count, when enough others (1 in 16) can be left out of every GEMM; else None."""
-        if self.number is None:
+        """:func:`positions`, after the wait."""
+        if self.asked is None:
             return None
         if self.event is not None:
             self.event.synchronize()
-        number = int(self.number)
-        self.all = number == self.labels.shape[0]
-        if 16 * number > 15 * self.labels.shape[0]:
-            return None
-        return (~self.counts).sort(stable=True).indices[:number]
+        self.number = int(self.asked)
+        self.all = self.number == self.counts.shape[0]
+        return positions(self.counts, self.number)
+
+
+def positions(counts: torch.Tensor, number: int) -> torch.Tensor | None:
+    """Those of the labels that count, ``number`` of them, when enough others (1 in 16) can be left out of every GEMM;
+    else None, as where nobody knows the number (-1). Waits for no GPU.
+    """
+    if number < 0 or 16 * number > 15 * counts.shape[0]:
+        return None
+    return (~counts).sort(stable=True).indices[:number]
 
 
 # -------------------------------------------------------------------------------------------------- operands and logits

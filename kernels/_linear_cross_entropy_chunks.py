@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -95,9 +96,19 @@ CONFIG.file = Path(__file__).with_name("linear_cross_entropy.py")  # of the op, 
 # ------------------------------------------------------------------------------------------------------------- the head
 
 
+class _Chunk(NamedTuple):
+    """The tokens of one chunk: where they are, their hidden states, not cast yet, and the rows that their logits are
+    written to.
+    """
+
+    at: slice
+    states: torch.Tensor
+    logits: torch.Tensor
+
+
 class _Head:
-    """The head of one call: its operands in the dtype it multiplies in, and the one buffer that every chunk's logits
-    are written to.
+    """The head of one call: its operands in the dtype it multiplies in, the one buffer that every chunk's logits are
+    written to, and the chunks, whose views are made once, and before anybody waits for the number of labels.
     """
 
     def __init__(
@@ -111,11 +122,14 @@ class _Head:
     ) -> None:
         self.hidden, self.dtype, self.maths = hidden, maths.dtype, maths
         _, self.weight, self.bias = cast_operands(hidden[:0], weight, bias, maths.dtype)
+        self.turned = self.weight.t()
         # The kernels are fp32 inside: fp64 runs in PyTorch on every device.
         self.triton = use_triton(hidden) and self.dtype != torch.float64
         tokens, vocab = hidden.shape[0], weight.shape[0]
         self.rows = chunk_rows(tokens, vocab, self.dtype.itemsize, weight.shape[1], trained)
         self.buffer = empty_logits(hidden, vocab, max(min(self.rows, tokens), rows), self.dtype)
+        places = [slice(start, min(start + self.rows, tokens)) for start in range(0, tokens, self.rows)]
+        self.chunks = [_Chunk(at, hidden[at], self.buffer[: at.stop - at.start]) for at in places]
         self.constants = {
             "V": vocab,
             "STRIDE": _stride(vocab),
@@ -124,19 +138,12 @@ class _Head:
             **CONFIG(hidden.device, self.dtype, self.rows, vocab),
         }
 
-    def chunks(self) -> list[slice]:
-        tokens = self.hidden.shape[0]
-        return [slice(start, min(start + self.rows, tokens)) for start in range(0, tokens, self.rows)]
-
-    def states(self, chunk: slice) -> torch.Tensor:
-        return self.hidden[chunk].to(self.dtype)
-
-    def logits(self, chunk: slice) -> torch.Tensor:
+    def logits(self, chunk: _Chunk) -> torch.Tensor:
         """The chunk's raw logits, in the buffer."""
-        out = self.buffer[: chunk.stop - chunk.start]
+        states = chunk.states.to(self.dtype)
         if self.bias is None:
-            return torch.mm(self.states(chunk), self.weight.t(), out=out)
-        return torch.addmm(self.bias, self.states(chunk), self.weight.t(), out=out)
+            return torch.mm(states, self.turned, out=chunk.logits)
+        return torch.addmm(self.bias, states, self.turned, out=chunk.logits)
 
 
 def empty_logits(hidden: torch.Tensor, vocab: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -168,18 +175,18 @@ class _HeadGradients:
 
     def __init__(self, head: _Head, weight: torch.dtype | None, bias: torch.dtype | None) -> None:
         self.head, self.dtypes = head, (weight, bias)
-        self.once = len(head.chunks()) == 1 and weight == head.dtype
+        self.once = len(head.chunks) == 1 and weight == head.dtype
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
 
-    def add(self, logits: torch.Tensor, chunk: slice, labels: torch.Tensor | None) -> None:
-        """The gradients of the chunk's ``logits``. ``labels``: None if all count."""
-        weight, bias = self.dtypes
+    def add(self, chunk: _Chunk, labels: torch.Tensor | None) -> None:
+        """What the chunk's logits' gradients give. ``labels``: the chunk's, None if all count."""
+        (weight, bias), logits = self.dtypes, chunk.logits
         if weight is not None:
-            states = self.head.states(chunk)
+            states = chunk.states.to(self.head.dtype)
             if labels is not None:
                 # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
-                states = states.masked_fill((labels[chunk] == self.head.maths.ignore_index)[:, None], 0)
+                states = states.masked_fill((labels == self.head.maths.ignore_index)[:, None], 0)
             if self.once:
                 self.weight = products.mm(logits.t(), states)
             else:
@@ -229,22 +236,23 @@ def prepared(
     wanted: Wanted,
     rows: int = 0,
 ) -> Callable[[bool], tuple[torch.Tensor, ...]]:
-    """Makes the buffer; the result computes, told whether all tokens count. ``outputs``: what is written to, the last
-    one the hidden states' unit gradient. ``units``: dtypes of the weight's and the bias's, which come behind them;
-    None: not wanted. ``rows``: of the buffer, at least.
+    """Makes the buffer, and every view; the result computes, told whether all tokens count, and has the first product
+    launched at once: the GPU has nothing to do until then. ``outputs``: what is written to, the last one the hidden
+    states' unit gradient. ``units``: dtypes of the weight's and the bias's, which come behind them; None: not wanted.
+    ``rows``: of the buffer, at least.
     """
     head = _Head(hidden, weight, bias, maths, wanted.unit_weight or wanted.later, rows)
     gradients = _HeadGradients(head, *units)
+    # An output nobody asked for is empty; its kernel argument is never touched.
+    walk = [(c, labels[c.at], [x[c.at] if x.shape[0] else x for x in outputs]) for c in head.chunks]
 
     def in_chunks(every: bool) -> tuple[torch.Tensor, ...]:
-        for chunk in head.chunks():
+        for chunk, targets, (*parts, unit) in walk:
             logits = head.logits(chunk)
-            # An output nobody asked for is empty; its kernel argument is never touched.
-            parts = [x[chunk] if x.shape[0] else x for x in outputs[:7]]
             if head.triton:
                 _forward_kernel[(logits.shape[0],)](
                     logits,
-                    labels[chunk],
+                    targets,
                     *parts,
                     SMOOTHING=float(maths.label_smoothing),
                     Z_LOSS=float(maths.z_loss),
@@ -253,10 +261,10 @@ def prepared(
                     **head.constants,
                 )
             else:
-                _forward_chunk(logits, labels[chunk], parts, maths, any(wanted[4:]))
+                _forward_chunk(logits, targets, parts, maths, any(wanted[4:]))
             if wanted.unit_gradient:
-                products.matmul_into(outputs[7][chunk], logits, head.weight)
-            gradients.add(logits, chunk, None if every else labels)
+                products.matmul_into(unit, logits, head.weight)
+            gradients.add(chunk, None if every else targets)
         unit_weight, unit_bias = gradients.found()
         if wanted.later:
             unit_weight = head.buffer
@@ -332,13 +340,14 @@ def backward(
     head = _Head(hidden, weight, bias, maths, need_weight)
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0, hidden.shape[1]), dtype=maths.dtype)
     gradients = _HeadGradients(head, weight.dtype if need_weight else None, bias_dtype if need_bias else None)
-    for chunk in head.chunks():
-        logits, each = head.logits(chunk), coefficients.of(chunk)
-        of_chunk = (top[chunk], log_sum[chunk], entropy[chunk] if entropy.shape[0] else top[chunk])
+    for chunk in head.chunks:
+        at, logits = chunk.at, head.logits(chunk)
+        targets, each = labels[at], coefficients.of(at)
+        of_chunk = (top[at], log_sum[at], entropy[at] if entropy.shape[0] else top[at])
         if head.triton:
             _backward_kernel[(logits.shape[0], triton.cdiv(weight.shape[0], head.constants["BLOCK"]))](
                 logits,
-                labels[chunk],
+                targets,
                 *of_chunk,
                 *(top if g is None else g for g in each),
                 LABEL=each.label is not None,
@@ -348,10 +357,10 @@ def backward(
                 **head.constants,
             )
         else:
-            _backward_chunk(logits, labels[chunk], of_chunk, each, maths)
+            _backward_chunk(logits, targets, of_chunk, each, maths)
         if need_hidden:
-            products.matmul_into(grad_hidden[chunk], logits, head.weight)
-        gradients.add(logits, chunk, None if every else labels)
+            products.matmul_into(grad_hidden[at], logits, head.weight)
+        gradients.add(chunk, None if every else targets)
     return grad_hidden.to(hidden.dtype), *gradients.found()
 
 

@@ -203,9 +203,14 @@ def test_raw_calls_have_their_ops_formulas() -> None:
     mm = called(torch.ops.aten.mm.default, meta(3, 5), meta(5, 7), result=meta(3, 7))
     assert vars(costs.raw_work(mm, int, {})) == vars(Work("aten::mm", 2 * 3 * 5 * 7, 2 * (15 + 35 + 21)))
     maths = (None, meta(6, dtype=torch.int64), -100, None, 1.0, 1.0, 0.0, 0.0, torch.bfloat16, "chunks", *[False] * 4)
-    for gradients in ((False, False), (True, False), (True, True)):  # of the hidden states, of the weight
-        loss = called(torch.ops.fastft.linear_log_prob.default, meta(6, 5), meta(7, 5), *maths, *gradients, False)
-        work = costs.raw_work(loss, int, {})
+    for *gradients, later in (  # of the hidden states, of the weight, which is no product here if it comes later
+        (False, False, False),
+        (True, False, False),
+        (True, True, False),
+        (True, False, True),
+    ):
+        op = torch.ops.fastft.linear_log_prob.default
+        work = costs.raw_work(called(op, meta(6, 5), meta(7, 5), *maths, *gradients, False, later), int, {})
         products = 1 + sum(gradients)
         assert (work.flops, work.bytes_moved) == (products * 2 * 6 * 5 * 7, products * 2 * (30 + 35 + 42))
     view = called(torch.ops.aten.view.default, meta(4, 4), [16], result=meta(16))

@@ -23,6 +23,7 @@ import fastft
 from bench.shapes import shapes
 from fastft.compare import assert_within
 from fastft.judging import Wide
+from fastft.kernels import _linear_cross_entropy_call as calls
 from fastft.kernels import _linear_cross_entropy_chunks as chunks
 from fastft.kernels import _linear_cross_entropy_fused as fused
 from fastft.kernels import linear_cross_entropy as module
@@ -209,6 +210,100 @@ def test_a_trained_head_is_one_pass_under_a_sum(trained, reduction, share, dtype
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", ["hw", "w"])
+@pytest.mark.parametrize("ignored", [0, 1, 20, 40])
+def test_a_trained_head_is_one_pass_for_each_token(ignored, trained, dtype, device, monkeypatch):
+    """No logits in the backward where one chunk has all tokens, whose gradients differ; an ignored one's may be
+    anything, and so may its hidden state. What is kept gives the same again.
+    """
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 100.0)
+    monkeypatch.setattr(module, "_backward_op", None)
+    made = inputs(dtype, device, tokens=40, bias=False)
+    h, w = (t.detach().requires_grad_(n in trained) for n, t in zip("hw", made, strict=False))
+    b, y = torch.randn(131, device=device).to(dtype), made[3].clamp(min=0)
+    y[torch.randperm(40, device=device)[:ignored]] = -100
+    g = torch.randn(40, device=device)
+    odd = torch.where(y == -100, torch.tensor([torch.inf, torch.nan], device=device).repeat(20), g)
+    wanted = [t for t in (h, w) if t.requires_grad]
+    for fn, reference, options in (
+        (linear_log_prob, linear_log_prob_reference, dict(softcap=3.0, temperature=1.3)),
+        (linear_cross_entropy, linear_cross_entropy_reference, dict(reduction="none", label_smoothing=0.1)),
+    ):
+        check(fn, reference, (h, w, b), y, [strided(g)], **options)
+        bad = torch.where((y == -100)[:, None], torch.nan, h.detach()).requires_grad_(h.requires_grad)
+        clean, poisoned = (fn(x, w, b, y, **options) for x in (h, bad))
+        if fn is linear_log_prob:
+            clean, poisoned = clean.log_prob, poisoned.log_prob
+        expected = torch.autograd.grad(clean, wanted, g)
+        leaves = [t for t in (bad, w) if t.requires_grad]
+        for _ in range(2):
+            found = torch.autograd.grad(poisoned, leaves, strided(odd), retain_graph=True)
+            assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("trained", ["hw", "w"])
+def test_what_a_trained_head_keeps(trained, device, monkeypatch):
+    """The logits' gradient, the hidden states and, if they have one, theirs."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 100.0)
+    made, kept = inputs(torch.float32, device, tokens=40, bias=False), []
+    h, w = (t.detach().requires_grad_(n in trained) for n, t in zip("hw", made, strict=False))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        linear_log_prob(h, w, None, made[3])
+    shapes = collections.Counter(x.shape for x in kept)
+    assert shapes[40, 131] == 1 and shapes[40, 24] == len(trained)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(bias=True),
+        dict(entropy=True),
+        dict(mean_logits=True, mean_logits_gradient=True),
+        dict(lse_gradient=True),
+        dict(dtype=torch.float16),
+        dict(share=0.0),
+    ],
+    ids=str,
+)
+def test_a_trained_heads_logits_are_computed_again(change, device, monkeypatch):
+    """Where something else has a gradient, there are several chunks, or dtypes have no room: nothing of their size is
+    kept.
+    """
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", change.pop("share", 100.0))
+    dtype = change.pop("dtype", torch.float32)
+    h, w, b, y = inputs(dtype, device, tokens=40, bias=change.pop("bias", False))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        linear_log_prob(h, w, b, y, **change)
+    assert not any(x.shape[0] and x.shape[1:] == w.shape[:1] for x in kept)
+    cotangents = [torch.randn(40, device=device) for _ in range(2)]
+    check(linear_log_prob, linear_log_prob_reference, (h, w, b), y, cotangents, **change)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_that_a_constant_is_sent(create_graph, device, monkeypatch):
+    """Of zeros, by Dynamo, to outputs that have none: a trained head's kept gradient is all that there is."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 100.0)
+    monkeypatch.setattr(module, "_backward_op", None)
+    h, w, _, y = inputs(torch.float32, device, tokens=40, bias=False)
+    g = torch.randn(40, device=device, requires_grad=create_graph)
+    found = linear_log_prob(h, w, None, y, entropy_gradient=False, **ALL)
+    node, zeros = found.log_prob.grad_fn, torch.zeros(40, device=device)
+    with torch.set_grad_enabled(create_graph):
+        ours = node.apply(g, zeros, None, zeros, None, zeros)[:2]
+    exact, stock = (
+        torch.autograd.grad(linear_log_prob_reference(*leaves, None, y).log_prob, leaves, g.detach())
+        for leaves in (doubled((h, w)), (h, w))
+    )
+    for name, a, s, e in zip("hw", ours, stock, exact, strict=True):
+        assert_within(f"d{name}", a.detach(), s, e, length=131 * 4)
+    if create_graph:
+        for a in ours:
+            dot = torch.autograd.grad(a.square().sum(), g, retain_graph=True)[0] @ g
+            torch.testing.assert_close(dot, 2 * a.square().sum())
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["chunks", "at once"])
 def test_sums_of_odd_sizes_have_all_their_terms(share, device, monkeypatch):
     """Every product over an odd vocabulary, or an odd number of tokens, is one that cuBLAS does not cut."""
@@ -268,7 +363,7 @@ def test_ignored_tokens_are_left_out_of_every_gemm(ignore_index, device, monkeyp
         call = getattr(of, name)
         monkeypatch.setattr(of, name, lambda *args, **kwargs: rows.append(count(*args)) or call(*args, **kwargs))
 
-    counted("logits", chunks._Head, lambda head, chunk: chunk.stop - chunk.start)
+    counted("logits", chunks._Head, lambda head, chunk: len(chunk.logits))
     counted("forward", fused, lambda hidden, *_: hidden.shape[0])
     counted("backward", fused, lambda hidden, *_: hidden.shape[0])
     way.log_prob(h, w, b, y, ignore_index=ignore_index, entropy=True).entropy.sum().backward()
@@ -403,11 +498,15 @@ def test_states_are_copied_where_a_label_is_ignored(ignored, share, device, monk
     assert any(shape[-1:] == h.shape[-1:] for shape in seen.filled) == bool(ignored)
 
 
-def test_no_tokens(device, way):
+@pytest.mark.parametrize("share", [0.0, 100.0], ids=["chunks", "at once"])
+def test_no_tokens(share, device, way, monkeypatch):
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", share)
     h, w, b, y = inputs(torch.float32, device, tokens=0)
     assert way.cross_entropy(h, w, b, y).isnan()
     grads = torch.autograd.grad(way.cross_entropy(h, w, b, y, reduction="sum"), [h, w, b])
     assert [g.shape for g in grads] == [h.shape, w.shape, b.shape] and not any(g.any() for g in grads)
+    grads = torch.autograd.grad(way.log_prob(h, w, None, y).log_prob.sum(), [h, w])
+    assert [g.shape for g in grads] == [h.shape, w.shape] and not any(g.any() for g in grads)
     found = way.log_prob(h.detach(), w.detach(), None, y, **ALL)
     assert all(x.shape == (0,) for x in found)
 
@@ -454,6 +553,48 @@ def test_nothing_as_large_as_a_trained_head_is_scaled(dtype, ignored, device, mo
     (exact,) = torch.autograd.grad(0.3 * linear_cross_entropy_reference(h.double(), w.double(), None, y), w)
     (stock,) = torch.autograd.grad(0.3 * linear_cross_entropy_reference(h, w, None, y), w)
     assert_within("dw", dw, stock, exact, length=40)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("ignored", [0, 1, 13, 40])
+def test_the_backward_of_a_trained_head_waits_for_nobody(ignored, recorded, device, monkeypatch):
+    """The forward has counted the labels, and the same ones are left out: none where a CUDA graph was recorded."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 100.0)
+    h, w, _, y = inputs(torch.float32, device, tokens=40, bias=False)
+    y = y.clamp(min=0)
+    y[:ignored] = -100
+    exact, stock = (
+        torch.autograd.grad(linear_cross_entropy_reference(*leaves, None, y, reduction="sum"), leaves)
+        for leaves in (doubled((h, w)), (h, w))
+    )
+    with torch.no_grad():
+        h[:ignored] = float("nan")
+    with monkeypatch.context() as patched:
+        patched.setattr(calls, "capturing", lambda x: recorded)
+        loss = linear_cross_entropy(h, w, None, y, reduction="sum")
+    monkeypatch.setattr(module, "Scored", None)
+    for name, a, s, e in zip("hw", torch.autograd.grad(loss, [h, w]), stock, exact, strict=True):
+        assert_within(f"d{name}", a, s, e, length=131 * 4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("share", [0.0, 100.0], ids=["chunks", "at once"])
+def test_a_product_is_what_follows_the_wait(share, bias, device, monkeypatch):
+    """Not even a view is made between them, while the GPU would have nothing to do."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", share)
+    h, w, b, y = (None if t is None else t.detach() for t in inputs(torch.float32, device, bias=bias))
+    called, real = [], Scored.positions
+    monkeypatch.setattr(Scored, "positions", lambda self: (real(self), called.clear())[0])
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    maths = (-100, None, 1.0, 1.0, 0.0, 0.0, torch.float32, "chunks")
+    with Noting():
+        module._forward(h, w, b, y.clamp(min=0), *maths, *[False] * 4, True, not share, False, bool(share))
+    assert called[0] == ("addmm" if bias else "mm")
 
 
 class Largest(TorchDispatchMode):
@@ -788,10 +929,12 @@ def test_a_graph_takes_the_variant_that_is_asked_for(name, device):
     assert torch.equal(found, WAYS[name].cross_entropy(h, w, b, y))
 
 
+@pytest.mark.parametrize("share", [0.0, 100.0], ids=["chunks", "at once"])
 @pytest.mark.parametrize(("frozen", "reduction"), [(True, "mean"), (False, "mean"), (False, "none")])
-def test_compiles_as_opaque_ops(frozen, reduction, device):
+def test_compiles_as_opaque_ops(frozen, reduction, share, device, monkeypatch):
     from torch._dynamo.testing import AotEagerAndRecordGraphs
 
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", share)
     h, w, b, y = inputs(torch.float32, device, frozen=frozen)
     wanted = [t for t in (h, w, b) if t.requires_grad]
     backend = AotEagerAndRecordGraphs()
@@ -799,11 +942,13 @@ def test_compiles_as_opaque_ops(frozen, reduction, device):
     compiled = torch.compile(lambda *t: loss(*t), backend=backend, fullgraph=True)
     g = torch.rand(13, device=device) if reduction == "none" else None
     ours, eager = (torch.autograd.grad(fn(h, w, b, y), wanted, g) for fn in (compiled, loss))
-    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+    exactly = {} if share else {"rtol": 0, "atol": 0}  # at once g is multiplied with the states, but not in a graph
+    torch.testing.assert_close(ours, eager, **exactly)
     text = [str(g.graph) for g in (*backend.fw_graphs, *backend.bw_graphs)]
     assert "fastft.linear_log_prob.default" in text[0]
     # The backward is a scaling, but of a trained head whose tokens have gradients of their own.
     assert ("fastft.linear_log_prob_backward" in text[1]) is (reduction == "none")
+    assert "fastft.linear_log_prob_" not in text[1].replace("prob_backward", ""), "what scales is for Inductor to fuse"
 
 
 @pytest.mark.parametrize("way", NAMES)
@@ -812,9 +957,15 @@ def test_raw_ops(bias, way, device):
     small = inputs(torch.float32, device, tokens=3, vocab=33, bias=bias)
     h, w, b, y = (t.detach() if t is not None else None for t in small)
     maths = (-100, 3.0, 0.7, 1.3, 0.1, 1e-2, torch.float16, way)
-    for wanted in [(*[True] * 6, bias), (*[True] * 4, False, True, False), (False,) * 7]:
+    later = (*[True] * 5, False, False, True)
+    for wanted in [(*[True] * 6, bias), (*[True] * 4, False, True, False), (False,) * 7, later]:
         torch.library.opcheck(torch.ops.fastft.linear_log_prob.default, (h, w, b, y, *maths, *wanted))
     _, *saved = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, True, *[False] * 6)[:4]
+    *_, dr, _, counted = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, *later)
+    assert (counted.device.type, counted.tolist()) == (("cpu", [2]) if way == "chunks" else (device, []))
+    for known in (-1, 2) if way == "chunks" else ():
+        weigh = (dr, h, y, torch.randn(1, device=device), -100, known)
+        torch.library.opcheck(torch.ops.fastft.linear_log_prob_weight.default, weigh)
     g = torch.randn(len(y), device=device)
     all_, one = (True, True, bias), (True, False, False)
     nothing = torch.zeros_like(g)
@@ -920,6 +1071,7 @@ def _log_prob_samples(new: New, n: int) -> Named:
     yield "trainable head", _head_sample(new, n), {**maths, **everything}
     yield "frozen head", _head_sample(new, n, frozen=True), {**maths, **everything}
     yield "frozen head, plain", _head_sample(new, n, frozen=True, bias=False), {}
+    yield "trainable head, plain", _head_sample(new, n, bias=False), {}
     yield "lse and mean", _head_sample(new, n), {**maths, **SMOOTH}
 
 
@@ -1235,8 +1387,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: a trained head's logits only where hidden states have a gradient",
         "kernels/_linear_cross_entropy_chunks.py",
-        "labels[chunk], parts, maths, any(wanted[4:])",
-        "labels[chunk], parts, maths, wanted.unit_gradient",
+        "targets, parts, maths, any(wanted[4:])",
+        "targets, parts, maths, wanted.unit_gradient",
         "tests/kernels/test_linear_cross_entropy.py -k under_a_sum",
     ),
     Mutant(
@@ -1271,8 +1423,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: an fp32 head's gradient rounded where it is one product",
         "kernels/_linear_cross_entropy_chunks.py",
-        "self.once = len(head.chunks()) == 1 and weight == head.dtype",
-        "self.once = len(head.chunks()) == 1",
+        "self.once = len(head.chunks) == 1 and weight == head.dtype",
+        "self.once = len(head.chunks) == 1",
         "tests/kernels/test_linear_cross_entropy.py -k summed_in_fp32",
     ),
     Mutant(
@@ -1413,8 +1565,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: ignore_index is always -100",
         "kernels/_linear_cross_entropy_call.py",
-        "self.labels, self.counts = labels, labels != ignore_index",
-        "self.labels, self.counts = labels, labels != -100",
+        "        self.counts = labels != ignore_index",
+        "        self.counts = labels != -100",
         "tests/kernels/test_linear_cross_entropy.py::test_ignored_tokens_are_left_out_of_every_gemm[chunks-130]",
     ),
     Mutant(
@@ -1668,16 +1820,79 @@ MUTANTS = (
             (
                 "tokens that are left out",
                 "linear_cross_entropy",
-                "states = (hidden if keep is None else hidden[keep])",
-                "states = hidden",
+                "hidden, g = hidden[keep], ",
+                "hidden, g = hidden, ",
                 "as_large_as",
             ),
             (
                 "states of ignored tokens",
                 "linear_cross_entropy",
-                "    if keep is None and not scored.all:\n",
+                "    if keep is None and counted < labels.shape[0]:\n",
                 "    if False:\n",
                 "copied_where",
+            ),
+            (
+                "the backward has no number",
+                "linear_cross_entropy",
+                "int(counted) if wanted.later else -1",
+                "-1",
+                "waits_for_nobody",
+            ),
+            (
+                "tokens are left out where none were",
+                "_linear_cross_entropy_call",
+                "if number < 0 or 16",
+                "if 16",
+                "waits_for_nobody",
+            ),
+            (
+                "each token's g is another's",
+                "linear_cross_entropy",
+                "g[keep] if g.shape[0] > 1 else g",
+                "g[: len(keep)]",
+                "for_each_token",
+            ),
+            (
+                "g of ignored tokens",
+                "linear_cross_entropy",
+                "g = grad_score.masked_fill(labels == ctx.maths.ignore_index, 0)",
+                "g = grad_score + 0",
+                "for_each_token",
+            ),
+            (
+                "beside others' gradients",
+                "linear_cross_entropy",
+                "not (need_bias or any(differentiable))",
+                "not need_bias",
+                "computed_again",
+            ),
+            (
+                "beside a bias's gradient",
+                "linear_cross_entropy",
+                "not (need_bias or any(differentiable))",
+                "not any(differentiable)",
+                "computed_again",
+            ),
+            (
+                "logits again for each token",
+                "linear_cross_entropy",
+                " and _kept(hidden, weight, maths)\n        wanted",
+                " and False\n        wanted",
+                "for_each_token",
+            ),
+            (
+                "hidden states' gradient for nobody",
+                "linear_cross_entropy",
+                "frozen or (later and need_hidden)",
+                "frozen or later",
+                "head_keeps",
+            ),
+            (
+                "in a graph",
+                "linear_cross_entropy",
+                " and not torch.compiler.is_compiling()\n",
+                "\n",
+                "opaque_ops",
             ),
             (
                 "in fp16",
@@ -1696,9 +1911,16 @@ MUTANTS = (
         )
     ),
     Mutant(
+        "cross-entropy: views are made after the wait",
+        "kernels/_linear_cross_entropy_chunks.py",
+        "torch.mm(states, self.turned,",
+        "torch.mm(states, self.weight.t(),",
+        "tests/kernels/test_linear_cross_entropy.py -k follows_the_wait",
+    ),
+    Mutant(
         "cross-entropy: all labels count",
         "kernels/_linear_cross_entropy_call.py",
-        "        self.all = number == self.labels.shape[0]\n",
+        "        self.all = self.number == self.counts.shape[0]\n",
         "        self.all = True\n",
         "tests/kernels/test_linear_cross_entropy.py -k copied_where",
     ),
