@@ -267,4 +267,6 @@ def _inductor(
 def _patches(options: Options) -> dict[str, Any]:
     # A step that is compared with eager must draw the same dropout masks.
     same_draws = {} if options.verify == "never" else {"fallback_random": True}
-    return {**same_draws, **options.inductor}
+    # A deep model's asserts, of each input and each op's result, take the host milliseconds a step.
+    asserts = dict.fromkeys(("size_asserts", "alignment_asserts"), options.strict)
+    return {**asserts, **same_draws, **options.inductor}

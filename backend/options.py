@@ -58,7 +58,7 @@ class Options:
     fp32 graphs); a graph that does not keep the error rule runs uncompiled from there on, with a warning and a row in
     the report. Dropout then draws as eager does. ``"never"`` (default).
     ``strict``: what fails inside of fastft raises :class:`fastft.fallback.InternalError`, instead of being undone and
-    reported.
+    reported; and what Inductor compiles asserts the sizes and strides of every input and every op's result.
     ``variants``: op → the variant of it that is taken wherever it is legal (``{"glu": "mine"}``); the sites where it is
     not stay as they were (:mod:`fastft.variants`).
     ``inductor``: config patches for Inductor (``{"max_autotune": True}``), as ``torch.compile(options=...)`` takes

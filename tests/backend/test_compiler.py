@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch._inductor.utils import run_and_get_code
 
 import fastft
 from fastft import _torch_compat as compat
@@ -270,6 +271,18 @@ def test_explain_has_the_backends_options() -> None:
     assert {s.status for s in report.sites} == {"skipped"}
     with pytest.raises(ValueError, match="did you mean 'fuel'"):
         fastft.explain(llama(layers=1), **batch(), options={"fule": 0})
+
+@pytest.mark.parametrize("options", [{}, {"strict": True}, {"inductor": {"size_asserts": True}}], ids=str)
+def test_asserts_about_sizes_are_for_strict(options: dict[str, Any]) -> None:
+    """A deep model's are some thousand each step, of the host's time."""
+    model, data = llama(), batch()
+    call = torch.compile(model, backend="fastft", options=options)
+    _, sources = run_and_get_code(lambda: call(**data).loss.backward())
+    forward = next(source for source in sources if "fastft.lin" in source)
+    # Once it is imported.
+    assert (forward.count("assert_size_stride(") > 1) == bool(options), options
+    close(step(model, data, call), step(model, data))
+
 
 
 def test_explain_reports_a_failing_rule(bad_rule: None) -> None:

@@ -1677,6 +1677,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_costs.py -k raw_calls_have",
     ),
     Mutant(
+        "compiler: asserts about sizes in every step",
+        "backend/compiler.py",
+        '"alignment_asserts"), options.strict)',
+        '"alignment_asserts"), True)',
+        "tests/backend/test_compiler.py -k asserts_about",
+    ),
+    Mutant(
         "offloading: what is small is copied too",
         "backend/partitioner.py",
         "if SMALL * size[root] >= largest[region]}",
