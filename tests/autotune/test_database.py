@@ -20,6 +20,7 @@ from fastft.autotune import database, store
 from fastft.kernels import _config, glu, rms_norm
 
 fastft.kernels.load()
+PACKAGE = database.SHIPPED  # tests have a folder of their own in its place
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 KEY = (CPU, BF16, 8192, 4096)
 
@@ -65,6 +66,19 @@ def tune(record: dict[str, Any], key: str | None = None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ key
+
+
+@pytest.mark.parametrize("shipped", sorted(PACKAGE.glob("*.json")), ids=lambda path: path.stem)
+def test_what_is_shipped_can_be_read(shipped: Path, tmp_path: Path) -> None:
+    """And nothing in it is slower than the heuristic."""
+    copied = tmp_path / shipped.name  # a checkout may be writable for others
+    copied.write_bytes(shipped.read_bytes())
+    copied.chmod(0o600)
+    records = database.read_file(copied, shipped.stem)
+    assert records and store.problems() == []
+    for key, record in records.items():
+        space = _config.SPACES[key.split("/")[1]]
+        assert record["us"] <= record["heuristic_us"] and not set(record["config"]) - set(space.values), key
 
 
 @pytest.mark.parametrize(
