@@ -63,15 +63,25 @@ class Scored:
     nobody can wait: all labels count then.
     """
 
+    #: Of this process's last answers, how many in a row were that nothing can be left out.
+    streak = 0
+
     def __init__(self, labels: torch.Tensor, ignore_index: int) -> None:
         self.counts = labels != ignore_index
         # How many, -1 where nobody can wait, and whether all do: known after :meth:`positions`.
         self.number, self.all = -1, False
         self.asked: torch.Tensor | None = None
+        self.event: torch.cuda.Event | None = None
         if not capturing(labels):
             self.asked = torch.empty((), dtype=torch.int64, pin_memory=labels.is_cuda)
             self.asked.copy_(self.counts.sum(), non_blocking=True)
             self.event = torch.cuda.current_stream(labels.device).record_event() if labels.is_cuda else None
+
+    def foreseen(self) -> bool:
+        """Whether a GPU may begin with all labels before the answer is there, which is as it was twice before. It has
+        nothing else to do while the host waits, and on a busy host longer. Beginning in vain costs a chunk's product.
+        """
+        return self.event is not None and Scored.streak > 1
 
     def positions(self) -> torch.Tensor | None:
         """:func:`positions`, after the wait."""
@@ -81,7 +91,9 @@ class Scored:
             self.event.synchronize()
         self.number = int(self.asked)
         self.all = self.number == self.counts.shape[0]
-        return positions(self.counts, self.number)
+        found = positions(self.counts, self.number)
+        Scored.streak = Scored.streak + 1 if found is None else 0
+        return found
 
 
 def positions(counts: torch.Tensor, number: int) -> torch.Tensor | None:

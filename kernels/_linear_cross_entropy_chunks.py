@@ -235,20 +235,24 @@ def prepared(
     maths: Maths,
     wanted: Wanted,
     rows: int = 0,
+    begin: bool = False,
 ) -> Callable[[bool], tuple[torch.Tensor, ...]]:
     """Makes the buffer, and every view; the result computes, told whether all tokens count, and has the first product
     launched at once: the GPU has nothing to do until then. ``outputs``: what is written to, the last one the hidden
     states' unit gradient. ``units``: dtypes of the weight's and the bias's, which come behind them; None: not wanted.
-    ``rows``: of the buffer, at least.
+    ``rows``: of the buffer, at least. ``begin``: the first chunk's logits are made now.
     """
     head = _Head(hidden, weight, bias, maths, wanted.unit_weight or wanted.later, rows)
     gradients = _HeadGradients(head, *units)
     # An output nobody asked for is empty; its kernel argument is never touched.
     walk = [(c, labels[c.at], [x[c.at] if x.shape[0] else x for x in outputs]) for c in head.chunks]
 
+    for chunk in head.chunks[:begin]:
+        head.logits(chunk)
+
     def in_chunks(every: bool) -> tuple[torch.Tensor, ...]:
-        for chunk, targets, (*parts, unit) in walk:
-            logits = head.logits(chunk)
+        for i, (chunk, targets, (*parts, unit)) in enumerate(walk):
+            logits = chunk.logits if i < begin else head.logits(chunk)
             if head.triton:
                 _forward_kernel[(logits.shape[0],)](
                     logits,

@@ -201,7 +201,7 @@ def _forward(
     if not hidden.is_cuda:
         _check_labels(labels, weight.shape[0], maths.ignore_index)
     scored = Scored(labels, maths.ignore_index)
-    run = _prepared(hidden, weight, bias, labels, maths, wanted)
+    run = _prepared(hidden, weight, bias, labels, maths, wanted, begin=scored.foreseen())
     keep = scored.positions()
     if keep is None:
         return *run(scored.all), _number(labels, wanted, scored.number)
@@ -228,9 +228,10 @@ def _prepared(
     maths: Maths,
     wanted: Wanted,
     rows: int = 0,
+    begin: bool = False,
 ) -> Callable[[bool], tuple[torch.Tensor, ...]]:
     """Makes what all tokens take; the result computes, told whether all of them count. ``rows``: of the logits'
-    gradient that is kept, at least.
+    gradient that is kept, at least. ``begin``: with the first product.
     """
     labels = labels.contiguous()
     outputs = _empty_outputs(hidden, maths.dtype, wanted)
@@ -251,7 +252,8 @@ def _prepared(
 
         return in_tiles
     units = [unit.dtype if unit.shape[0] else None for unit in _empty_units(weight[:1], bias, wanted)]
-    return chunks.prepared(hidden, weight, bias, labels, outputs, units, maths, wanted, rows if wanted.later else 0)
+    rows = rows if wanted.later else 0
+    return chunks.prepared(hidden, weight, bias, labels, outputs, units, maths, wanted, rows, begin)
 
 
 def _empty_outputs(hidden: torch.Tensor, dtype: torch.dtype, wanted: Wanted) -> tuple[torch.Tensor, ...]:

@@ -97,6 +97,12 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(fused, "GROUP", 2)
 
 
+@pytest.fixture(autouse=True)
+def unforeseen(monkeypatch):
+    """No test begins with what others before it have found."""
+    monkeypatch.setattr(Scored, "streak", 0)
+
+
 def inputs(dtype, device, tokens=13, hidden=24, vocab=131, bias=True, frozen=False):
     h = torch.randn(tokens, hidden, device=device).to(dtype).requires_grad_()
     w = (torch.randn(vocab, hidden, device=device) / 3).to(dtype).requires_grad_(not frozen)
@@ -595,6 +601,42 @@ def test_a_product_is_what_follows_the_wait(share, bias, device, monkeypatch):
     with Noting():
         module._forward(h, w, b, y.clamp(min=0), *maths, *[False] * 4, True, not share, False, bool(share))
     assert called[0] == ("addmm" if bias else "mm")
+
+
+class Answered:
+    """An event of a device that may have none."""
+
+    def synchronize(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("share", [0.0, 100.0], ids=["chunks", "at once"])
+def test_a_product_begins_before_the_wait(share, device, monkeypatch):
+    """From the third call in a row on that leaves nothing out; and where that is wrong, nothing comes of it."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", share)
+    monkeypatch.setattr(Scored, "event", property(lambda self: Answered(), lambda self, value: None), raising=False)
+    monkeypatch.setattr(Scored, "streak", 0)
+    made, real = [], chunks._Head.logits
+    monkeypatch.setattr(chunks._Head, "logits", lambda self, chunk: made.append(len(chunk.states)) or real(self, chunk))
+    h, w, b, y = inputs(torch.float32, device, bias=not share)
+    few, most = y.clamp(min=0), y.clone()
+    most[: len(y) // 2] = -100
+    begun = []
+    waits = Scored.positions
+    monkeypatch.setattr(Scored, "positions", lambda self: (begun.append(len(made)), waits(self))[1])
+    for turn, labels in enumerate((few, few, few, most, few)):
+        made.clear()
+        own = [t for t in (h, w, b) if t is not None]
+        same, exact = (
+            torch.autograd.grad(linear_cross_entropy_reference(*leaves, labels), [t for t in leaves if t is not None])
+            for leaves in ((h, w, b), doubled((h, w, b)))
+        )
+        found = torch.autograd.grad(linear_cross_entropy(h, w, b, labels), own)
+        assert (begun[turn] > 0) == (turn in (2, 3)), turn
+        assert sum(made) == (len(y) if turn != 3 else made[0] + int((most != -100).sum()))
+        for name, a, s, e in zip("hwb", found, same, exact, strict=False):
+            assert_within(f"d{name} of turn {turn}", a, s, e, length=131 * 4)
 
 
 class Largest(TorchDispatchMode):
@@ -1265,6 +1307,27 @@ SMALL_TILES = {
 }
 
 MUTANTS = (
+    Mutant(
+        "cross-entropy: what was begun is made once more",
+        "kernels/_linear_cross_entropy_chunks.py",
+        "chunk.logits if i < begin else head.logits(chunk)",
+        "head.logits(chunk)",
+        "tests/kernels/test_linear_cross_entropy.py -k begins_before",
+    ),
+    Mutant(
+        "cross-entropy: a product begins whatever was found before",
+        "kernels/_linear_cross_entropy_call.py",
+        "self.event is not None and Scored.streak > 1",
+        "self.event is not None",
+        "tests/kernels/test_linear_cross_entropy.py -k begins_before",
+    ),
+    Mutant(
+        "cross-entropy: a product begins after labels that were left out",
+        "kernels/_linear_cross_entropy_call.py",
+        "Scored.streak + 1 if found is None else 0",
+        "Scored.streak + 1",
+        "tests/kernels/test_linear_cross_entropy.py -k begins_before",
+    ),
     Mutant(
         "cross-entropy: a unit's gradient by the scale of the first token",
         "kernels/_linear_cross_entropy_triton.py",
