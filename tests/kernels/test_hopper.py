@@ -201,7 +201,9 @@ def test_the_losss_softcap_is_the_gpus_own_tanh_for_bf16(frozen):
         hidden, weight = (random(n, 64).to(dtype).requires_grad_(grad) for n, grad in ((7, True), (5000, not frozen)))
         with compiling(linear_cross_entropy) as kernels:
             call = linear_cross_entropy.linear_cross_entropy
-            call(hidden, weight, None, torch.arange(7), softcap=30.0, reduction="none").sum().backward()
+            # With a bias that is trained too, a backward computes logits again.
+            bias = None if frozen else random(5000).to(dtype).requires_grad_()
+            call(hidden, weight, bias, torch.arange(7), softcap=30.0, reduction="none").sum().backward()
         kernels = [k for k in kernels if k.metadata.name != "_scale_kernel"]
         each = [k.metadata.num_warps * 32 for k in kernels]
         assert len(kernels) == (1 if frozen else 2)
