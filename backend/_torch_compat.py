@@ -22,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fastft.collecting import no_collection
+
 __all__ = [
     "MUST_SAVE", "PREFER_RECOMPUTE", "SPIN", "Moment", "allow_compilations", "autocast_nodes", "backend_in_trace",
     "cache_stamp", "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "copy_joint",
@@ -118,7 +120,7 @@ def compile_with_inductor(
         if not settings.get("is_backward"):
             return compile_fx_inner(graph, inputs, **settings)
         plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor changes the graph it is given
-        with backward_attempt(), whole_cache_entries(), _operators_by_name():
+        with backward_attempt(), whole_cache_entries(), _operators_by_name(), no_collection():
             return compile_fx_inner(graph, inputs, **settings)
         for node in plain.graph.nodes:
             if node.target is torch.ops.aten.view.default:

@@ -17,6 +17,7 @@ from torch import fx
 from fastft import _torch_compat as compat
 from fastft import bridges, caches, describing, reporting
 from fastft.autotune import database, variants
+from fastft.collecting import no_collection
 from fastft.fallback import Attempt
 from fastft.first_step import FirstStep
 from fastft.kernels._op import OPS, rescue
@@ -41,6 +42,7 @@ with Attempt("looking at torch's cache folders", "they are looked at again when 
     caches.secure()
 
 
+@no_collection()
 def fastft(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

@@ -21,11 +21,10 @@ Not in it: the allocator's fragmentation, and that Inductor never makes some ten
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from torch import fx
 
 from fastft import _torch_compat as compat
 from fastft import costs, offload, planner
+from fastft.collecting import no_collection
 from fastft.costs import Rates
 from fastft.fallback import Attempt
 from fastft.judging import random_state, set_random_state
@@ -165,7 +165,7 @@ class Memory:
         """Cut a joint graph by the best plan for ``sizes``, or, where planning fails, as the user's checkpoints say."""
         cut = _Cut(joint, outputs, static, self.sizes, self.rates)
         with (
-            _no_collection(),
+            no_collection(),
             Attempt("planning memory", "layers are recomputed in full", self.done.errors, self.options.strict),
         ):
             halves, plan = self._planned(cut)
@@ -385,18 +385,6 @@ def _said(slices: Slices) -> str:
     left = Counter(f"{reason.code}: {reason.text}" for reason in slices.left.values())
     found += [f"the MLP in one piece in {n} ({why})" for why, n in left.items()]
     return "".join(f"; {text}" for text in found)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """In here no garbage is collected: with a deep graph's many objects that takes a third of the time of a plan."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def layouts(kinds: Sequence[int]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch._inductor import compile_fx
 from torch._inductor.utils import run_and_get_code
 
 import fastft
@@ -272,6 +274,29 @@ def test_explain_has_the_backends_options() -> None:
     with pytest.raises(ValueError, match="did you mean 'fuel'"):
         fastft.explain(llama(layers=1), **batch(), options={"fule": 0})
 
+
+@pytest.mark.parametrize("collected", [True, False])
+def test_nothing_is_collected_while_it_compiles(monkeypatch: pytest.MonkeyPatch, collected: bool) -> None:
+    """Forward and backward; then as before, also when compiling raises."""
+    seen, inner = [], compile_fx.compile_fx_inner
+    monkeypatch.setattr(
+        compile_fx, "compile_fx_inner", lambda *a, **k: (seen.append(gc.isenabled()), inner(*a, **k))[1]
+    )
+    before = gc.isenabled()
+    (gc.enable if collected else gc.disable)()
+    try:
+        model = llama(1)
+        with torch._inductor.config.patch(force_disable_caches=True):
+            step(model, batch(), torch.compile(model, backend="fastft"))
+        assert gc.isenabled() == collected and seen == [False, False]
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="option memory"):
+            torch.compile(model, backend="fastft", options={"memory": "nothing"})(**batch())
+        assert gc.isenabled() == collected
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
 @pytest.mark.parametrize("options", [{}, {"strict": True}, {"inductor": {"size_asserts": True}}], ids=str)
 def test_asserts_about_sizes_are_for_strict(options: dict[str, Any]) -> None:
     """A deep model's are some thousand each step, of the host's time."""
@@ -282,7 +307,6 @@ def test_asserts_about_sizes_are_for_strict(options: dict[str, Any]) -> None:
     # Once it is imported.
     assert (forward.count("assert_size_stride(") > 1) == bool(options), options
     close(step(model, data, call), step(model, data))
-
 
 
 def test_explain_reports_a_failing_rule(bad_rule: None) -> None:

@@ -1677,6 +1677,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_costs.py -k raw_calls_have",
     ),
     Mutant(
+        "compiler: garbage is collected while it compiles",
+        "backend/compiler.py",
+        "@no_collection()\ndef fastft(",
+        "def fastft(",
+        "tests/backend/test_compiler.py -k nothing_is_collected",
+    ),
+    Mutant(
+        "compiler: garbage is collected while a backward compiles",
+        "backend/_torch_compat.py",
+        "_operators_by_name(), no_collection():",
+        "_operators_by_name():",
+        "tests/backend/test_compiler.py -k nothing_is_collected",
+    ),
+    Mutant(
         "compiler: asserts about sizes in every step",
         "backend/compiler.py",
         '"alignment_asserts"), options.strict)',
