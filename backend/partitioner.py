@@ -32,8 +32,9 @@ REGION = "ac_graph_id"
 Sizes = Mapping[sympy.Symbol, int]
 #: Forward node → its region, counted from 0 in the order of the forward.
 Regions = Mapping[str, int]
-#: A saved tensor is offloaded if the largest of its region has at most so many times its bytes.
-SMALL = 16
+#: A saved tensor is not offloaded if the largest of its region has more than so many times its bytes, and it has fewer
+#: than so many.
+SMALL, LITTLE = 16, 4 * 2**20
 
 
 # -------------------------------------------------------------------------------------------------------------- regions
@@ -231,14 +232,18 @@ def _numel(t: torch.Tensor, sizes: Sizes) -> int:
 
 
 def _worth_moving(movable: Mapping[fx.Node, int]) -> dict[str, int]:
-    """By name, without those that are small beside the largest of their region (adapters' h, attention's logsumexp): a
-    copy takes the host as long to start, whatever its size.
+    """By name, without those that are little, and small beside the largest of their region (adapters' h, attention's
+    logsumexp): a copy takes the host as long to start, whatever its size.
     """
     size = {root: _numel(t := root.meta["val"], {}) * t.element_size() for root in movable}
     largest: dict[int, int] = {}
     for root, region in movable.items():
         largest[region] = max(largest.get(region, 0), size[root])
-    return {root.name: region for root, region in movable.items() if SMALL * size[root] >= largest[region]}
+    return {
+        root.name: region
+        for root, region in movable.items()
+        if size[root] >= LITTLE or SMALL * size[root] >= largest[region]
+    }
 
 
 @dataclass

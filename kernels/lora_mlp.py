@@ -5,9 +5,9 @@ With the three layers' adapters, biases and ways of storing a weight as ``lora_l
     g = gate(x)        u = up(x)        y = down(f(g) u) [+ z]
 
 x [..., K], g and u [..., N], y and z (the residual stream) [..., H]. Tokens do not depend on each other, so the forward
-takes ``rows`` of them at a time through all three layers, into their part of y. The backward takes the same slices:
-each computes g, u and f(g) u again, and goes on from there by the formulas of the layers' own ops; ∂x is written slice
-by slice, and what is a sum over tokens (∂A, ∂B, ∂W, ∂bias) is added up over the slices in fp32.
+takes ``rows`` of them at a time through all three layers, into their part of y. The backward takes slices too, of as
+many tokens or others: each computes g, u and f(g) u again, and goes on from there by the formulas of the layers' own
+ops; ∂x is written slice by slice, and what is a sum over tokens (∂A, ∂B, ∂W, ∂bias) is added up over them in fp32.
 
 What is there at one time besides x, y and their gradients is of one slice, 5 N numbers a token at the most (g, u, and
 the gradients of g, u and f(g) u). With N = 14,336 in bf16 that is 143 KB a token, for 4,096 tokens 0.6 GB; over

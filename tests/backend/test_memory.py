@@ -193,14 +193,17 @@ def named(half: torch.fx.GraphModule, op: Any) -> list[torch.fx.Node]:
     return [n for n in half.graph.nodes if n.target is op]
 
 
-@pytest.mark.parametrize(("checkpointing", "small"), [(False, 16), (True, 16), (True, 15)])
+@pytest.mark.parametrize(
+    ("checkpointing", "small", "little"), [(False, 16, 2**20), (True, 16, 2**20), (True, 15, 2**20), (True, 15, 768)]
+)
 def test_all_that_is_kept_up_to_the_mlp_is_offloaded(
-    at: Any, moves: list[Any], monkeypatch: pytest.MonkeyPatch, checkpointing: bool, small: int
+    at: Any, moves: list[Any], monkeypatch: pytest.MonkeyPatch, checkpointing: bool, small: int, little: int
 ) -> None:
     """Of each layer its input, q, k, v, attention's result and the stream after it; also the logsumexp, a 16th of
-    these, where that is not too small. Nothing else stays.
+    these and 768 bytes, where that is not both too small and too little. Nothing else stays.
     """
     monkeypatch.setattr(partitioner, "SMALL", small)
+    monkeypatch.setattr(partitioner, "LITTLE", little)
     network = model(checkpointing=checkpointing)
     at(ALL_OFFLOADED)
     run(network, memory="fast")
@@ -208,12 +211,12 @@ def test_all_that_is_kept_up_to_the_mlp_is_offloaded(
     at(MLP_OFFLOADED)
     run(network, memory="fast")
     row = the_plan()
-    stays = 4 if small < 16 else 0
+    stays = 4 if small < 16 and little > 768 else 0
     each_token = 64 + (64 + 32 + 32) + (64 + 4 - stays) + 64
     all_tokens = families.LAYERS * 2 * 24 * 4
     assert (row["kept"], row["host"]) == (nothing + all_tokens * stays, all_tokens * each_token)
     forward, backward, _ = moves[-1]
-    moved = families.LAYERS * (7 if small == 16 else 6)
+    moved = families.LAYERS * (6 if stays else 7)
     assert len(named(forward, offload.OFFLOAD)) == len(named(backward, offload.RELOAD)) == moved
 
 

@@ -1698,10 +1698,17 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_compiler.py -k asserts_about",
     ),
     Mutant(
+        "offloading: what is small of much stays",
+        "backend/partitioner.py",
+        "if size[root] >= LITTLE or SMALL",
+        "if SMALL",
+        "tests/backend/test_memory.py -k kept_up_to_the_mlp",
+    ),
+    Mutant(
         "offloading: what is small is copied too",
         "backend/partitioner.py",
-        "if SMALL * size[root] >= largest[region]}",
-        "}",
+        "if size[root] >= LITTLE or SMALL * size[root] >= largest[region]",
+        "if True",
         "tests/backend/test_memory.py -k kept_up_to_the_mlp",
     ),
     Mutant(
