@@ -280,8 +280,8 @@ def test_ignored_tokens_of_hand_written_losses_are_left_out(spelling, monkeypatc
     seen = []
     prepared = loss_op._prepared
 
-    def noted(h, *rest):
-        run = prepared(h, *rest)
+    def noted(h, *rest, **how):
+        run = prepared(h, *rest, **how)
         return lambda every: seen.append(h.shape[0]) or run(every)
 
     monkeypatch.setattr(loss_op, "_prepared", noted)
