@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """In here no garbage is collected. It takes a third of the time of a plan, and a fifteenth of a compilation."""
+    """In here no garbage is collected. It takes a good part of the time of a plan, and some of a compilation."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -106,12 +106,13 @@ def _start(to: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         # Without the stream's context manager, which takes the host as long as all the rest.
         side, here = _STREAMS[device.index], torch.cuda.current_stream(device)
         side.wait_event(here.record_event())
-        torch.cuda.set_stream(side)
-        try:
-            to.copy_(x, non_blocking=True)
-            event = side.record_event()
-        finally:
-            torch.cuda.set_stream(here)
+        with torch.cuda.device(device):  # setting a stream makes its device the current one
+            torch.cuda.set_stream(side)
+            try:
+                to.copy_(x, non_blocking=True)
+                event = side.record_event()
+            finally:
+                torch.cuda.set_stream(here)
     number = next(_NUMBERS)
     STARTED[number] = to, event
     return torch.tensor([number])

@@ -32,8 +32,8 @@ REGION = "ac_graph_id"
 Sizes = Mapping[sympy.Symbol, int]
 #: Forward node → its region, counted from 0 in the order of the forward.
 Regions = Mapping[str, int]
-#: A saved tensor is not offloaded if the largest of its region has more than so many times its bytes, and it has fewer
-#: than so many.
+#: A saved tensor is not offloaded if the largest of its region has more than ``SMALL`` times its bytes, and it has
+#: fewer than ``LITTLE``.
 SMALL, LITTLE = 16, 4 * 2**20
 
 
