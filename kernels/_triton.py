@@ -3,18 +3,25 @@
 Kernels are written once, at module level, as ``@jit def kernel(x_ptr, N: tl.constexpr)``. Without Triton they stay
 plain functions that nobody calls: ``use_triton`` sends every tensor to the PyTorch body. Kernel files need ``from
 __future__ import annotations``, so that no annotation is evaluated.
+
+``kernel[grid](…)`` finds the compiled kernel of a launch anew each time, argument by argument, which takes Triton
+longer than the launch itself. A step of training repeats its launches to the last stride, so :class:`Kernel` keeps what
+was found.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
 from typing import Any
+
+import torch
 
 try:
     import triton
     import triton.language as tl
 
     HAS_TRITON = True
-    jit = triton.jit
 except ImportError:
     HAS_TRITON = False
 
@@ -31,9 +38,84 @@ except ImportError:
 
     triton = tl = _Missing()  # type: ignore[assignment]
 
-    def jit(fn: Any = None, **_: Any) -> Any:
-        """``triton.jit`` without Triton: the function itself, with or without options."""
-        return (lambda f: f) if fn is None else fn
+
+#: The versions whose rules are known by which a launch gets a compiled kernel of its own: a tensor's dtype and whether
+#: it is aligned, an integer's size, divisibility and whether it is 1 (NVIDIA's backend). Others look it up themselves.
+KNOWN = ((3, 6), (3, 7))
+#: Kinds of launches that are kept for one kernel; all are dropped beyond (a run where every batch has another length).
+MOST_LAUNCHES = 4096
+#: Bytes to which Triton asks whether a tensor is aligned.
+ALIGNED = 16
+
+
+class _Unkept(Exception):
+    """An argument of a type whose rules are not known."""
+
+
+def _kind(argument: Any) -> Hashable:
+    """All of an argument that decides which compiled kernel takes it, or more: of an integer its value."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype if argument.data_ptr() % ALIGNED == 0 else (argument.dtype, "unaligned")
+    if isinstance(argument, tuple):
+        return tuple(a if type(a) is int else _kind(a) for a in argument)
+    if isinstance(argument, float):
+        return float
+    if argument is None or isinstance(argument, bool):
+        return (argument,)  # a tuple: True is 1 otherwise
+    raise _Unkept
+
+
+if HAS_TRITON:
+    _run = triton.JITFunction.run
+
+    class Kernel(triton.JITFunction):  # type: ignore[type-arg]
+        """A kernel that keeps, for each kind of launch, the compiled kernel that Triton found for it, and launches that
+        one when such a launch comes again.
+
+        Where another ``run`` stands in for Triton's (whoever counts launches, or compiles only), all go through it.
+        Options that Triton reads from the environment (``TRITON_DEBUG``) are those of a kind's first launch.
+        """
+
+        def __init__(self, fn: Any) -> None:
+            super().__init__(fn)
+            self._launches: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+
+        def __getitem__(self, grid: Any) -> Any:
+            return functools.partial(self._launch, grid)
+
+        def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
+            if triton.JITFunction.run is not _run or self.pre_run_hooks:
+                return self.run(*args, grid=grid, warmup=False, **constants)
+            try:
+                device = triton.runtime.driver.active.get_current_device()
+                key = (device, *[a if type(a) is int else _kind(a) for a in args], *constants.items())
+                kept = self._launches.get(key)
+            except (_Unkept, TypeError):  # TypeError: a constant that has no hash
+                return self.run(*args, grid=grid, warmup=False, **constants)
+            if kept is None:
+                compiled = self.run(*args, grid=grid, warmup=False, **constants)
+                if len(self._launches) >= MOST_LAUNCHES:
+                    self._launches.clear()
+                self._launches[key] = compiled, self._behind(len(args), constants)
+                return compiled
+            compiled, behind = kept
+            compiled[(*grid, 1, 1)[:3]](*args, *behind)
+            return compiled
+
+        def _behind(self, count: int, constants: dict[str, Any]) -> tuple[Any, ...]:
+            """The values of all parameters behind the first ``count``, in the order of the signature."""
+            behind = list(self.signature.parameters.values())[count:]
+            return tuple(constants.get(p.name, p.default) for p in behind)
+
+
+def jit(fn: Any) -> Any:
+    """``triton.jit``; without Triton the function itself."""
+    if not HAS_TRITON:
+        return fn
+    stock = triton.jit(fn)
+    known = tuple(int(part) for part in triton.__version__.split(".")[:2]) in KNOWN and torch.version.hip is None
+    # Triton's interpreter is another class.
+    return Kernel(fn) if known and type(stock) is triton.JITFunction else stock
 
 
 __all__ = ["HAS_TRITON", "jit", "tl", "triton"]
