@@ -27,17 +27,21 @@ from fastft.collecting import no_collection
 __all__ = [
     "MUST_SAVE", "PREFER_RECOMPUTE", "SPIN", "Moment", "allow_compilations", "autocast_nodes", "backend_in_trace",
     "cache_stamp", "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "copy_joint",
-    "dynamo_counters", "fake_mode", "fake_mode_of", "forget_loaded_code", "grad_mode_at", "gradients",
-    "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source", "is_checkpoint", "is_recompile",
-    "no_side_effect_calls", "numbers_are_inputs", "partition", "plain_tensors", "process_group_store",
-    "qualified_name", "registered_backend", "size_expression", "size_hint", "spin", "storage_of", "tree_map", "version",
-    "whole_cache_entries", "wrapper_context",
+    "current_device", "current_stream", "dynamo_counters", "fake_mode", "fake_mode_of", "forget_loaded_code",
+    "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
+    "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "partition", "plain_tensors",
+    "process_group_store", "qualified_name", "registered_backend", "size_expression", "size_hint", "spin", "storage_of",
+    "tree_map", "version", "whole_cache_entries", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
 MUST_SAVE = CheckpointPolicy.MUST_SAVE
 #: Within, classes of tensors are not asked in Python for what is done with them.
 plain_tensors = torch._C.DisableTorchFunctionSubclass
+#: Number of the current GPU; and, of a GPU's number, the handle of its current stream. Without what torch.cuda makes
+#: around them, which takes longer. (torch without CUDA has neither.)
+current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 #: Cuts a joint graph into forward and backward: ``(graph, number of the forward's outputs, positions of inputs that
 #: live as long as the model) -> (forward, backward)``.
 Partitioner = Callable[

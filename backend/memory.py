@@ -24,7 +24,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -436,6 +436,8 @@ class Planned:
         self.moment = compat.Moment(inputs) if memory.plans else None
         #: Sizes → position of the plan that serves them.
         self.serves: dict[Any, int] = {}
+        #: The arguments that a call writes to, by what the first one did; None before it.
+        self.written: list[int] | None = None
         self.ran = 0
 
     def __call__(self, *args: Any) -> Any:
@@ -447,11 +449,17 @@ class Planned:
             self.serves[key] = self._fitting(sizes)
         self._measure(self.serves[key])
         while True:
-            state, versions = random_state(), _versions(args)
+            state, versions = random_state(), _versions(args, self.written)
             try:
-                return self.calls[self.serves[key]](*args)
+                with compat.plain_tensors():
+                    result = self.calls[self.serves[key]](*args)
+                if self.written is None:
+                    after = _versions(args, None)
+                    self.written = [i for i, version in versions.items() if after[i] != version]
+                return result
             except torch.OutOfMemoryError:
-                if _versions(args) != versions:  # it has written to its inputs: they are not what they were
+                # If it has written to its inputs, they are not what they were.
+                if _versions(args, self.written) != versions:
                     raise
                 leaner = self._leaner(self.serves[key], sizes)
                 if leaner is None:
@@ -529,6 +537,11 @@ def _leanest(plans: Sequence[Plan], sizes: Sizes) -> int:
     return min(range(len(plans)), key=lambda i: plans[i].peak(sizes))
 
 
-def _versions(args: Sequence[Any]) -> list[int]:
+def _versions(args: Sequence[Any], positions: Iterable[int] | None) -> dict[int, int]:
+    """How often each tensor was written to; of those at ``positions``, or all."""
     with compat.plain_tensors():  # bitsandbytes' weights are of a class that Python is asked about
-        return [x._version for x in args if isinstance(x, torch.Tensor) and not x.is_inference()]
+        return {
+            i: x._version
+            for i in (range(len(args)) if positions is None else positions)
+            if isinstance(x := args[i], torch.Tensor) and not x.is_inference()
+        }

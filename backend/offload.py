@@ -13,6 +13,7 @@ of the same size, and are pinned up to a limit; what is over it is moved through
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import weakref
@@ -106,7 +107,9 @@ def _start(to: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         # Without the stream's context manager, which takes the host as long as all the rest.
         side, here = _STREAMS[device.index], torch.cuda.current_stream(device)
         side.wait_event(here.record_event())
-        with torch.cuda.device(device):  # setting a stream makes its device the current one
+        # Setting a stream makes its device the current one.
+        other = device.index != compat.current_device()
+        with torch.cuda.device(device) if other else contextlib.nullcontext():
             torch.cuda.set_stream(side)
             try:
                 to.copy_(x, non_blocking=True)

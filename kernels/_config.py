@@ -41,8 +41,6 @@ MOST_KEPT = 4096
 #: Kernel → why its tuned configuration could not be looked up; the heuristic's is taken.
 FAILED: dict[str, str] = {}
 
-_UNKNOWN: Any = object()
-
 
 class Space:
     """The configurations of one kernel.
@@ -75,16 +73,20 @@ class Space:
         self.explicit: Config | None = None
         #: What was asked for while :func:`listening`, in order.
         self.asked: dict[tuple[Any, ...], None] | None = None
-        self._kept: dict[tuple[Any, ...], Config | None] = {}
+        self._kept: dict[tuple[Any, ...], Config] = {}
         SPACES[kernel] = self
 
     def __call__(self, *key: Any) -> Config:
         """The configuration for ``key``: device, dtype, and the sizes in the order of ``tokens`` and ``sizes``."""
-        tuned = self._kept.get(key, _UNKNOWN)
-        if tuned is _UNKNOWN:
-            tuned = self._look_up(key)
-        config = self.heuristic(*key)
-        return config if tuned is None else {**config, **tuned}
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept.copy()
+        config = {**self.heuristic(*key), **(self._look_up(key) or {})}
+        if self.asked is None:
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            self._kept[key] = config.copy()
+        return config
 
     def _look_up(self, key: tuple[Any, ...]) -> Config | None:
         """What is chosen in place of the heuristic's; None: nothing. It never raises: a kernel is about to run."""
@@ -98,10 +100,6 @@ class Space:
         except Exception as error:
             FAILED[self.kernel] = f"{type(error).__name__}: {error}"
             log.warning("the tuned configuration of %s could not be looked up: %s", self.kernel, error, exc_info=error)
-        if self.asked is None:
-            if len(self._kept) >= MOST_KEPT:
-                self._kept.clear()
-            self._kept[key] = tuned
         return tuned
 
     def legal(self, config: Mapping[str, int], *key: Any) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from fastft.kernels import nf4
+from fastft.kernels._op import compat
 
 Tensors = Sequence[torch.Tensor]
 T = TypeVar("T")
@@ -28,7 +29,7 @@ def _scratch_rows(like: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> Ite
     """
     stream, fresh = 0, False
     if like.is_cuda:
-        stream = torch.cuda.current_stream(like.device).cuda_stream
+        stream = compat().current_stream(like.get_device())
         # A captured graph owns the memory it was captured with: it may not share the scratch with what runs outside.
         fresh = torch.cuda.is_current_stream_capturing()
     with _scratch_lock:

@@ -25,7 +25,7 @@ from fastft.kernels._linear_cross_entropy_call import (
 )
 from fastft.kernels._linear_cross_entropy_triton import _backward_kernel, _forward_kernel
 from fastft.kernels._op import use_triton
-from fastft.kernels._triton import triton
+from fastft.kernels._triton import cdiv
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
@@ -349,7 +349,7 @@ def backward(
         targets, each = labels[at], coefficients.of(at)
         of_chunk = (top[at], log_sum[at], entropy[at] if entropy.shape[0] else top[at])
         if head.triton:
-            _backward_kernel[(logits.shape[0], triton.cdiv(weight.shape[0], head.constants["BLOCK"]))](
+            _backward_kernel[(logits.shape[0], cdiv(weight.shape[0], head.constants["BLOCK"]))](
                 logits,
                 targets,
                 *of_chunk,

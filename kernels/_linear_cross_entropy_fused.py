@@ -27,7 +27,7 @@ import torch
 from fastft.kernels._config import SHARED_BYTES, Config, Space, crowded, padded
 from fastft.kernels._linear_cross_entropy_triton import _gradient, _z_of
 from fastft.kernels._rows import processors
-from fastft.kernels._triton import jit, tl, triton
+from fastft.kernels._triton import cdiv, jit, tl
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
@@ -421,7 +421,7 @@ def forward(
     config = CONFIGS["forward"](hidden.device, hidden.dtype, tokens, vocab, width)
     parts = config["PARTS"]
     partial = torch.empty((7, parts, tokens), dtype=torch.float32, device=hidden.device)
-    _fused_forward_kernel[(triton.cdiv(tokens, config["BLOCK_M"]) * parts,)](
+    _fused_forward_kernel[(cdiv(tokens, config["BLOCK_M"]) * parts,)](
         hidden,
         weight,
         hidden if bias is None else bias,
@@ -442,7 +442,7 @@ def forward(
         **constants,
         **config,
     )
-    _join_kernel[(triton.cdiv(tokens, 128),)](
+    _join_kernel[(cdiv(tokens, 128),)](
         partial,
         labels,
         *outputs,
@@ -493,7 +493,7 @@ def backward(
         total = hidden.new_zeros((parts, own.shape[0] if product else 0, width), dtype=torch.float32)
         added = hidden.new_zeros((vocab if sums else 0,), dtype=torch.float32)
         if tokens and (product or sums):
-            _fused_backward_kernel[(triton.cdiv(own.shape[0], config["BLOCK_M"]) * parts,)](
+            _fused_backward_kernel[(cdiv(own.shape[0], config["BLOCK_M"]) * parts,)](
                 own,
                 other,
                 hidden if bias is None else bias,

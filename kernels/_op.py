@@ -59,6 +59,14 @@ def use_triton(x: torch.Tensor) -> bool:
     return (x.is_cuda or INTERPRET) and not _PLAIN.get()
 
 
+@functools.cache
+def compat() -> Any:
+    """What torch does not promise to keep. Loaded with the first call: Dynamo comes along."""
+    from fastft import _torch_compat
+
+    return _torch_compat
+
+
 def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define ``torch.ops.fastft.<name>`` from ``schema`` (``"rms_norm(Tensor x, ...) -> (Tensor, Tensor)"``).
 
@@ -69,10 +77,15 @@ def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
 
     @functools.wraps(run)
     def body(*args: Any) -> Any:
+        # bitsandbytes' weights are of a class that Python is asked about whatever is done with them.
+        with compat().plain_tensors():
+            return placed(args)
+
+    def placed(args: tuple[Any, ...]) -> Any:
         first = next((a for a in args if isinstance(a, torch.Tensor)), None)
         device = "cpu" if first is None else first.device.type
         autocast = torch.is_autocast_enabled(device)
-        there = first is None or not first.is_cuda or first.get_device() == torch.cuda.current_device()
+        there = first is None or not first.is_cuda or first.get_device() == compat().current_device()
         if there and not autocast:
             return guarded(first, args)
         with contextlib.ExitStack() as stack:

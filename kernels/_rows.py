@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from fastft.kernels._triton import jit, tl, triton
+from fastft.kernels._triton import cdiv, jit, next_power_of_2, tl
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,15 @@ def row_tile(n: int, each: int, held: int | None = None) -> tuple[int, int, int]
     end (5120 columns are a warp's 20 times: four warps take five each; of eight, four would take three and the others
     wait). ``held``: columns that a row's registers are for, where they are less than the next power of two.
     """
-    columns = triton.next_power_of_2(n)
+    columns = next_power_of_2(n)
     if columns < 2048 or n == 2048:
         rows = 4096 // columns
         return rows, columns, min(16, max(4, rows * columns // 512))
-    turns, idle = triton.cdiv(n, WARP_COLUMNS), 0.0 if held else 0.15
+    turns, idle = cdiv(n, WARP_COLUMNS), 0.0 if held else 0.15
     warps = 1
     while warps < 16 and (
         (held or columns) > MOST_COLUMNS * 32 * warps
-        or (n >= 2 * each * 32 * warps and 2 * warps * triton.cdiv(turns, 2 * warps) <= (1.0 + idle) * turns)
+        or (n >= 2 * each * 32 * warps and 2 * warps * cdiv(turns, 2 * warps) <= (1.0 + idle) * turns)
     ):
         warps *= 2
     return 1, columns, warps

@@ -13,7 +13,7 @@ import torch
 
 from fastft.kernels._op import use_triton
 from fastft.kernels._rows import row_offset
-from fastft.kernels._triton import jit, tl, triton
+from fastft.kernels._triton import cdiv, jit, tl
 
 #: Tile of a program: 32 elements for each of its 128 threads, 64 bytes of bf16 on their way.
 ROWS, COLUMNS = 4, 1024
@@ -56,8 +56,8 @@ def side_by_side(out: torch.Tensor, sources: Sequence[torch.Tensor]) -> list[tor
         return columns
     widths, strides = [s.shape[1] for s in sources], [s.stride(0) for s in sources]
     unit = 1 if any(n % UNIT for n in (*widths, *strides, out.stride(0))) else UNIT
-    blocks = sum(triton.cdiv(n, COLUMNS) for n in widths)
-    _copy_kernel[(triton.cdiv(out.shape[0], ROWS), blocks)](
+    blocks = sum(cdiv(n, COLUMNS) for n in widths)
+    _copy_kernel[(cdiv(out.shape[0], ROWS), blocks)](
         out, tuple(sources), tuple(n // unit for n in widths), tuple(n // unit for n in strides),
         out.stride(0) // unit, out.shape[0], UNIT=unit, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

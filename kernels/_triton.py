@@ -6,7 +6,7 @@ __future__ import annotations``, so that no annotation is evaluated.
 
 ``kernel[grid](…)`` finds the compiled kernel of a launch anew each time, argument by argument, which takes Triton
 longer than the launch itself. A step of training repeats its launches to the last stride, so :class:`Kernel` keeps what
-was found.
+was found. A small model's step, and one that offloads, waits for the host: what is in the way of a launch counts.
 """
 
 from __future__ import annotations
@@ -108,6 +108,16 @@ if HAS_TRITON:
             return tuple(constants.get(p.name, p.default) for p in behind)
 
 
+def cdiv(n: int, d: int) -> int:
+    """⌈n / d⌉. Triton's own is for kernels too, and asks of each argument whether it is a constant of one."""
+    return -(-n // d)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is n or more, for n ≥ 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def jit(fn: Any) -> Any:
     """``triton.jit``; without Triton the function itself."""
     if not HAS_TRITON:
@@ -118,4 +128,4 @@ def jit(fn: Any) -> Any:
     return Kernel(fn) if known and type(stock) is triton.JITFunction else stock
 
 
-__all__ = ["HAS_TRITON", "jit", "tl", "triton"]
+__all__ = ["HAS_TRITON", "cdiv", "jit", "next_power_of_2", "tl", "triton"]

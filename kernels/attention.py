@@ -96,7 +96,7 @@ from fastft.kernels._config import SHARED_BYTES, Config, Space, crowded
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import INTERPRET, Cost, Op, Recompute, raw_op, register
 from fastft.kernels._rows import SAME_SUMS, size
-from fastft.kernels._triton import triton
+from fastft.kernels._triton import cdiv, next_power_of_2
 
 # ---------------------------------------------------------------- reference
 
@@ -244,8 +244,8 @@ def _or(x: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
 
 def _constants(call: Call, kernel: str, q: torch.Tensor) -> dict[str, Any]:
     """What a kernel is specialised on."""
-    d = triton.next_power_of_2(max(call.d, 16))
-    d_v = triton.next_power_of_2(max(call.d_v, 16))
+    d = next_power_of_2(max(call.d, 16))
+    d_v = next_power_of_2(max(call.d_v, 16))
     dense = 0 if call.dense is None else 1 if call.dense.dtype == torch.bool else 2
     start, end = call.start is not None, call.keep is not None and not call.holes
     tiles = CONFIGS[kernel](
@@ -306,7 +306,7 @@ def _forward_by(
     if call.backend == "math":
         return pytorch.forward_math(call, q, k, v, out, lse)
     constants = _constants(call, "forward", q)
-    tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])
+    tiles = cdiv(call.q_length, constants["BLOCK_M"])
     dense, dense_strides = call.dense_operand(q)
     _forward_kernel[(tiles * call.batch * call.heads,)](
         q, k, v, _or(call.start, q), _or(call.end, q), _or(call.keep, q), dense, _or(call.sinks, q), _or(call.seed, q),
@@ -376,7 +376,7 @@ def _backward_by(
     seed = _or(call.seed, q)
     delta = torch.empty_like(lse)
     block, sinks = 64, call.sinks is not None and dsinks.numel() > 0
-    tiles = triton.cdiv(call.q_length, block)
+    tiles = cdiv(call.q_length, block)
     partial = lse.new_empty((call.batch, call.heads, tiles) if sinks else 0)
     looks = _looks_at_gradients(call)
     asked = lse.new_empty((call.batch, call.heads, tiles), dtype=torch.int32) if looks else seed
@@ -384,7 +384,7 @@ def _backward_by(
         do, out, lse, _or(call.sinks, q), delta, partial, asked,
         *do.stride()[:3], *out.stride()[:3], call.heads, call.q_length, tiles,
         DV=call.d_v, HAS_SINKS=sinks, HAS_ASKED=looks,
-        BLOCK_DV=triton.next_power_of_2(call.d_v), BLOCK_M=block, **SAME_SUMS,
+        BLOCK_DV=next_power_of_2(call.d_v), BLOCK_M=block, **SAME_SUMS,
     )  # fmt: skip
     if sinks:
         dsinks.copy_(partial.sum((0, 2)))
@@ -392,7 +392,7 @@ def _backward_by(
         asked = asked.amax(2)
     if want_q:
         constants = _constants(call, "dq", q)
-        tiles = triton.cdiv(call.q_length, constants["BLOCK_M"])
+        tiles = cdiv(call.q_length, constants["BLOCK_M"])
         _dq_kernel[(tiles * call.batch * call.heads,)](
             q, k, v, do, lse, delta, start, end, keep, asked, dense, seed, dq,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dq.stride()[:3], *dense_strides,
@@ -400,7 +400,7 @@ def _backward_by(
         )  # fmt: skip
     if want_kv:
         constants = _constants(call, "dkdv", q)
-        tiles = triton.cdiv(call.k_length, constants["BLOCK_N"])
+        tiles = cdiv(call.k_length, constants["BLOCK_N"])
         _dkdv_kernel[(tiles * call.batch * k.shape[1],)](
             q, k, v, do, lse, delta, stop, end, keep, asked, dense, seed, dk, dv,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],

@@ -36,7 +36,7 @@ from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import Rows, row_offset, rows_of, size
-from fastft.kernels._triton import jit, tl, triton
+from fastft.kernels._triton import cdiv, jit, tl
 
 KINDS = ("silu", "gelu_tanh", "gelu")
 
@@ -161,7 +161,7 @@ def _forward_into(y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: s
         return
     rows, n = _extent(walk, gate.shape[-1])
     tile = FORWARD(gate.device, gate.dtype, walk.count, gate.shape[-1], kind)
-    blocks = triton.cdiv(n, tile["BLOCK"])
+    blocks = cdiv(n, tile["BLOCK"])
     (g_outer, g_inner), (u_outer, u_inner), (y_outer, y_inner) = walk.strides
     _forward_kernel[(rows * blocks,)](
         gate, up, y, n, blocks, walk.inner, g_outer, g_inner, u_outer, u_inner, y_outer, y_inner,
@@ -198,7 +198,7 @@ def _backward_into(
         return
     rows, n = _extent(walk, gate.shape[-1])
     tile = BACKWARD(gate.device, gate.dtype, walk.count, gate.shape[-1], kind)
-    blocks = triton.cdiv(n, tile["BLOCK"])
+    blocks = cdiv(n, tile["BLOCK"])
     (g_outer, g_inner), (u_outer, u_inner), (dy_outer, dy_inner), (dg_outer, dg_inner), (du_outer, du_inner) = (
         walk.strides
     )

@@ -39,7 +39,7 @@ from fastft.kernels._rows import (
     size,
     tile_at,
 )
-from fastft.kernels._triton import jit, tl, triton
+from fastft.kernels._triton import cdiv, jit, tl
 
 # ---------------------------------------------------------------- reference
 
@@ -273,7 +273,7 @@ def _forward(
     n = x.shape[-1]
     tile = FORWARD(x.device, x.dtype, walk.count, n)
     (x_outer, x_inner), (y_outer, y_inner), (r_outer, r_inner) = walk.strides
-    _forward_kernel[(triton.cdiv(walk.count, tile["BLOCK_M"]),)](
+    _forward_kernel[(cdiv(walk.count, tile["BLOCK_M"]),)](
         x, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(), y, m, r,
         walk.count, walk.inner, x_outer, x_inner, y_outer, y_inner, r_outer, r_inner,
         N=n, EPS=eps, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
@@ -326,7 +326,7 @@ def _backward(
         dense_dx, dweight, dbias = _backward(*dense, want_dx, want_dweight, want_dbias)
         return (dx.copy_(dense_dx) if want_dx else dx), dweight, dbias
     tile = BACKWARD(x.device, x.dtype, walk.count, n)
-    programs = triton.cdiv(walk.count, tile["BLOCK_M"])
+    programs = cdiv(walk.count, tile["BLOCK_M"])
     if want_dweight or want_dbias:
         programs = min(programs, tile["PROGRAMS"] * processors(x.device))
     dw, db = (x.new_empty((programs, n) if want else (0,), dtype=torch.float32) for want in (want_dweight, want_dbias))

@@ -82,7 +82,7 @@ from fastft.kernels._linear_cross_entropy_call import (
 )
 from fastft.kernels._linear_cross_entropy_triton import _scale_kernel
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
-from fastft.kernels._triton import triton
+from fastft.kernels._triton import cdiv
 
 
 class LogProb(NamedTuple):
@@ -427,7 +427,7 @@ def _scale(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Ten
         return _times(unit, g, dtype)
     out = torch.empty_like(unit, dtype=dtype)
     columns = unit.numel() // g.shape[0]
-    blocks = triton.cdiv(columns, SCALED)
+    blocks = cdiv(columns, SCALED)
     _scale_kernel[(g.shape[0] * blocks,)](unit, g.float(), out, columns, blocks, BLOCK=SCALED, num_warps=4)
     return out
 

@@ -39,7 +39,7 @@ from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._products import matmul, times
 from fastft.kernels._rows import rows_of, size, tile_at
-from fastft.kernels._triton import jit, tl, triton
+from fastft.kernels._triton import cdiv, jit, next_power_of_2, tl
 from fastft.kernels.glu import KINDS, _activate, _activate_torch
 from fastft.kernels.glu import reference as glu_reference
 from fastft.kernels.glu import stock as glu_stock
@@ -257,7 +257,7 @@ def _constants(x: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str)
     gate, up = (t.shape[1] for t in b)
     return {
         "SCALE_GATE": float(scaling[0]), "SCALE_UP": float(scaling[1]), "RANK_GATE": gate, "RANK_UP": up,
-        "BLOCK_R": max(LEAST_RANK, triton.next_power_of_2(max(gate, up))), "KIND": kind,
+        "BLOCK_R": max(LEAST_RANK, next_power_of_2(max(gate, up))), "KIND": kind,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
     }  # fmt: skip
 
@@ -287,9 +287,9 @@ def _forward(wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str
         return y.copy_(_forward(wide.contiguous(), b, scaling, kind))
     n, rank = y.shape[-1], max(up.shape[1] for up in b)
     tile = FORWARD(wide.device, wide.dtype, walk.count, n, rank, kind)
-    blocks = triton.cdiv(n, tile["BLOCK_N"])
+    blocks = cdiv(n, tile["BLOCK_N"])
     b_gate, b_up = _rounded(b, wide.dtype)
-    _forward_kernel[(triton.cdiv(walk.count, tile["BLOCK_M"]) * blocks,)](
+    _forward_kernel[(cdiv(walk.count, tile["BLOCK_M"]) * blocks,)](
         wide, b_gate, b_up, y,
         walk.count, n, blocks, walk.inner, *itertools.chain.from_iterable(walk.strides),
         **_constants(wide, b, scaling, kind), **tile,
@@ -320,22 +320,22 @@ def _backward_into(
         return
     n, ranks = b[0].shape[0], [up.shape[1] for up in b]
     tile = BACKWARD(wide.device, wide.dtype, walk.count, n, max(ranks), kind)
-    fused, blocks = tile.pop("FUSED"), triton.cdiv(n, tile["BLOCK_N"])
+    fused, blocks = tile.pop("FUSED"), cdiv(n, tile["BLOCK_N"])
     summed = bool(want_h and fused)
     if not fused:
         tile["SPLITS"], tile["num_stages"] = blocks, 1
     parts = wide.new_empty((tile["SPLITS"], walk.count, sum(ranks)) if summed else 0, dtype=torch.float32)
     b_gate, b_up = _rounded(b, wide.dtype)
     of_dwide, of_dy, of_wide = walk.strides
-    _backward_kernel[(triton.cdiv(walk.count, tile["BLOCK_M"]) * tile["SPLITS"],)](
+    _backward_kernel[(cdiv(walk.count, tile["BLOCK_M"]) * tile["SPLITS"],)](
         dy, wide, b_gate, b_up, dwide, parts, walk.count, n, walk.inner, *of_dy, *of_wide, *of_dwide,
         **_constants(wide, b, scaling, kind), WANT_H=summed, **tile,
     )  # fmt: skip
     if summed:
         behind = wide.shape[-1] - 2 * n
-        _sum_kernel[(triton.cdiv(walk.count, SUM_ROWS),)](
+        _sum_kernel[(cdiv(walk.count, SUM_ROWS),)](
             parts, dwide, walk.count, 2 * n, behind, walk.inner, *of_dwide,
-            RANK=sum(ranks), BLOCK_C=triton.next_power_of_2(behind), BLOCK_M=SUM_ROWS, SPLITS=tile["SPLITS"],
+            RANK=sum(ranks), BLOCK_C=next_power_of_2(behind), BLOCK_M=SUM_ROWS, SPLITS=tile["SPLITS"],
             num_warps=4,
         )  # fmt: skip
     elif want_h:

@@ -30,7 +30,7 @@ import torch
 from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, raw_op, register, use_triton
-from fastft.kernels._triton import jit, tl, triton
+from fastft.kernels._triton import cdiv, jit, tl
 
 #: The 16 levels (QLoRA's appendix E): quantiles of a standard normal, scaled to [-1, 1], with an exact zero.
 NF4 = (
@@ -177,7 +177,7 @@ def dequantize_into(
     size = out.numel()
     if size:
         tile = CONFIG(packed.device, out.dtype, size, blocksize, absmax_code is not None)
-        _nf4_dequantize_kernel[(triton.cdiv(size, tile["GROUPS"] * 8),)](
+        _nf4_dequantize_kernel[(cdiv(size, tile["GROUPS"] * 8),)](
             out,
             packed.view(torch.uint8),
             _levels(packed.device),

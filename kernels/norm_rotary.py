@@ -29,7 +29,7 @@ from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import SAME_SUMS, processors, size
-from fastft.kernels._triton import jit, tl, triton
+from fastft.kernels._triton import jit, next_power_of_2, tl
 from fastft.kernels.rotary import STYLES, _load_heads, _store_heads, _store_pairs, _tables, _turn
 
 # ---------------------------------------------------------------- reference
@@ -317,15 +317,15 @@ def _constants(
     heads, tokens, width = [t.shape[3 - seq_dim] for t in (q, k)], q.shape[0] * q.shape[seq_dim], q.shape[-1]
     config = space(q.device, q.dtype, tokens, *heads, width, rotary_dim, style, weight is not None)
     half = rotary_dim // 2
-    block = triton.next_power_of_2(half)
-    blocks = [min(triton.next_power_of_2(h), max(1, config["TILE"] // (2 * block))) for h in heads]
+    block = next_power_of_2(half)
+    blocks = [min(next_power_of_2(h), max(1, config["TILE"] // (2 * block))) for h in heads]
     x_pairs, y_pairs = STYLES[style]
     return {
         "Q_HEADS": heads[0], "K_HEADS": heads[1], "D": width, "HALF": half,
         "FULL_TABLES": cos.shape[-1] == rotary_dim, "X_PAIRS": x_pairs, "Y_PAIRS": y_pairs,
         "OFFSET": offset, "HAS_WEIGHT": weight is not None,
         "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1], "BLOCK": block,
-        "BLOCK_REST": triton.next_power_of_2(max(width - rotary_dim, 1)), "num_warps": config["num_warps"], **SAME_SUMS,
+        "BLOCK_REST": next_power_of_2(max(width - rotary_dim, 1)), "num_warps": config["num_warps"], **SAME_SUMS,
     }, config["PROGRAMS"]  # fmt: skip
 
 

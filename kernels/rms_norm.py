@@ -42,7 +42,7 @@ from fastft.kernels._rows import (
     size,
     tile_at,
 )
-from fastft.kernels._triton import jit, tl, triton
+from fastft.kernels._triton import cdiv, jit, tl
 
 # ---------------------------------------------------------------- reference
 
@@ -168,7 +168,7 @@ def _forward(
     n = x.shape[-1]
     tile = FORWARD(x.device, x.dtype, walk.count, n)
     (x_outer, x_inner), (y_outer, y_inner), (r_outer, r_inner) = walk.strides
-    _forward_kernel[(triton.cdiv(walk.count, tile["BLOCK_M"]),)](
+    _forward_kernel[(cdiv(walk.count, tile["BLOCK_M"]),)](
         x, x if weight is None else weight.contiguous(), y, r,
         walk.count, walk.inner, x_outer, x_inner, y_outer, y_inner, r_outer, r_inner,
         N=n, EPS=eps, OFFSET=offset, HAS_WEIGHT=weight is not None,
@@ -215,7 +215,7 @@ def _backward(
         return (dx.copy_(dense) if want_dx else dx), dweight
     n = x.shape[-1]
     tile = BACKWARD(x.device, x.dtype, walk.count, n)
-    programs = triton.cdiv(walk.count, tile["BLOCK_M"])
+    programs = cdiv(walk.count, tile["BLOCK_M"])
     if want_dweight:
         programs = min(programs, tile["PROGRAMS"] * processors(x.device))
     partial = x.new_empty((programs, n) if want_dweight else (0,), dtype=torch.float32)

@@ -45,7 +45,7 @@ from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import size
-from fastft.kernels._triton import jit, tl, triton
+from fastft.kernels._triton import jit, next_power_of_2, tl
 
 #: style → whether the elements of a pair are neighbours in x, and whether they are in y.
 STYLES = {"half": (False, False), "interleaved": (True, True), "interleaved_to_half": (True, False)}
@@ -250,7 +250,7 @@ HEADS, LEAST, MOST = 16, 512, 2048
 
 def _held(q_heads: int, width: int) -> int:
     """Elements of all heads of q, in tiles of powers of two."""
-    return max(LEAST, triton.next_power_of_2(q_heads) * triton.next_power_of_2(width))
+    return max(LEAST, next_power_of_2(q_heads) * next_power_of_2(width))
 
 
 def _tile(
@@ -260,7 +260,7 @@ def _tile(
     # Four heads (Gemma 3 1B) leave many threads with one load to wait for; wide heads are many registers. Measured on
     # an H100.
     warps = 1 if _held(q_heads, head_dim) <= 1024 else 8 if rotary_dim > 128 else 4
-    tile = min(MOST, max(LEAST, HEADS * triton.next_power_of_2(rotary_dim)), _held(q_heads, rotary_dim))
+    tile = min(MOST, max(LEAST, HEADS * next_power_of_2(rotary_dim)), _held(q_heads, rotary_dim))
     return {"TILE": tile, "num_warps": warps}
 
 
@@ -309,9 +309,9 @@ def _launch(
 
     heads = [t.shape[3 - seq_dim] for t in (q_in, k_in)]
     half = rotary_dim // 2
-    block = triton.next_power_of_2(half)
+    block = next_power_of_2(half)
     config = CONFIG(q_in.device, q_in.dtype, batch * seq, *heads, width, rotary_dim, style, transpose)
-    tiles = [min(triton.next_power_of_2(h), max(1, config["TILE"] // (2 * block))) for h in heads]
+    tiles = [min(next_power_of_2(h), max(1, config["TILE"] // (2 * block))) for h in heads]
     x_pairs, y_pairs = STYLES[style]
     _rotary_kernel[(batch * seq,)](
         q_in, k_in, q_out, k_out, cos, sin,
@@ -321,7 +321,7 @@ def _launch(
         Q_HEADS=heads[0], K_HEADS=heads[1], D=width, HALF=half, FULL_TABLES=cos.shape[-1] == rotary_dim,
         X_PAIRS=x_pairs, Y_PAIRS=y_pairs,
         TRANSPOSE=transpose, HAS_Q=q is not None, HAS_K=k is not None,
-        BLOCK_Q=tiles[0], BLOCK_K=tiles[1], BLOCK=block, BLOCK_REST=triton.next_power_of_2(max(width - rotary_dim, 1)),
+        BLOCK_Q=tiles[0], BLOCK_K=tiles[1], BLOCK=block, BLOCK_REST=next_power_of_2(max(width - rotary_dim, 1)),
         num_warps=config["num_warps"],
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from fastft.kernels._config import Config, Space, crowded
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import row_offset, rows_of, size
-from fastft.kernels._triton import jit, tl, triton
+from fastft.kernels._triton import cdiv, jit, tl
 
 # ---------------------------------------------------------------- reference
 
@@ -95,7 +95,7 @@ def _launch(kernel: Any, space: Space, *tensors: torch.Tensor) -> bool:
     tile = space(tensors[0].device, tensors[0].dtype, rows, n)
     if walk.inner == 1 and all(outer == n for outer, _ in walk.strides):  # without gaps: one long row
         rows, n = 1, rows * n
-    blocks = triton.cdiv(n, tile["BLOCK"])
+    blocks = cdiv(n, tile["BLOCK"])
     strides = [stride for pair in walk.strides for stride in pair]
     kernel[(rows * blocks,)](*tensors, n, blocks, walk.inner, *strides, **tile)
     return True

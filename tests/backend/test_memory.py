@@ -738,6 +738,7 @@ def test_out_of_memory_with_the_leanest_plan_is_the_users(monkeypatch: pytest.Mo
 
 
 def test_out_of_memory_after_a_write_to_an_input_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph writes to is what its first call wrote to; that one is looked at in full."""
     made = planned_calls(monkeypatch)
 
     def written(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -748,11 +749,15 @@ def test_out_of_memory_after_a_write_to_an_input_is_the_users(monkeypatch: pytes
     call = torch.compile(written, backend="fastft", options=options)
     x, w = torch.zeros(4), torch.ones(4, requires_grad=True)
     call(x, w).backward()
-    fails(made[0], 1)
+    known = made[0].written
+    assert known is not None and len(known) == 1
     monkeypatch.setattr(Planned, "_leaner", lambda self, failed, sizes: failed)
-    with pytest.raises(torch.OutOfMemoryError):
-        call(x, w)
-    assert torch.equal(x, torch.full((4,), 2.0))
+    for times, written_to in ((1, known), (2, None)):
+        made[0].written = written_to
+        fails(made[0], 1)
+        with pytest.raises(torch.OutOfMemoryError):
+            call(x, w)
+        assert torch.equal(x, torch.full((4,), 1.0 + times))
 
 
 # -------------------------------------------------------------------------------------------------- what goes wrong
@@ -771,9 +776,10 @@ def test_versions_ask_no_class_of_tensors() -> None:
 
     x = torch.zeros(2).as_subclass(Asked)
     Asked.asked = 0
-    assert memory._versions([x, 3]) == [0] and Asked.asked == 0
+    assert memory._versions([x, 3], None) == {0: 0} and Asked.asked == 0
     x.add_(1)
-    assert memory._versions([x]) == [1]
+    assert memory._versions([x, 3, x], None) == {0: 1, 2: 1}
+    assert memory._versions([x, 3, x], [2]) == {2: 1}
 
 
 def test_planning_that_fails_recomputes_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "side by side: the first tile only",
         "kernels/_side_by_side.py",
-        "blocks = sum(triton.cdiv(n, COLUMNS) for n in widths)",
+        "blocks = sum(cdiv(n, COLUMNS) for n in widths)",
         "blocks = len(widths)",
         "'tests/kernels/test_side_by_side.py::test_every_number_is_where_it_belongs[(48, 8, 1032)-8-dense-dtype0]'",
         interpret=True,
@@ -1803,9 +1803,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_memory.py::test_out_of_memory_is_answered_by_a_leaner_plan[fast]",
     ),
     Mutant(
+        "memory plan: a call is taken to write to nothing",
+        "backend/memory.py",
+        "for i, version in versions.items() if after[i] != version]",
+        "for i, version in versions.items() if after[i] == version - 1]",
+        "tests/backend/test_memory.py -k after_a_write",
+    ),
+    Mutant(
         "memory plan: a forward that wrote to its inputs runs again",
         "backend/memory.py",
-        "if _versions(args) != versions:",
+        "if _versions(args, self.written) != versions:",
         "if False:",
         "tests/backend/test_memory.py -k after_a_write",
     ),
