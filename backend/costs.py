@@ -334,22 +334,17 @@ def _products(name: str, given: Mapping[str, Any]) -> tuple[Callable[[Size], int
     if not name.startswith(("fastft::lora_linear", "fastft::lora_stack")) or not given.get("quant"):
         return (lambda size: 0), lambda size: 0
     widths, k = given["shape"][::2], given["shape"][1]
-
-    def largest(size: Size) -> int:
-        return max(map(size, widths)) * size(k) * item  # type: ignore[no-any-return]
-
-    if name == "fastft::lora_linear":
-        item = given["x"].element_size()
-        return largest, largest
-    below, rows = [down.shape[0] for down in given["a"]], 0
+    below, rows = [] if name == "fastft::lora_linear" else [down.shape[0] for down in given["a"]], 0
     if name == "fastft::lora_linear_backward":
         item, own, dy = given["dtype"].itemsize, given["own"], given["dy"]
         asked = [given[of] for of in ("dtype", "lora_dtype", "together", "need_x")]
-        if not lora_linear.one_product(dy, given["shape"], own, *asked):
-            return largest, largest
-        below, rows = [n for n, alone in zip(below, own, strict=True) if not alone], dy[0].numel() // dy[0].shape[-1]
+        if lora_linear.one_product(dy, given["shape"], own, *asked):
+            shared = [n for n, alone in zip(below, own, strict=True) if not alone]
+            below, rows = shared, dy[0].numel() // dy[0].shape[-1]
+        else:
+            below = []
     else:
-        item = (given["x"] if name == "fastft::lora_stack" else given["dwide"]).element_size()
+        item = given["dwide" if name == "fastft::lora_stack_backward" else "x"].element_size()
 
     # All weights and matrices A below each other, and the gradients of all layers next to each other.
     def stacked(size: Size, columns: int = 0) -> int:

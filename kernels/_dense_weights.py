@@ -95,12 +95,15 @@ def _copied(
     yield made[key]
 
 
-def _fill(out: torch.Tensor, weight: torch.Tensor, quant: Tensors, blocksize: int, blocksize2: int) -> None:
-    """Write a weight to ``out``, [N, K]."""
+def _fill(outs: Tensors, weight: Tensors, quant: Tensors, blocks: Sequence[int]) -> None:
+    """Write weights to ``outs``, [N, K] each, which lie behind each other. The lists hold all weights' in a row."""
     if quant:
-        nf4.dequantize_into(out, weight.contiguous(), *quant_args(quant), blocksize, blocksize2)
+        each = len(quant) // len(weight)
+        scales = [quant_args(quant[i : i + each]) for i in range(0, len(quant), each)]
+        nf4.dequantize_into(outs, [w.contiguous() for w in weight], scales, blocks)
     else:
-        out.copy_(weight)
+        for out, w in zip(outs, weight, strict=True):
+            out.copy_(w)
 
 
 @contextlib.contextmanager
@@ -112,7 +115,7 @@ def dense(
         yield weight
         return
     n, k = shape if quant else weight.shape
-    with _copied([weight], n, k, dtype, lambda out: _fill(out, weight, quant, blocksize, blocksize2)) as out:
+    with _copied([weight], n, k, dtype, lambda out: _fill([out], [weight], quant, (blocksize, blocksize2))) as out:
         yield out
 
 
@@ -133,12 +136,11 @@ def stacked(
     zeros up to a whole number of 8 for ``below``: [ΣN + ⌈Σr⌉, K].
     """
     widths, k = shape[::2] if quant else [w.shape[0] for w in weight], shape[1] if quant else weight[0].shape[1]
-    sizes, of_each = [m.shape[0] for m in below], len(quant) // len(weight)
+    sizes = [m.shape[0] for m in below]
     full, rank = sum(widths), sum(sizes)
 
     def fill(out: torch.Tensor) -> None:
-        for i, part in enumerate(out[:full].split(list(widths))):
-            _fill(part, weight[i], quant[i * of_each : (i + 1) * of_each], blocks[2 * i], blocks[2 * i + 1])
+        _fill(out[:full].split(list(widths)), weight, quant, blocks)
         if below:
             torch._foreach_copy_(list(out[full : full + rank].split(sizes)), list(below))
             out[full + rank :].zero_()
@@ -155,16 +157,21 @@ def release_scratch() -> int:
     return freed
 
 
+@contextlib.contextmanager
 def each_dense(
     weight: Tensors, quant: Tensors, shape: Sequence[int], blocks: Sequence[int], dtype: torch.dtype
-) -> Iterator[Any]:
-    """For each layer, what gives its dense weight (:func:`_dense`). The lists hold all layers' in a row."""
-    of_each = len(quant) // len(weight)
-    for i, w in enumerate(weight):
-        state, sizes = quant[i * of_each : (i + 1) * of_each], shape[2 * i : 2 * i + 2]
-        yield dense(w, state, sizes, blocks[2 * i], blocks[2 * i + 1], dtype)
+) -> Iterator[list[Any]]:
+    """For each layer, what gives its dense weight (:func:`dense`). The lists hold all layers' in a row. Several in 4
+    bits are below each other in the scratch, from one launch: so they are for as long as they take.
+    """
+    if quant and len(weight) > 1:
+        with stacked(weight, quant, shape, blocks, (), dtype) as out:
+            yield [contextlib.nullcontext(part) for part in out.split(list(shape[::2]))]
+        return
+    own = zip(weight, blocks[::2], blocks[1::2], strict=True)
+    yield [dense(w, quant, shape, blocksize, blocksize2, dtype) for w, blocksize, blocksize2 in own]
 
 
-def quant_args(quant: Tensors) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+def quant_args(quant: Tensors) -> nf4.Scales:
     """``quant`` as :func:`~fastft.kernels.nf4.nf4_dequantize` takes it: absmax, its code, its offset, its scales."""
     return (quant[0], *quant[1:]) if len(quant) == 4 else (quant[0], None, None, None)  # type: ignore[return-value]

@@ -230,38 +230,39 @@ def _forward(
     first, column = _starts(adapters), _starts([up.shape[1] for up in b])
     # The adapters' own biases are constants of the layer: they join the base's, in fp32.
     wide = torch.promote_types(x.dtype, torch.float32)
-    for i, held in enumerate(each_dense(weight, quant, shape, blocks, x.dtype)):
-        mine = range(first[i], first[i + 1])
-        base = bias[i]
-        sums = [] if base is None else [base.to(wide)]
-        sums += [scaling[j] * more.to(wide) for j in mine if (more := b_bias[j]) is not None]
-        total = functools.reduce(torch.add, sums) if sums else None
+    with each_dense(weight, quant, shape, blocks, x.dtype) as each:
+        for i, held in enumerate(each):
+            mine = range(first[i], first[i + 1])
+            base = bias[i]
+            sums = [] if base is None else [base.to(wide)]
+            sums += [scaling[j] * more.to(wide) for j in mine if (more := b_bias[j]) is not None]
+            total = functools.reduce(torch.add, sums) if sums else None
 
-        thin: list[Thin] = []
-        for j in mine:
-            assert h is not None
-            thin.append((h[:, column[j] : column[j + 1]], cast(b[j], h.dtype).t(), scaling[j]))
-        with held as dense:
-            if out_dtype != x.dtype:  # y is wide: nothing is lost on the way
-                y = matmul(rows, dense.t(), out_dtype)
-                for term in (total, None if residual is None else _rows(residual)):
-                    y = y if term is None else y.add_(term)
-                for product in thin:
-                    add_thin(y, *product)
-            else:
-                begun = None if residual is None else _rows(residual)
-                if total is not None:
-                    begun = total.to(x.dtype)
-                if thin:
-                    begun = _sum_of_thin(rows, dense.shape[0], begun, thin)
-                # cuBLAS adds a bias for nothing, and adds to what it may overwrite without a copy.
-                if begun is None:
-                    y = torch.mm(rows, dense.t())
-                elif thin:
-                    y = begun.addmm_(rows, dense.t(), beta=beta_for(begun))
+            thin: list[Thin] = []
+            for j in mine:
+                assert h is not None
+                thin.append((h[:, column[j] : column[j + 1]], cast(b[j], h.dtype).t(), scaling[j]))
+            with held as dense:
+                if out_dtype != x.dtype:  # y is wide: nothing is lost on the way
+                    y = matmul(rows, dense.t(), out_dtype)
+                    for term in (total, None if residual is None else _rows(residual)):
+                        y = y if term is None else y.add_(term)
+                    for product in thin:
+                        add_thin(y, *product)
                 else:
-                    y = torch.addmm(begun, rows, dense.t(), beta=1 if residual is None else beta_for(begun))
-        ys.append(y.view(*x.shape[:-1], y.shape[-1]))
+                    begun = None if residual is None else _rows(residual)
+                    if total is not None:
+                        begun = total.to(x.dtype)
+                    if thin:
+                        begun = _sum_of_thin(rows, dense.shape[0], begun, thin)
+                    # cuBLAS adds a bias for nothing, and adds to what it may overwrite without a copy.
+                    if begun is None:
+                        y = torch.mm(rows, dense.t())
+                    elif thin:
+                        y = begun.addmm_(rows, dense.t(), beta=beta_for(begun))
+                    else:
+                        y = torch.addmm(begun, rows, dense.t(), beta=1 if residual is None else beta_for(begun))
+            ys.append(y.view(*x.shape[:-1], y.shape[-1]))
     return ys
 
 
@@ -388,11 +389,11 @@ def _backward(
             dx = torch.mm(wide, dense)
     elif need_x:
         # The smallest product first: every sum is rounded at the size that it has reached.
-        each = list(each_dense(weight, quant, shape, blocks, dtype))
-        for i in sorted(range(len(gs)), key=lambda i: gs[i].shape[1]):
-            with each[i] as dense:
-                g = gs[i].to(dtype)
-                dx = torch.mm(g, dense) if dx is None else dx.addmm_(g, dense, beta=beta_for(dx))
+        with each_dense(weight, quant, shape, blocks, dtype) as each:
+            for i in sorted(range(len(gs)), key=lambda i: gs[i].shape[1]):
+                with each[i] as dense:
+                    g = gs[i].to(dtype)
+                    dx = torch.mm(g, dense) if dx is None else dx.addmm_(g, dense, beta=beta_for(dx))
     thin = [t for three in zip(das, dbs, dx_loras, strict=True) for t in three]
     results = (None if dx is None else dx.view(*lead, k), *base, *thin)
     return [dy[0].new_empty(0) if t is None else t for t in results]

@@ -84,11 +84,10 @@ def _forward(
         with stacked(weight, quant, shape, blocks, a, x.dtype) as dense:
             torch.mm(rows, dense[: at[-1] + rank].t(), out=out[:, : at[-1] + rank])
         return wide
-    for (start, end), each in zip(
-        itertools.pairwise(at), each_dense(weight, quant, shape, blocks, x.dtype), strict=True
-    ):
-        with each as dense:
-            torch.mm(rows, dense.t(), out=out[:, start:end])
+    with each_dense(weight, quant, shape, blocks, x.dtype) as each:
+        for (start, end), held in zip(itertools.pairwise(at), each, strict=True):
+            with held as dense:
+                torch.mm(rows, dense.t(), out=out[:, start:end])
     torch.mm(rows, lora._stack(a, x.dtype).t(), out=out[:, at[-1] : at[-1] + rank])
     return wide
 
@@ -123,10 +122,10 @@ def _backward(
     elif need_x:
         # The smallest product first: every sum is rounded at the size that it has reached.
         dx = torch.mm(thin, lora._stack(a, rows.dtype))
-        each = list(each_dense(weight, quant, shape, blocks, rows.dtype))
-        for i in sorted(range(len(weight)), key=lambda i: weight[i].shape[0]):
-            with each[i] as dense:
-                dx.addmm_(rows[:, at[i] : at[i + 1]], dense, beta=beta_for(dx))
+        with each_dense(weight, quant, shape, blocks, rows.dtype) as each:
+            for i in sorted(range(len(weight)), key=lambda i: weight[i].shape[0]):
+                with each[i] as dense:
+                    dx.addmm_(rows[:, at[i] : at[i + 1]], dense, beta=beta_for(dx))
     das = [dwide.new_empty(0) for _ in a]
     if any(need_a):
         assert x is not None

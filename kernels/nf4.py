@@ -113,23 +113,11 @@ CONFIG = Space(
 
 
 @jit
-def _nf4_dequantize_kernel(
-    out_ptr,
-    packed_ptr,
-    levels_ptr,
-    absmax_ptr,
-    code_ptr,
-    offset_ptr,
-    absmax2_ptr,
-    size,
-    BLOCKSIZE: tl.constexpr,
-    BLOCKSIZE2: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    # Where the tile begins is a 64-bit scalar; all arithmetic on vectors is in 32 bits.
-    first = tl.program_id(0).to(tl.int64) * GROUPS
+def _dequantize_tile(
+    out_ptr, packed_ptr, levels_ptr, absmax_ptr, code_ptr, offset_ptr, absmax2_ptr, size, first,
+    BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, DOUBLE: tl.constexpr, WHOLE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """A weight's groups of 8 from ``first`` on, a 64-bit scalar; all arithmetic on vectors is in 32 bits."""
     group = tl.arange(0, GROUPS)
     left = tl.minimum(size - first * 8, GROUPS * 8).to(tl.int32)
     live = group * 8 < left
@@ -154,47 +142,71 @@ def _nf4_dequantize_kernel(
     tl.store(out_ptr + first * 8 + index, weight.to(out_ptr.dtype.element_ty), mask=there)
 
 
+@jit
+def _nf4_dequantize_kernel(
+    out_ptr, packed, levels_ptr, absmax, code, offset, absmax2, sizes,
+    BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, DOUBLE: tl.constexpr, WHOLE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Weights that lie behind each other in ``out``; of each its packed numbers, its scales and its size."""
+    tile = tl.program_id(0)
+    for i in tl.static_range(len(packed)):
+        tiles = tl.cdiv(sizes[i], GROUPS * 8)
+        if (tile >= 0) & (tile < tiles):
+            _dequantize_tile(
+                out_ptr, packed[i], levels_ptr, absmax[i], code[i], offset[i], absmax2[i], sizes[i],
+                tile.to(tl.int64) * GROUPS, BLOCKSIZE, BLOCKSIZE2, DOUBLE, WHOLE, GROUPS,
+            )  # fmt: skip
+        tile -= tiles
+        out_ptr += sizes[i]
+
+
 # ---------------------------------------------------------------------------------------------------- launcher and op
 
 
-def dequantize_into(
-    out: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    absmax_code: torch.Tensor | None,
-    absmax_offset: torch.Tensor | None,
-    absmax2: torch.Tensor | None,
-    blocksize: int,
-    blocksize2: int,
-) -> torch.Tensor:
-    """Write the dequantised weight to ``out`` (contiguous, of the wanted shape and dtype) and return it.
+#: A weight's scales: absmax, its code, its offset, its own scales.
+Scales = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
-    For bodies of ops only: it writes to an argument.
+
+def dequantize_into(
+    outs: Sequence[torch.Tensor],
+    packed: Sequence[torch.Tensor],
+    scales: Sequence[Scales],
+    blocksizes: Sequence[int],
+) -> None:
+    """Write dequantised weights to ``outs``, contiguous tensors of the wanted shapes and of one dtype that lie behind
+    each other in memory. ``blocksizes``: blocksize and blocksize2 of each weight, all in a row.
+
+    One launch for all, where they are of one kind. For bodies of ops only: it writes to its arguments.
     """
-    if not use_triton(packed):
-        scales = (absmax, absmax_code, absmax_offset, absmax2, blocksize, blocksize2)
-        return out.copy_(nf4_dequantize_reference(packed, *scales, out.shape, out.dtype))
-    size = out.numel()
-    if size:
-        tile = CONFIG(packed.device, out.dtype, size, blocksize, absmax_code is not None)
-        _nf4_dequantize_kernel[(cdiv(size, tile["GROUPS"] * 8),)](
-            out,
-            packed.view(torch.uint8),
-            _levels(packed.device),
+    own = zip(scales, blocksizes[::2], blocksizes[1::2], strict=True)
+    kinds = {(code is None, *blocks) for (_, code, *_), *blocks in own}
+    sizes = tuple(out.numel() for out in outs)
+    if not use_triton(packed[0]):
+        for i, (out, weight) in enumerate(zip(outs, packed, strict=True)):
+            blocks = blocksizes[2 * i], blocksizes[2 * i + 1]
+            out.copy_(nf4_dequantize_reference(weight, *scales[i], *blocks, out.shape, out.dtype))
+    elif len(outs) > 1 and (len(kinds) > 1 or any(size % 8 for size in sizes)):
+        for i in range(len(outs)):
+            dequantize_into([outs[i]], [packed[i]], [scales[i]], blocksizes[2 * i : 2 * i + 2])
+    elif sum(sizes):
+        absmax, code, offset, absmax2 = zip(*scales, strict=True)
+        device, double = packed[0].device, code[0] is not None
+        tile = CONFIG(device, outs[0].dtype, sum(sizes), blocksizes[0], double)
+        _nf4_dequantize_kernel[(sum(cdiv(size, tile["GROUPS"] * 8) for size in sizes),)](
+            outs[0],
+            tuple(weight.view(torch.uint8) for weight in packed),
+            _levels(device),
             absmax,
-            absmax_code,
-            absmax_offset,
-            absmax2,
-            size,
-            BLOCKSIZE=blocksize,
-            BLOCKSIZE2=blocksize2,
-            DOUBLE=absmax_code is not None,
-            WHOLE=size % 8 == 0,
+            *((code, offset, absmax2) if double else 3 * (absmax,)),
+            sizes,
+            BLOCKSIZE=blocksizes[0],
+            BLOCKSIZE2=blocksizes[1],
+            DOUBLE=double,
+            WHOLE=sizes[0] % 8 == 0,
             **tile,
             # A fused multiply-add would skip the rounding between product and offset, and with it bit equality.
             enable_fp_fusion=False,
         )
-    return out
 
 
 def _nf4_dequantize(
@@ -212,7 +224,9 @@ def _nf4_dequantize(
     if reason is not None:
         raise ValueError(f"nf4_dequantize: {reason}")
     out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
-    return dequantize_into(out, packed.contiguous(), absmax, absmax_code, absmax_offset, absmax2, blocksize, blocksize2)
+    scales = (absmax, absmax_code, absmax_offset, absmax2)
+    dequantize_into([out], [packed.contiguous()], [scales], (blocksize, blocksize2))
+    return out
 
 
 _raw = raw_op(

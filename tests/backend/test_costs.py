@@ -304,7 +304,7 @@ def test_what_attention_takes_for_itself() -> None:
 
 
 def test_what_products_of_several_layers_take_for_themselves() -> None:
-    """All weights and A below each other, up to whole rows; and the copied gradients, where there is one product."""
+    """All weights below each other, and A up to whole rows and the copied gradients where there is one product."""
     two, quant, a = [meta(768, 1, dtype=torch.uint8)] * 2, [meta(24)] * 2, [meta(3, 64), meta(3, 64)]
     dense = (8 + 16 + whole(6)) * 64 * 2
     where = (two, quant, [8, 64, 16, 64], [64, 256] * 2)
@@ -318,10 +318,13 @@ def test_what_products_of_several_layers_take_for_themselves() -> None:
     for together, own, wanted in (
         (True, [False] * 2, dense + 20 * (24 + whole(6)) * 2),
         (True, [False, True], (24 + whole(3)) * (64 + 20) * 2),
-        (False, [False] * 2, 16 * 64 * 2),
+        (False, [False] * 2, 24 * 64 * 2),
     ):
         rest = (own, None, [1.0] * 2, torch.bfloat16, torch.bfloat16, together, True, *[[False] * 2] * 5)
         linears = called(
             torch.ops.fastft.lora_linear_backward.default, dy, None, *where, [1, 1], a, b, [None] * 2, *rest
         )
         assert costs.scratch(linears)(int) == wanted
+    rest = ([None] * 2, None, [0, 0], [], [], [], None, torch.bfloat16)
+    linears = called(torch.ops.fastft.lora_linear.default, meta(4, 5, 64), *where, *rest)
+    assert costs.scratch(linears)(int) == 24 * 64 * 2

@@ -164,7 +164,7 @@ def _nf4(s: Shape, dtype: torch.dtype) -> None:
     n, k = s["out_features"], s["in_features"]
     scales = _empty(-(-n * k // 64), dtype=torch.float32)
     packed = _empty((n * k + 1) // 2, 1, dtype=torch.uint8)
-    nf4.dequantize_into(_empty(n, k, dtype=dtype), packed, scales, None, None, None, 64, 256)
+    nf4.dequantize_into([_empty(n, k, dtype=dtype)], [packed], [(scales, None, None, None)], (64, 256))
 
 
 _RUN = {

@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from bench.shapes import shapes
+from fastft.kernels import nf4
 from fastft.kernels.nf4 import NF4, OP, nf4_dequantize
 from tests.kernels._fuzz import Draw, flags
 from tests.kernels._samples import Named, New, Sample, nf4_states
@@ -91,6 +92,52 @@ def test_levels_are_those_of_bitsandbytes():
     assert torch.equal(torch.tensor(NF4), functional.get_4bit_type("nf4", device="cpu"))
 
 
+KINDS = {
+    "one kind": ([(6, 64), (131, 64), (40, 512)], {}, 1),
+    "an odd number of weights": ([(6, 64), (5, 7), (34, 512)], {}, 3),
+    "another blocksize": ([(6, 64), (32, 512)], {1: {"blocksize": 128}}, 2),
+    "scales of two kinds": ([(6, 64), (32, 512)], {0: {"double": False}}, 2),
+    "single": ([(6, 64), (32, 512)], {0: {"double": False}, 1: {"double": False}}, 1),
+    "another storage": ([(6, 64), (32, 512)], {1: {"storage": torch.bfloat16}}, 1),
+    "a single weight": ([(5, 7)], {}, 1),
+    "an empty one": ([(6, 64), (0, 64), (32, 512)], {}, 1),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_several_weights_are_written_in_one_launch(name, dtype, device, monkeypatch):
+    shapes_, own, count = KINDS[name]
+    made = [
+        quantised(shape, dtype, device=device, seed=i, **own.get(i, {}))[2] if shape[0] else nothing(device, dtype)
+        for i, shape in enumerate(shapes_)
+    ]
+    out = torch.full((sum(n * k for n, k in shapes_) + 5,), 7.0, dtype=dtype, device=device)
+    outs = out[:-5].split([n * k for n, k in shapes_])
+    outs = [part.view(shape) for part, shape in zip(outs, shapes_, strict=True)]
+    launches, stock = [], nf4._nf4_dequantize_kernel
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return stock[grid]
+
+    monkeypatch.setattr(nf4, "_nf4_dequantize_kernel", Counted())
+    packed, scales = [args[0] for args in made], [args[1:5] for args in made]
+    nf4.dequantize_into(outs, packed, scales, [n for args in made for n in args[5:7]])
+    for part, args in zip(outs, made, strict=True):
+        assert torch.equal(part, OP.reference(*args))
+    assert bool((out[-5:] == 7).all())
+    assert len(launches) == (count if nf4.use_triton(out) else 0)
+
+
+def nothing(device, dtype):
+    state = (torch.empty(0, dtype=torch.uint8), torch.zeros(256), torch.zeros(()), torch.empty(0))
+    state = [t.to(device) for t in (torch.empty(0, 1, dtype=torch.uint8), *state)]
+    return (*state, 64, 256, (0, 64), dtype)
+
+
 def test_empty():
     args = (torch.empty(0, dtype=torch.uint8), torch.empty(0), None, None, None, 64, 256, (0, 64), torch.float32)
     assert nf4_dequantize(*args).shape == (0, 64)
@@ -153,6 +200,30 @@ def _nf4_case(d: Draw) -> Sample:
 FUZZ = {"nf4_dequantize": _nf4_case}
 
 MUTANTS = (
+    Mutant(
+        "nf4: weights are written over each other",
+        "kernels/nf4.py",
+        "        out_ptr += sizes[i]\n",
+        "",
+        "tests/kernels/test_nf4.py -k 'one_launch and one_kind or one_launch and single'",
+        interpret=True,
+    ),
+    Mutant(
+        "nf4: tiles of the weights before are counted once",
+        "kernels/nf4.py",
+        "        tile -= tiles\n",
+        "        tile -= 1\n",
+        "tests/kernels/test_nf4.py -k one_launch",
+        interpret=True,
+    ),
+    Mutant(
+        "nf4: blocks of other sizes are of one kind",
+        "kernels/nf4.py",
+        "{(code is None, *blocks) for",
+        "{(code is None,) for",
+        "tests/kernels/test_nf4.py -k one_launch",
+        interpret=True,
+    ),
     Mutant(
         "nf4: nibbles swapped",
         "kernels/nf4.py",
