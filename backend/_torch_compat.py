@@ -31,7 +31,7 @@ __all__ = [
     "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
     "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "partition", "plain_tensors",
     "process_group_store", "qualified_name", "registered_backend", "size_expression", "size_hint", "spin", "storage_of",
-    "tree_map", "version", "whole_cache_entries", "wrapper_context",
+    "tree_map", "version", "views_like", "whole_cache_entries", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
@@ -42,6 +42,8 @@ plain_tensors = torch._C.DisableTorchFunctionSubclass
 #: around them, which takes longer. (torch without CUDA has neither.)
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+#: (flat, tensors) → views of ``flat``, one after the other, of the tensors' shapes.
+views_like = torch._C._nn.unflatten_dense_tensors
 #: Cuts a joint graph into forward and backward: ``(graph, number of the forward's outputs, positions of inputs that
 #: live as long as the model) -> (forward, backward)``.
 Partitioner = Callable[
@@ -103,13 +105,15 @@ def compile_with_inductor(
     partitioner: Partitioner | None = None,
     uuid: str = "",
     in_order: Callable[[torch.fx.Graph], bool] = lambda graph: False,
+    around: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] = lambda call: call,
 ) -> Callable[..., Any]:
     """Inductor's ``compile_fx`` with config patches that hold for the lazily compiled backward too.
 
     The backward is compiled when it first runs, inside of ``backward_attempt()``; if that context keeps what is raised,
     this backward runs op by op. ``partitioner`` cuts the joint graph, in every process anew: AOTAutograd's cache, which
     would hand out what was cut elsewhere, is not asked (Inductor's knows the two graphs by what is in them). ``uuid``
-    says which partitioner it is. A graph for which ``in_order`` says so runs in the order it has.
+    says which partitioner it is. A graph for which ``in_order`` says so runs in the order it has. ``around(call)`` runs
+    in place of each compiled half's ``call(inputs)``, unless CUDA graphs do.
     """
     from functorch.compile import make_boxed_func
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -122,15 +126,21 @@ def compile_with_inductor(
 
     def compile_half(graph: torch.fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         if not settings.get("is_backward"):
-            return compile_fx_inner(graph, inputs, **settings)
+            return surrounded(compile_fx_inner(graph, inputs, **settings), settings)
         plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor changes the graph it is given
         with backward_attempt(), whole_cache_entries(), _operators_by_name(), no_collection():
-            return compile_fx_inner(graph, inputs, **settings)
+            return surrounded(compile_fx_inner(graph, inputs, **settings), settings)
         for node in plain.graph.nodes:
             if node.target is torch.ops.aten.view.default:
                 node.target = torch.ops.aten.reshape.default  # the compiled forward may have saved other strides
         plain.recompile()
         return make_boxed_func(plain.forward)
+
+    def surrounded(half: Any, settings: Mapping[str, Any]) -> Any:
+        call = getattr(half, "current_callable", None)
+        if call is not None and not settings.get("cudagraphs"):
+            half.current_callable = around(call)
+        return half
 
     settings: dict[str, Any] = dict(patches)
     with contextlib.ExitStack() as stack:

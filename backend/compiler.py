@@ -20,6 +20,7 @@ from fastft.autotune import database, variants
 from fastft.collecting import no_collection
 from fastft.fallback import Attempt
 from fastft.first_step import FirstStep
+from fastft.kernels._dense_weights import Rounded
 from fastft.kernels._op import OPS, rescue
 from fastft.kernels.linear_cross_entropy import linear_log_prob
 from fastft.memory import Memory, Planned
@@ -262,7 +263,7 @@ def _inductor(
     with compat.cache_stamp({"fastft": stamp, **{compat.qualified_name(target): stamp for target in ours}}):
         cut = None if memory is None else memory.partition
         return compat.compile_with_inductor(
-            gm, example_inputs, _patches(options), backward_attempt, cut, stamp, has_offloads
+            gm, example_inputs, _patches(options), backward_attempt, cut, stamp, has_offloads, Rounded
         )
 
 

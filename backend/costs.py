@@ -329,6 +329,26 @@ def lasting(node: fx.Node) -> Callable[[Size], int] | None:
     return _products(name, fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"]))[1]
 
 
+def rounded(graph: fx.Graph) -> int:
+    """Bytes of the adapters that a half of a cut graph takes in half precision, and makes of fp32 ones when it is
+    called.
+    """
+    found: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if not getattr(getattr(node.target, "_schema", None), "name", "").startswith("fastft::lora_"):
+            continue
+        given = _named(node.target, node.args, node.kwargs)
+        other = next((given[of] for of in ("h", "x", "wide", "dwide") if given.get(of) is not None), None)
+        dtype = given.get("lora_dtype") or (None if other is None else other.meta["val"].dtype)
+        if dtype is None or dtype.itemsize != 2:
+            continue
+        for thin in (*given.get("a", ()), *given.get("b", ())):
+            value = thin.meta["val"]
+            if thin.op == "placeholder" and value.dtype == torch.float32:
+                found[thin] = int(value.numel()) * 2
+    return sum(found.values())
+
+
 def _products(name: str, given: Mapping[str, Any]) -> tuple[Callable[[Size], int], Callable[[Size], int]]:
     """What products with weights in 4 bits take, and of it their dense copies."""
     if not name.startswith(("fastft::lora_linear", "fastft::lora_stack")) or not given.get("quant"):

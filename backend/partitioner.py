@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
-from fastft.costs import Memo, Rates, Size, lasting, raw_work, scratch
+from fastft.costs import Memo, Rates, Size, lasting, raw_work, rounded, scratch
 from fastft.kernels._op import OPS, Recompute
 from fastft.offload import OFFLOAD, OFFLOAD_WAIT, RELOAD, RELOAD_WAIT, can_move
 from fastft.planner import ALL, ATTENTION, CHEAP, MLP
@@ -274,6 +274,8 @@ class Walk:
         again: Mapping[str, int] | None = None,
     ) -> None:
         self.count, self.regions = max(regions.values(), default=-1) + 1, regions
+        #: Bytes of adapters in half precision, as long as either half runs.
+        self.rounded = max(rounded(half.graph) for half in (forward, backward))
         self.tensors: dict[str, torch.Tensor] = {}
         results = results_of(forward)
         saved = {n.name: _root(n) for n in results[outputs:] if _tensor(n) is not None}
@@ -418,7 +420,7 @@ class Walk:
         def size(n: Any) -> int:
             return number_at(n, sizes)
 
-        number, there, live, stays = self.bytes_of(sizes), set[str](), 0, 0
+        number, there, live, stays = self.bytes_of(sizes), set[str](), self.rounded, 0
         for step in self.steps:  # as a step leaves it to the next one
             stays = 0 if step.lasting is None else max(stays, step.lasting(size))
         for step in self.steps:

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -61,11 +62,18 @@ def dense_once() -> Iterator[None]:
 
 
 def once(how: str, of: Tensors, dtype: torch.dtype, make: Callable[[], T]) -> T:
-    """What ``make`` makes of thin matrices in this way; in :func:`dense_once`, only the first time."""
-    made = _once.get()
+    """What ``make`` makes of thin matrices in this way: "cast", the one in another dtype; "stack", all below each
+    other; "each", a list of them. In a call of :class:`Rounded` it is there already; in :func:`dense_once` it is made
+    the first time.
+    """
+    call, made = _call.get(), _once.get()
+    if call is None and made is None:
+        return make()
+    key = (how, dtype, *((t.data_ptr(), t.shape) for t in of))
+    if call is not None and (found := call.find(key)) is not None:
+        return found  # type: ignore[no-any-return]
     if made is None:
         return make()
-    key = (how, dtype, *(t.data_ptr() for t in of))
     if key not in made:
         made[key] = make()
     return made[key]  # type: ignore[no-any-return]
@@ -117,6 +125,80 @@ def dense(
     n, k = shape if quant else weight.shape
     with _copied([weight], n, k, dtype, lambda out: _fill([out], [weight], quant, (blocksize, blocksize2))) as out:
         yield out
+
+
+@dataclass
+class _Call:
+    """A call of a compiled graph. ``inputs``: where those of its inputs are that ops may ask for in another dtype, None
+    where that is known; ``asked``: for which they did; ``made``: what was made before, as :func:`once` gives it."""
+
+    inputs: dict[tuple[int, torch.Size], int] | None = None
+    asked: dict[tuple[str, torch.dtype, tuple[int, ...]], None] = field(default_factory=dict)
+    made: dict[Any, Any] = field(default_factory=dict)
+
+    def find(self, key: tuple[Any, ...]) -> Any:
+        if self.inputs is not None:
+            how, dtype, *of = key
+            positions = tuple(self.inputs.get(one, -1) for one in of)
+            if min(positions) >= 0:
+                self.asked[how, dtype, positions] = None
+        return self.made.get(key)
+
+
+_call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("call", default=None)
+
+
+class Rounded:
+    """A compiled graph, ``call(inputs)``, that rounds all adapters before it begins, in a few launches, where each op
+    would round its own: a model has hundreds, and their launches take the host longer than the products behind them.
+    Which ones its first call tells. Nothing is kept from one call to the next.
+    """
+
+    def __init__(self, call: Callable[[Any], Any]) -> None:
+        self.call = call
+        self.asked: list[tuple[str, torch.dtype, tuple[int, ...]]] | None = None
+
+    def __call__(self, inputs: Any) -> Any:
+        if self.asked is None:
+            own = enumerate(inputs)
+            mine = _Call({(x.data_ptr(), x.shape): i for i, x in own if isinstance(x, torch.Tensor) and _is_thin(x)})
+        else:
+            mine = _Call()
+            held = [self._make(inputs, dtype, mine) for dtype in dict.fromkeys(dtype for _, dtype, _ in self.asked)]
+        token = _call.set(mine)
+        try:
+            result = self.call(inputs)
+        finally:
+            _call.reset(token)
+        if self.asked is None:
+            self.asked = list(mine.asked)
+        else:
+            del held  # till now: an address is nobody else's
+        return result
+
+    def _make(self, inputs: Any, dtype: torch.dtype, into: _Call) -> list[torch.Tensor]:
+        """Make all that is asked for in ``dtype``; returns what it is made of."""
+        assert self.asked is not None
+        mine = [(how, of) for how, kind, of in self.asked if kind == dtype]
+        thin = [inputs[i] for _, of in mine for i in of]
+        sizes = [t.numel() for t in thin]
+        flat = torch.empty(sum(sizes), dtype=dtype, device=thin[0].device)
+        views = compat().views_like(flat, thin)
+        torch._foreach_copy_(views, thin)
+        at = start = 0
+        for how, of in mine:
+            parts, end = views[at : at + len(of)], start + sum(sizes[at : at + len(of)])
+            whole_ = flat[start:end].view(-1, parts[0].shape[1]) if how == "stack" else None
+            key = (how, dtype, *((t.data_ptr(), t.shape) for t in thin[at : at + len(of)]))
+            into.made[key] = {"cast": parts[0], "stack": whole_, "each": parts}[how]
+            at, start = at + len(of), end
+        return thin
+
+
+def _is_thin(x: torch.Tensor) -> bool:
+    """Whether a graph's input may be an adapter that is rounded with the others: cuBLAS finds each behind the one
+    before in memory, at a multiple of 16 bytes."""
+    return x.dim() == 2 and x.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0 and x.numel() % WHOLE == 0
 
 
 #: cuBLAS reads 16 bytes at a time, 8 half-precision numbers: columns and rows that are added come in such numbers.

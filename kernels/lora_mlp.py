@@ -223,8 +223,9 @@ def _back(
     stacked: bool,
     lora_dtype: torch.dtype,
     needs: _Needs,
+    into: torch.Tensor | None,
 ) -> _Found:
-    """Back through :func:`_activated`, whose ``kept`` is used up."""
+    """Back through :func:`_activated`, whose ``kept`` is used up. ∂x is written to ``into``, where there is one."""
     if not needs.any:
         nothing = dact.new_empty(0)
         return nothing, [nothing] * 4, [nothing] * (2 * len(layers.a))
@@ -232,13 +233,14 @@ def _back(
         dwide, *dbs = lora_glu._backward(
             dact, kept.pop(), layers.b, layers.scaling, kind, needs.x or any(needs.a), needs.b
         )
-        dx, *das = lora_stack._backward(dwide, x, *layers.stored, layers.a, needs.x, needs.a)
+        dx, *das = lora_stack._backward(dwide, x, *layers.stored, layers.a, needs.x, needs.a, into)
         return dx, [dact.new_empty(0)] * 4, [t for pair in zip(das, dbs, strict=True) for t in pair]
     gate, up, h = kept
     kept.clear()
     dgate_up = glu._backward(dact, gate, up, kind, True, True)
     del gate, up
-    return layers.backward(dgate_up, x, h, lora_dtype, needs)
+    dx, base, thin = layers.backward(dgate_up, x, h, lora_dtype, needs)
+    return dx if into is None else into.copy_(dx), base, thin
 
 
 def _slices(tokens: int, rows: int) -> Iterator[slice]:
@@ -319,13 +321,12 @@ def _backward(
     totals: list[torch.Tensor] = []
     with _passing(xs.shape[0], rows):
         for part in _slices(xs.shape[0], rows):
-            of_x, found = _back_of_slice(gs[part], xs[part], parts, kind, stacked, lora_dtype)
-            if need_x:
-                dx[part] = of_x
+            into = dx[part] if need_x else None
+            found = _back_of_slice(gs[part], xs[part], parts, kind, stacked, lora_dtype, into)
             if totals and (pairs := [pair for pair in zip(totals, found, strict=True) if pair[0].numel()]):
                 torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
             totals = totals or found
-            del of_x, found  # the next slice's take their place
+            del found  # the next slice's take their place
     if not totals:
         given = (dy, x, weight, quant, shape, blocks, bias, adapters, a, b, b_bias, scaling, kind, stacked, lora_dtype)
         totals = [t.zero_() for t in _backward_fake(*given, rows, *needs)[1:]]
@@ -344,14 +345,15 @@ def _back_of_slice(
     kind: str,
     stacked: bool,
     lora_dtype: torch.dtype,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A slice's ∂x, and what it adds to the sums over tokens, in the order of the results."""
+    into: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Write a slice's ∂x ``into``; returns what it adds to the sums over tokens, in the order of the results."""
     (gate_up, of_gate_up), (down, of_down) = parts
     act, kept = _activated(x, gate_up, kind, stacked, lora_dtype)
     dact, base, thin = down.backward([dy], act, down.down(act, lora_dtype), lora_dtype, of_down)
     del act  # what comes next is the most that there is at one time
-    dx, first_base, first_thin = _back(dact, kept, x, gate_up, kind, stacked, lora_dtype, of_gate_up)
-    return dx, [*first_base, *base, *first_thin, *thin]
+    _, first_base, first_thin = _back(dact, kept, x, gate_up, kind, stacked, lora_dtype, of_gate_up, into)
+    return [*first_base, *base, *first_thin, *thin]
 
 
 def _backward_fake(

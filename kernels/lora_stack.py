@@ -109,8 +109,9 @@ def _backward(
     a: Tensors,
     need_x: bool,
     need_a: Sequence[bool],
+    into: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """[∂x, ∂A of each layer]; what is not needed is an empty tensor."""
+    """[∂x, ∂A of each layer]; what is not needed is an empty tensor. ``into``: where ∂x is written, [T, K]."""
     rows = lora._rows(dwide)
     at = lora._starts(_widths(weight, quant, shape))
     ranks = [down.shape[0] for down in a]
@@ -118,10 +119,10 @@ def _backward(
     dx = dwide.new_empty(0)
     if need_x and quant:
         with stacked(weight, quant, shape, blocks, a, rows.dtype) as dense:
-            dx = torch.mm(rows, dense)
+            dx = torch.mm(rows, dense, out=into)
     elif need_x:
         # The smallest product first: every sum is rounded at the size that it has reached.
-        dx = torch.mm(thin, lora._stack(a, rows.dtype))
+        dx = torch.mm(thin, lora._stack(a, rows.dtype), out=into)
         with each_dense(weight, quant, shape, blocks, rows.dtype) as each:
             for i in sorted(range(len(weight)), key=lambda i: weight[i].shape[0]):
                 with each[i] as dense:

@@ -9,6 +9,57 @@ from tests.mutation._mutant import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
+        "rounded: an address alone says which adapter it is",
+        "kernels/_dense_weights.py",
+        "        return self.made.get(key)\n",
+        "        mine = [p for p, _ in key[2:]]\n"
+        "        return next((v for k, v in self.made.items() if [p for p, _ in k[2:]] == mine), None)\n",
+        "tests/kernels/test_rounded.py",
+    ),
+    Mutant(
+        "rounded: adapters of the call before",
+        "kernels/_dense_weights.py",
+        "        torch._foreach_copy_(views, thin)\n        at",
+        "        self.views = getattr(self, 'views', None) or torch._foreach_copy_(views, thin) or views\n"
+        "        views = self.views\n        at",
+        "tests/kernels/test_rounded.py",
+    ),
+    Mutant(
+        "adapters: compiled graphs do not round them together",
+        "backend/_torch_compat.py",
+        "            half.current_callable = around(call)\n",
+        "            pass\n",
+        "tests/backend/test_rounding.py",
+    ),
+    Mutant(
+        "adapters: their half-precision copies are not in the predicted peak",
+        "backend/partitioner.py",
+        "set[str](), self.rounded, 0",
+        "set[str](), 0, 0",
+        "tests/backend/test_rounding.py",
+    ),
+    Mutant(
+        "launches: a tensor's alignment is not asked for",
+        "kernels/_triton.py",
+        'return argument.dtype if argument.data_ptr() % ALIGNED == 0 else (argument.dtype, "unaligned")',
+        "return argument.dtype",
+        "tests/kernels/test_triton.py",
+    ),
+    Mutant(
+        "launches: who stands in for Triton is passed by",
+        "kernels/_triton.py",
+        "if triton.JITFunction.run is not _run or self.pre_run_hooks:",
+        "if self.pre_run_hooks:",
+        "tests/kernels/test_triton.py",
+    ),
+    Mutant(
+        "launches: constants are not looked at",
+        "kernels/_triton.py",
+        "for a in args], *constants.items())",
+        "for a in args])",
+        "tests/kernels/test_triton.py",
+    ),
+    Mutant(
         "lora_linear: one weight for all layers",
         "kernels/_dense_weights.py",
         "state, sizes = quant[i * of_each : (i + 1) * of_each], ",
