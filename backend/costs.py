@@ -427,14 +427,15 @@ class Rates:
         return "compute" if work.flops / self.tflops > work.bytes_moved / self.terabytes else "memory"
 
 
-H100 = Rates("H100 SXM", 750, 3.0, "measured: what large bf16 products and copies reach")
+_MEASURED = "measured: what large bf16 products and copies reach"
+H100 = Rates("H100 SXM", 750, 3.0, _MEASURED)
 _DATASHEET = "the datasheet's, which nothing reaches"
 #: By words of the name that CUDA has for a device; the first whose words are all in it counts.
 RATES: tuple[tuple[tuple[str, ...], Rates], ...] = (
     (("H100", "PCIe"), Rates("H100 PCIe", 756, 2.0, _DATASHEET)),
     (("H100", "NVL"), Rates("H100 NVL", 835, 3.9, _DATASHEET)),
     (("H100",), H100),
-    (("H200",), Rates("H200", 989, 4.8, _DATASHEET)),
+    (("H200",), Rates("H200", 750, 4.1, _MEASURED)),
     (("A100", "80GB"), Rates("A100 80GB", 312, 2.0, _DATASHEET)),
     (("A100",), Rates("A100 40GB", 312, 1.55, _DATASHEET)),
     (("L40S",), Rates("L40S", 362, 0.86, _DATASHEET)),

@@ -1,9 +1,12 @@
-"""Dense copies of weights that are stored otherwise (4 bits, another dtype), for one product at a time."""
+"""Copies of weights in the form that products take: dense ones of 4 bits, for one product at a time or for a pass over
+slices (:func:`dense_once`); adapters in half precision, for one call of a compiled graph (:class:`Rounded`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -148,57 +151,90 @@ class _Call:
 _call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("call", default=None)
 
 
+class _Plan:
+    """What of a graph's inputs is made in one dtype: for each of ``asked`` one adapter or more, one after the other."""
+
+    def __init__(self, dtype: torch.dtype, asked: Sequence[tuple[str, tuple[int, ...]]], inputs: Any) -> None:
+        self.dtype, self.of = dtype, [i for _, of in asked for i in of]
+        sizes = [inputs[i].numel() for i in self.of]
+        ends, first = [0, *itertools.accumulate(sizes)], 0
+        self.size = ends[-1]
+        #: Of each: how, its shapes, the positions of its parts, and where the stack of them begins and ends.
+        self.rows: list[tuple[str, list[torch.Size], int, int, int, int]] = []
+        for how, of in asked:
+            last = first + len(of)
+            self.rows.append((how, [inputs[i].shape for i in of], first, last, ends[first], ends[last]))
+            first = last
+        self.addresses: list[int] = []
+        self.keys: list[Any] = []
+
+    def make(self, inputs: Any, made: dict[Any, Any]) -> list[torch.Tensor]:
+        """Make all of it; returns what it is made of."""
+        thin = [inputs[i] for i in self.of]
+        flat = torch.empty(self.size, dtype=self.dtype, device=thin[0].device)
+        views = compat().views_like(flat, thin)
+        torch._foreach_copy_(views, thin)
+        addresses = [t.data_ptr() for t in thin]
+        if addresses != self.addresses:  # adapters stay where they are, as a rule
+            self.addresses = addresses
+            self.keys = [
+                (how, self.dtype, *zip(addresses[first:last], shapes, strict=True))
+                for how, shapes, first, last, *_ in self.rows
+            ]
+        for key, (how, shapes, first, last, start, end) in zip(self.keys, self.rows, strict=True):
+            if how == "stack":
+                made[key] = flat[start:end].view(-1, shapes[0][1])
+            else:
+                made[key] = views[first] if how == "cast" else views[first:last]
+        return thin
+
+
 class Rounded:
     """A compiled graph, ``call(inputs)``, that rounds all adapters before it begins, in a few launches, where each op
     would round its own: a model has hundreds, and their launches take the host longer than the products behind them.
-    Which ones its first call tells. Nothing is kept from one call to the next.
+    Which ones its first call tells. No number is kept from one call to the next.
     """
 
     def __init__(self, call: Callable[[Any], Any]) -> None:
         self.call = call
-        self.asked: list[tuple[str, torch.dtype, tuple[int, ...]]] | None = None
+        self.plans: list[_Plan] | None = None
 
     def __call__(self, inputs: Any) -> Any:
-        if self.asked is None:
-            own = enumerate(inputs)
-            mine = _Call({(x.data_ptr(), x.shape): i for i, x in own if isinstance(x, torch.Tensor) and _is_thin(x)})
+        held: list[Any]
+        if self.plans is None:
+            held = [x if isinstance(x, torch.Tensor) and _is_thin(x) else None for x in inputs]
+            mine = _Call({(x.data_ptr(), x.shape): i for i, x in enumerate(held) if x is not None})
         else:
             mine = _Call()
-            held = [self._make(inputs, dtype, mine) for dtype in dict.fromkeys(dtype for _, dtype, _ in self.asked)]
+            held = [plan.make(inputs, mine.made) for plan in self.plans]
         token = _call.set(mine)
         try:
             result = self.call(inputs)
         finally:
             _call.reset(token)
-        if self.asked is None:
-            self.asked = list(mine.asked)
-        else:
-            del held  # till now: an address is nobody else's
+        if self.plans is None:
+            dtypes = dict.fromkeys(dtype for _, dtype, _ in mine.asked)
+            self.plans = [
+                _Plan(dtype, [(how, of) for how, kind, of in mine.asked if kind == dtype], held) for dtype in dtypes
+            ]
+        del held  # till now: an address is nobody else's
         return result
 
-    def _make(self, inputs: Any, dtype: torch.dtype, into: _Call) -> list[torch.Tensor]:
-        """Make all that is asked for in ``dtype``; returns what it is made of."""
-        assert self.asked is not None
-        mine = [(how, of) for how, kind, of in self.asked if kind == dtype]
-        thin = [inputs[i] for _, of in mine for i in of]
-        sizes = [t.numel() for t in thin]
-        flat = torch.empty(sum(sizes), dtype=dtype, device=thin[0].device)
-        views = compat().views_like(flat, thin)
-        torch._foreach_copy_(views, thin)
-        at = start = 0
-        for how, of in mine:
-            parts, end = views[at : at + len(of)], start + sum(sizes[at : at + len(of)])
-            whole_ = flat[start:end].view(-1, parts[0].shape[1]) if how == "stack" else None
-            key = (how, dtype, *((t.data_ptr(), t.shape) for t in thin[at : at + len(of)]))
-            into.made[key] = {"cast": parts[0], "stack": whole_, "each": parts}[how]
-            at, start = at + len(of), end
-        return thin
+
+#: The highest rank of an adapter that is rounded with the others.
+MOST_THIN = 512
 
 
 def _is_thin(x: torch.Tensor) -> bool:
     """Whether a graph's input may be an adapter that is rounded with the others: cuBLAS finds each behind the one
     before in memory, at a multiple of 16 bytes."""
-    return x.dim() == 2 and x.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0 and x.numel() % WHOLE == 0
+    return (
+        x.dim() == 2
+        and x.dtype == torch.float32
+        and x.is_contiguous()
+        and 0 < min(x.shape) <= MOST_THIN
+        and x.numel() % WHOLE == 0
+    )
 
 
 #: cuBLAS reads 16 bytes at a time, 8 half-precision numbers: columns and rows that are added come in such numbers.

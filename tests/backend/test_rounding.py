@@ -49,13 +49,13 @@ def test_of_a_model(made: list[Rounded], memory: str | None) -> None:
     first = run(model, call)
     check_equal(run(model, call), first, 0.0)
     forward, backward = made
-    assert forward.asked and backward.asked
+    assert forward.plans and backward.plans
     for p in model.parameters():
         if p.requires_grad:
             p.data.mul_(1.5)  # as an optimizer does that PyTorch does not see
     changed = run(model, call)
     assert not torch.equal(changed[0], first[0])
-    forward.asked, backward.asked = [], []  # now each op rounds its own
+    forward.plans, backward.plans = [], []  # now each op rounds its own
     check_equal(run(model, call), changed, 0.0)
 
 

@@ -115,6 +115,8 @@ def test_asking_twice_looks_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "select_config", lambda *a: asked.append(a) or ({"BLOCK_M": 2}, "tuned"))
     first = rms_norm.FORWARD(CPU, BF16, 64, 128)
     assert rms_norm.FORWARD(CPU, BF16, 64, 128) == first and first["BLOCK_M"] == 2
+    rms_norm.FORWARD(CPU, BF16, 64, 128).pop("BLOCK_M")  # as launchers do with what is theirs
+    assert rms_norm.FORWARD(CPU, BF16, 64, 128) == first
     rms_norm.FORWARD(CPU, BF16, 65, 128)
     assert len(asked) == 2
     _config.forget()

@@ -210,8 +210,8 @@ MUTANTS = (
     Mutant(
         "lora_stack: dx without the adapters",
         "kernels/lora_stack.py",
-        "        dx = torch.mm(thin, lora._stack(a, rows.dtype))\n",
-        "        dx = torch.mm(thin, lora._stack(a, rows.dtype)).zero_()\n",
+        "        dx = torch.mm(thin, lora._stack(a, rows.dtype), out=into)\n",
+        "        dx = torch.mm(thin, lora._stack(a, rows.dtype), out=into).zero_()\n",
         "tests/kernels/test_lora_stack.py -k matches_reference",
     ),
     Mutant(

@@ -90,7 +90,8 @@ def test_rounded_once_for_all(adapters: list[torch.Tensor], monkeypatch: pytest.
 def test_the_first_call_says_what_is_asked_for(adapters: list[torch.Tensor]) -> None:
     graph = Rounded(lambda inputs: cast(inputs[2], HALF))
     graph([*adapters, 3, None])
-    assert graph.asked == [("cast", HALF, (2,))]
+    (plan,) = graph.plans
+    assert plan.of == [2] and plan.dtype == HALF
     assert graph([*adapters, 3, None]).equal(adapters[2].to(HALF))
 
 
@@ -127,7 +128,7 @@ def test_a_call_that_raises_leaves_nothing(adapters: list[torch.Tensor]) -> None
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
             graph(adapters)
-        assert _dense_weights._call.get() is None and graph.asked is None
+        assert _dense_weights._call.get() is None and graph.plans is None
 
 
 def test_in_a_thread_of_autograds(adapters: list[torch.Tensor]) -> None:

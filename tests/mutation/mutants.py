@@ -19,9 +19,16 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "rounded: adapters of the call before",
         "kernels/_dense_weights.py",
-        "        torch._foreach_copy_(views, thin)\n        at",
-        "        self.views = getattr(self, 'views', None) or torch._foreach_copy_(views, thin) or views\n"
-        "        views = self.views\n        at",
+        "        torch._foreach_copy_(views, thin)\n        addresses",
+        "        self.views = views = getattr(self, 'views', None) or torch._foreach_copy_(views, thin) or views\n"
+        "        addresses",
+        "tests/kernels/test_rounded.py",
+    ),
+    Mutant(
+        "rounded: adapters that have moved are looked for where they were",
+        "kernels/_dense_weights.py",
+        "        if addresses != self.addresses:",
+        "        if not self.addresses:",
         "tests/kernels/test_rounded.py",
     ),
     Mutant(
@@ -62,8 +69,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "lora_linear: one weight for all layers",
         "kernels/_dense_weights.py",
-        "state, sizes = quant[i * of_each : (i + 1) * of_each], ",
-        "state, sizes = quant[:of_each], ",
+        "quant_args(quant[i : i + each]) for i",
+        "quant_args(quant[:each]) for i",
         'tests/kernels/test_lora_linear.py -k "joint_nf4 and fp32-double"',
     ),
     Mutant(
@@ -140,7 +147,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "dense_once: a thin copy of another matrix",
         "kernels/_dense_weights.py",
-        "    key = (how, dtype, *(t.data_ptr() for t in of))\n",
+        "    key = (how, dtype, *((t.data_ptr(), t.shape) for t in of))\n",
         "    key = (how, dtype)\n",
         "tests/kernels/test_lora_mlp.py -k matches_reference",
     ),
@@ -1506,8 +1513,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "config: the heuristic for what is tuned",
         "kernels/_config.py",
-        "        return config if tuned is None else {**config, **tuned}",
-        "        return config if tuned is None else {**tuned, **config}",
+        "{**self.heuristic(*key), **(self._look_up(key) or {})}",
+        "{**(self._look_up(key) or {}), **self.heuristic(*key)}",
+        "tests/kernels/test_config.py -k looks_up_once",
+    ),
+    Mutant(
+        "config: a launch changes what is kept for the next",
+        "kernels/_config.py",
+        "            return kept.copy()\n",
+        "            return kept\n",
         "tests/kernels/test_config.py -k looks_up_once",
     ),
     Mutant(
