@@ -32,7 +32,7 @@ def asks(inputs: list[Any]) -> dict[str, Any]:
         "each": _rounded([c, d], HALF),
         "half": cast(d, torch.float16),
         "odd": cast(odd, HALF),
-        "a part": cast(a[:2], HALF),
+        "a part": cast(c[:2], HALF),
         "made inside": cast(a * 2, HALF),
         "as it is": cast(c, torch.float32),
     }
@@ -46,7 +46,7 @@ def check(found: dict[str, Any], inputs: list[Any]) -> None:
         "each": [c.to(HALF), d.to(HALF)],
         "half": d.half(),
         "odd": odd.to(HALF),
-        "a part": a[:2].to(HALF),
+        "a part": c[:2].to(HALF),
         "made inside": (a * 2).to(HALF),
         "as it is": c,
     }
