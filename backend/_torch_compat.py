@@ -29,9 +29,9 @@ __all__ = [
     "cache_stamp", "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph", "copy_joint",
     "current_device", "current_stream", "dynamo_counters", "fake_mode", "fake_mode_of", "forget_loaded_code",
     "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
-    "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "partition", "plain_tensors",
-    "process_group_store", "qualified_name", "registered_backend", "size_expression", "size_hint", "spin", "storage_of",
-    "tree_map", "version", "views_like", "whole_cache_entries", "wrapper_context",
+    "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "on_one_gpu", "partition",
+    "plain_tensors", "process_group_store", "qualified_name", "registered_backend", "size_expression", "size_hint",
+    "spin", "storage_of", "tree_map", "version", "views_like", "whole_cache_entries", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
@@ -113,7 +113,7 @@ def compile_with_inductor(
     this backward runs op by op. ``partitioner`` cuts the joint graph, in every process anew: AOTAutograd's cache, which
     would hand out what was cut elsewhere, is not asked (Inductor's knows the two graphs by what is in them). ``uuid``
     says which partitioner it is. A graph for which ``in_order`` says so runs in the order it has. ``around(call)`` runs
-    in place of each compiled half's ``call(inputs)``, unless CUDA graphs do.
+    in place of each compiled half's ``call(inputs)``, unless CUDA graphs do, or its inputs are on several GPUs.
     """
     from functorch.compile import make_boxed_func
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -126,19 +126,19 @@ def compile_with_inductor(
 
     def compile_half(graph: torch.fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         if not settings.get("is_backward"):
-            return surrounded(compile_fx_inner(graph, inputs, **settings), settings)
+            return surrounded(compile_fx_inner(graph, inputs, **settings), inputs, settings)
         plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor changes the graph it is given
         with backward_attempt(), whole_cache_entries(), _operators_by_name(), no_collection():
-            return surrounded(compile_fx_inner(graph, inputs, **settings), settings)
+            return surrounded(compile_fx_inner(graph, inputs, **settings), inputs, settings)
         for node in plain.graph.nodes:
             if node.target is torch.ops.aten.view.default:
                 node.target = torch.ops.aten.reshape.default  # the compiled forward may have saved other strides
         plain.recompile()
         return make_boxed_func(plain.forward)
 
-    def surrounded(half: Any, settings: Mapping[str, Any]) -> Any:
+    def surrounded(half: Any, inputs: Sequence[Any], settings: Mapping[str, Any]) -> Any:
         call = getattr(half, "current_callable", None)
-        if call is not None and not settings.get("cudagraphs"):
+        if call is not None and not settings.get("cudagraphs") and on_one_gpu(inputs):
             half.current_callable = around(call)
         return half
 
@@ -151,6 +151,11 @@ def compile_with_inductor(
             stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=compile_graph, config_patches=settings)
     return compiled
+
+
+def on_one_gpu(inputs: Sequence[Any]) -> bool:
+    """Whether no two tensors are on GPUs of different numbers."""
+    return len({x.device for x in inputs if isinstance(x, torch.Tensor) and x.is_cuda}) < 2
 
 
 class _Partitioner(CustomPartitionerFn):

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastft import _torch_compat as compat
 from fastft import compiler, costs, partitioner
 from fastft.kernels._dense_weights import Rounded
 from fastft.partitioner import Walk
@@ -57,6 +59,20 @@ def test_of_a_model(made: list[Rounded], memory: str | None) -> None:
     assert not torch.equal(changed[0], first[0])
     forward.plans, backward.plans = [], []  # now each op rounds its own
     check_equal(run(model, call), changed, 0.0)
+
+
+def test_not_over_several_gpus(made: list[Rounded], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is split has adapters on each of its GPUs; they are not copied together."""
+    with FakeTensorMode():
+        first, second = torch.empty(2, device="cuda:0"), torch.empty(2, device="cuda:1")
+        host = torch.empty(2)
+    assert compat.on_one_gpu([first, first, host, 3]) and compat.on_one_gpu([host]) and compat.on_one_gpu([])
+    assert not compat.on_one_gpu([first, host, second])
+    monkeypatch.setattr(compat, "on_one_gpu", lambda inputs: False)
+    model = network()
+    call = compiled(model, residual="inductor", memory="lean")
+    check_equal(run(model, call), run(model, call), 0.0)
+    assert not made
 
 
 def test_their_bytes_are_in_the_predicted_peak(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_rounding.py",
     ),
     Mutant(
+        "adapters: those on several GPUs are rounded on the first",
+        "backend/_torch_compat.py",
+        ' and not settings.get("cudagraphs") and on_one_gpu(inputs):',
+        ' and not settings.get("cudagraphs"):',
+        "tests/backend/test_rounding.py -k several",
+    ),
+    Mutant(
         "adapters: their half-precision copies are not in the predicted peak",
         "backend/partitioner.py",
         "set[str](), self.rounded, 0",
