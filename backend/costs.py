@@ -292,9 +292,9 @@ Size = Callable[[Any], int]
 
 
 def scratch(node: fx.Node) -> Callable[[Size], int]:
-    """Bytes of the largest buffer that a call in AOTAutograd's graph makes for itself and that its results are not, for
-    any sizes: the logits of one chunk, a dequantised weight, what cuDNN's attention adds up. Holds no part of the
-    graph, which may change.
+    """Bytes of the largest buffers that a call in AOTAutograd's graph makes for itself and that its results are not,
+    for any sizes: the logits of one chunk, a head's gradient summed up in fp32, a dequantised weight, what cuDNN's
+    attention adds up. Holds no part of the graph, which may change.
     """
     name = getattr(getattr(node.target, "_schema", None), "name", "")
     if not name.startswith("fastft::"):
@@ -305,7 +305,17 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
         if given["way"] != "chunks":
             return lambda size: fused.scratch(size(tokens), size(width), name.endswith("_backward"))
         trained = bool(given.get("unit_weight") or given.get("need_weight"))
-        return lambda size: chunk_rows(size(tokens), size(vocab), item, size(width), trained) * size(vocab) * item
+        kind = given["weight"].dtype
+        # Of a head in fp16 the forward gives the gradient in fp32.
+        halves = kind == torch.bfloat16 or (kind == torch.float16 and name.endswith("_backward"))
+        rounded_later, one_dtype = trained and halves, kind == given["dtype"]
+
+        def of_loss(size: Size) -> int:
+            rows = chunk_rows(size(tokens), size(vocab), item, size(width), trained)
+            summed = rounded_later and (rows < size(tokens) or not one_dtype)
+            return size(vocab) * (rows * item + summed * size(width) * torch.float32.itemsize)  # type: ignore[no-any-return]
+
+        return of_loss
     if name == "fastft::attention_backward":
         return _attention_scratch(given)
     if name.startswith("fastft::lora_mlp"):

@@ -260,6 +260,21 @@ def test_what_ops_take_for_themselves() -> None:
     )
     for trained in (loss, backward):  # no more than the gradient of the head in fp32, if it had to be summed
         assert costs.scratch(trained)(int) == 5000 * 128256 * 2
+    # In several chunks it is summed in fp32: the 1B with 8,192 tokens takes 1 GiB of logits, and as much for the sum.
+    for dtype, own in ((torch.bfloat16, 4), (torch.float32, 0)):
+        head = (meta(8192, 2048), meta(128256, 2048, dtype=dtype), None, meta(8192, dtype=torch.int64))
+        loss = called(torch.ops.fastft.linear_log_prob.default, *head, *maths[:-2], True, False)
+        assert costs.scratch(loss)(int) == 4096 * 128256 * 2 + 128256 * 2048 * own
+        untrained = called(torch.ops.fastft.linear_log_prob.default, *head, *maths)
+        assert costs.scratch(untrained)(int) == chunk_rows(8192, 128256, 2, 2048) * 128256 * 2
+    half = (meta(500, 64), meta(1000, 64, dtype=torch.float16), None, meta(500, dtype=torch.int64))
+    loss = called(torch.ops.fastft.linear_log_prob.default, *half, *maths[:-2], True, False)
+    saved = [meta(500, dtype=torch.float32)] * 3
+    backward = called(
+        torch.ops.fastft.linear_log_prob_backward.default, saved[0], None, None, None, *half, *saved, *options
+    )
+    logits = chunk_rows(500, 1000, 2, 64, True) * 1000 * 2
+    assert [costs.scratch(n)(int) - logits for n in (loss, backward)] == [0, 1000 * 64 * 4]
     fused = (*maths[:7], "fused", *maths[8:])
     loss = called(torch.ops.fastft.linear_log_prob.default, meta(5000, 64), meta(128256, 64), None, labels, *fused)
     assert costs.scratch(loss)(int) == 28 * 5000 * 32, "seven numbers for each token and part of the vocabulary"

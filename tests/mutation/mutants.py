@@ -39,6 +39,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_rounding.py",
     ),
     Mutant(
+        "costs: a head's gradient is summed up in nothing",
+        "backend/costs.py",
+        "summed = rounded_later and (rows < size(tokens) or not one_dtype)",
+        "summed = False",
+        "tests/backend/test_costs.py -k take_for_themselves",
+    ),
+    Mutant(
+        "costs: a head's gradient is summed up over one chunk, too",
+        "backend/costs.py",
+        "summed = rounded_later and (rows < size(tokens) or not one_dtype)",
+        "summed = rounded_later",
+        "tests/backend/test_costs.py -k take_for_themselves",
+    ),
+    Mutant(
         "adapters: those on several GPUs are rounded on the first",
         "backend/_torch_compat.py",
         ' and not settings.get("cudagraphs") and on_one_gpu(inputs):',
