@@ -39,9 +39,9 @@ MUST_SAVE = CheckpointPolicy.MUST_SAVE
 #: Within, classes of tensors are not asked in Python for what is done with them.
 plain_tensors = torch._C.DisableTorchFunctionSubclass
 #: Number of the current GPU; and, of a GPU's number, the handle of its current stream. Without what torch.cuda makes
-#: around them, which takes longer. (torch without CUDA has neither.)
+#: around them, which takes longer. (torch without CUDA has neither; what stands for them raises.)
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", torch.cuda.current_stream)
 #: (flat, tensors) → views of ``flat``, one after the other, of the tensors' shapes.
 views_like = torch._C._nn.unflatten_dense_tensors
 #: Cuts a joint graph into forward and backward: ``(graph, number of the forward's outputs, positions of inputs that

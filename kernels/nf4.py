@@ -191,7 +191,7 @@ def dequantize_into(
     elif sum(sizes):
         absmax, code, offset, absmax2 = zip(*scales, strict=True)
         device, double = packed[0].device, code[0] is not None
-        tile = CONFIG(device, outs[0].dtype, sum(sizes), blocksizes[0], double)
+        tile = CONFIG(device, outs[0].dtype, max(sizes), blocksizes[0], double)  # tuned for each weight by itself
         _nf4_dequantize_kernel[(sum(cdiv(size, tile["GROUPS"] * 8) for size in sizes),)](
             outs[0],
             tuple(weight.view(torch.uint8) for weight in packed),

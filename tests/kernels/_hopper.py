@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fastft.kernels._config import forget
 from tests.kernels._each import parts
 
 
@@ -66,4 +67,6 @@ def compiling(*modules: Any) -> Iterator[list[Any]]:
         for part in (part for module in modules for part in parts(module.__name__.rpartition(".")[2])):
             if hasattr(part, "use_triton"):
                 stack.enter_context(mock.patch.object(part, "use_triton", lambda x: True))
+        stack.callback(forget)
+        forget()  # what heuristics say of another device
         yield compiled
