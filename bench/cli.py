@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shapes-tag", default=None, help="primary (default on a GPU), real, long, attention, loss, test (on a CPU)"
     )
     kernels.add_argument("--budget", type=float, default=None, help="seconds: no case begins after them")
+    kernels.add_argument("--rounds", type=int, default=None, help="samples of each, at least (default 7)")
     kernels.add_argument("--profile", action="store_true", help="what ran in one more sample of each, kernel by kernel")
     kernels.add_argument("--empty-caches", action="store_true", help="first calls compile everything")
     kernels.add_argument("--out", type=Path, default=None, help="JSON file, written anew after every case")
@@ -80,7 +81,8 @@ def kernels(a: argparse.Namespace, more: Sequence[str]) -> int:
     """pytest on bench/kernels.py, in a process of its own: it imports this package by another way."""
     command = [sys.executable, "-m", "pytest", str(ROOT / "bench" / "kernels.py"), "-p", "no:cacheprovider"]
     command += ["--no-header", "--tb=short", "-rfEs", "--benchmark-quiet", *more]
-    for option, value in (("-k", a.k), ("--shapes-tag", a.shapes_tag), ("--budget", a.budget), ("--result", a.out)):
+    options = {"-k": a.k, "--shapes-tag": a.shapes_tag, "--budget": a.budget, "--rounds": a.rounds, "--result": a.out}
+    for option, value in options.items():
         if value is not None:
             command += [option, str(value.resolve() if isinstance(value, Path) else value)]
     for option in ("--profile", "--empty-caches"):

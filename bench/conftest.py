@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--result", type=Path, default=None, help="JSON file, written anew after every case")
     group.addoption("--budget", type=float, default=None, help="seconds: cases that have not begun by then are skipped")
+    group.addoption("--rounds", type=int, default=None, help="samples of each implementation, at least (default 7)")
     group.addoption(
         "--profile",
         action="store_true",
@@ -39,6 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.getoption("--shapes-tag")
     if asked is not None and asked not in tags:
         raise pytest.UsageError(f"--shapes-tag is {asked!r}; it is one of {', '.join(tags)}")
+    rounds = config.getoption("--rounds")
+    if rounds is not None and rounds < 1:
+        raise pytest.UsageError(f"--rounds is {rounds}: a median is of 1 sample or more")
     if config.getoption("--empty-caches"):
         caches = config.stash[CACHES] = tempfile.TemporaryDirectory(prefix="fastft-bench-")
         os.environ["TRITON_CACHE_DIR"] = f"{caches.name}/triton"
@@ -60,6 +64,7 @@ class Recorder:
         self.deadline = None if budget is None else time.monotonic() + budget
         self.arguments = ["pytest", *map(str, config.invocation_params.args)]
         self.profile = config.getoption("profile_kernels")
+        self.rounds = config.getoption("--rounds")
         self.caches = "empty at the start" if config.getoption("--empty-caches") else "as found"
         self.rows: list[dict[str, Any]] = []
         self.result: dict[str, Any] | None = None

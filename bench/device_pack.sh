@@ -2,9 +2,9 @@
 # Packs what the GPU machine lacks into .device/ (git-ignored), to be carried there beside the working tree:
 #   site.tar.xz    bitsandbytes, trl, datasets                 peers.tar.xz  the same in the versions that Unsloth takes, liger, unsloth, xformers
 #   fastft-*.whl   this tree, in case pip cannot build there   commit        what is measured
-#   tree.tar       the commit's files, to measure a commit while the working tree changes
+#   tree.tar.gz       the commit's files, to measure a commit while the working tree changes
 # Run before every call (seconds; the archives are made once). Then, on the GPU machine: tests/gpu/run.sh, with .device carried; or, for the commit alone:
-#   mkdir /tmp/tree && tar -C /tmp/tree -xf .device/tree.tar && ln -s "$PWD/.device" /tmp/tree/.device && cd /tmp/tree && tests/gpu/run.sh ...
+#   mkdir /tmp/tree && tar -C /tmp/tree -xzf .device/tree.tar.gz && ln -s "$PWD/.device" /tmp/tree/.device && cd /tmp/tree && tests/gpu/run.sh ...
 #   SITE=path/to/make_site.sh bench/device_pack.sh    the script that downloads the archives' packages
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -35,16 +35,16 @@ archive site "" "${extra[@]}"
 archive peers --peers "${cuda_12[@]}"
 
 # All from the commit: what lies in the tree uncommitted is neither in the wheel nor in the archive.
-git -C "$root" archive -o "$device/tree.tar" HEAD
+git -C "$root" archive -o "$device/tree.tar.gz" HEAD
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-tar -C "$copy" -xf "$device/tree.tar"
+tar -C "$copy" -xzf "$device/tree.tar.gz"
 rm -f "$device"/fastft-*.whl
 "$python" -m pip wheel -q --no-deps -w "$device" "$copy"
 
 git -C "$root" rev-parse HEAD >"$device/commit"
 dirty=$(git -C "$root" status --porcelain --untracked-files=no)
-[[ -z $dirty ]] || echo "not committed, not in tree.tar, and wrong to measure in place:"$'\n'"$dirty"
+[[ -z $dirty ]] || echo "not committed, not in tree.tar.gz, and wrong to measure in place:"$'\n'"$dirty"
 ls -la "$device"
 total=$(du -sm "$device" | cut -f1)
 echo "$total MiB in .device; at most 64 MiB travel, the working tree included"

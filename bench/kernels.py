@@ -481,11 +481,23 @@ def _off(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def measure_case(
-    name: str, label: str, shape: Shape, case: Case, ceilings: Mapping[str, float] | None, profile: bool = False
+    name: str,
+    label: str,
+    shape: Shape,
+    case: Case,
+    ceilings: Mapping[str, float] | None,
+    profile: bool = False,
+    rounds: int | None = None,
 ) -> Row:
-    """One row of a result file."""
+    """One row of a result file. ``rounds``: samples of each implementation, at least."""
     runs = implementations(label, name, shape, case)
-    found = measure.compare(runs, Inputs(case.args, case.kwargs, case.wanted, case.asked), profile=profile)
+    least = measure.ROUNDS[0] if rounds is None else rounds
+    found = measure.compare(
+        runs,
+        Inputs(case.args, case.kwargs, case.wanted, case.asked),
+        rounds=(least, max(least, measure.ROUNDS[1])),
+        profile=profile,
+    )
     checked = check_same(runs, OPS[name], case, found)
     costs = {"forward": (case.bytes_moved, case.flops)}
     if case.backward_bytes:
@@ -569,7 +581,7 @@ def test_kernel(
         pytest.skip("the arguments do not fit the device")
     if reason := OPS[name].supported(*case.args, **case.kwargs):
         pytest.skip(f"not supported: {reason}")
-    row = measure_case(name, label, shape, case, recorder.ceilings(), recorder.profile)
+    row = measure_case(name, label, shape, case, recorder.ceilings(), recorder.profile, recorder.rounds)
     recorder.add(row)
     benchmark.extra_info["row"] = row
     # Others may fail on a shape; the op itself may not.

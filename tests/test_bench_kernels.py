@@ -314,9 +314,19 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specialists, "_FOUND", set())
 
 
-def row_of(**shape: Any) -> dict[str, Any]:
+def row_of(rounds: int | None = None, **shape: Any) -> dict[str, Any]:
     s = Shape("rms_norm", "odd", {"batch": 2, "seq": 3, "hidden": 16, "eps": 1e-6, "offset": 0.0, **shape})
-    return kernels.measure_case("rms_norm", "rms_norm", s, kernels.plain(kernels.OPS["rms_norm"], s), None)
+    case = kernels.plain(kernels.OPS["rms_norm"], s)
+    return kernels.measure_case("rms_norm", "rms_norm", s, case, None, rounds=rounds)
+
+
+def test_more_samples_can_be_asked_for(monkeypatch, clean, tmp_path):
+    with_specialists(monkeypatch)
+    figures = [v for v in row_of(rounds=27)["implementations"]["fastft"].values() if isinstance(v, dict)]
+    assert {f["samples"] for f in figures if "samples" in f} == {27}
+    command = [sys.executable, "-m", "pytest", str(ROOT / "bench" / "kernels.py"), "--rounds", "0"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+    assert done.returncode == 4 and "--rounds is 0: a median is of 1 sample or more" in done.stderr
 
 
 def with_specialists(monkeypatch: pytest.MonkeyPatch, *rows: tuple[str, str, Callable[..., Any]]) -> None:
@@ -559,9 +569,11 @@ def test_kernels_runs_pytest_on_the_file(monkeypatch, code, status, tmp_path, ca
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.chdir(tmp_path)
     arguments = ["kernels", "-k", "rms_norm", "--shapes-tag", "real", "--budget", "60", "--out", "k.json", "--profile"]
+    arguments += ["--rounds", "25"]
     assert cli.main([*arguments, "-x"]) == status
     assert {str(ROOT / "bench" / "kernels.py"), "-x", "--profile"} <= {*seen} and "--empty-caches" not in seen
-    for option, value in {"-k": "rms_norm", "--shapes-tag": "real", "--result": str(tmp_path / "k.json")}.items():
+    given = {"-k": "rms_norm", "--shapes-tag": "real", "--result": str(tmp_path / "k.json"), "--rounds": "25"}
+    for option, value in given.items():
         assert seen[seen.index(option) + 1] == value
     assert ("no case has that name" in capsys.readouterr().err) == (code == 5)
 
