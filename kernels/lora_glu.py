@@ -86,18 +86,21 @@ def _tile(device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int
 #: Rows of a program that adds the parts up.
 SUM_ROWS = 32
 #: Columns that a program of the backward takes at a time (about 190 registers a thread, two programs a processor, each
-#: with two tiles on their way), and programs that share a row's columns, each with a part of the sums over them.
-SPLIT_N, SPLITS = 64, 8
-#: Above this rank, half as many columns: B's tiles and the sums are four times those of rank 16.
+#: with two tiles on their way), and programs that share a row's columns, each with a part of the sums over them. With
+#: half as many programs an H100's last wave has too little to do: of 2,816 rows it takes 208 µs in place of 175, of
+#: 8,192 rows 470 and 465.
+SPLIT_N, SPLITS = 64, 16
+#: Above this rank, half as many of both: B's tiles, the sums and their parts are four times those of rank 16.
 MIDDLE_RANK = 32
 #: Rows of a warp's product.
 WARP_ROWS = 16
 
 
 def _split_tile(device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int, kind: str) -> Config:
-    narrow = rank > MIDDLE_RANK or dtype == torch.float32
-    columns = SPLIT_N // 2 if narrow else SPLIT_N
-    return {"BLOCK_M": BLOCK_M, "BLOCK_N": columns, "SPLITS": SPLITS, "FUSED": 1, "num_warps": 4, "num_stages": 3}
+    high = rank > MIDDLE_RANK
+    columns = SPLIT_N // 2 if high or dtype == torch.float32 else SPLIT_N
+    splits = max(SPLITS // 2, 1) if high else SPLITS
+    return {"BLOCK_M": BLOCK_M, "BLOCK_N": columns, "SPLITS": splits, "FUSED": 1, "num_warps": 4, "num_stages": 3}
 
 
 def _legal(

@@ -115,6 +115,12 @@ def test_products_after_the_pass(dtype, adapter, device):
         assert launched["grid"] == (2 * 5,) and launched["SPLITS"] == 5 and not launched["WANT_H"]
 
 
+@pytest.mark.parametrize("rank, dtype, columns, splits", [(16, BF16, 64, 16), (16, F32, 32, 16), (33, BF16, 32, 8)])
+def test_high_ranks_have_smaller_tiles_and_fewer_parts(rank, dtype, columns, splits):
+    tile = module.BACKWARD(torch.device("cpu"), dtype, 8192, 14336, rank, "silu")
+    assert (tile["BLOCK_N"], tile["SPLITS"]) == (columns, splits)
+
+
 def test_what_is_tuned():
     """The choices that the notes speak of are in reach of a search, and none is there twice."""
     key = (torch.device("cpu"), BF16, 8192, 14336, 16, "silu")
