@@ -48,6 +48,8 @@ def _constant(value: float, symbolic: bool) -> sympy.Expr:
         return sympy.nan
     if math.isinf(value):
         return sympy.oo if value > 0 else -sympy.oo
+    if value < 0:
+        return -_constant(-value, symbolic)
     pi, near = sympy.pi, 2 * math.ulp(value)
     for c in (
         sympy.sqrt(2) / 2,
@@ -459,6 +461,7 @@ class Language:
     log = staticmethod(lambda x: block(LOG(x)))
     log2 = staticmethod(lambda x: block(LOG(x) / _LOG2()))
     sqrt_rn = staticmethod(lambda x: block(SQRT(x)))
+    rsqrt = staticmethod(lambda x: block(1 / SQRT(exactly(x))))
     sigmoid = staticmethod(lambda x: block(SIGMOID(x)))
     erf = staticmethod(lambda x: block(ERF(x)))
     abs = staticmethod(lambda x: block(ABS(x)))

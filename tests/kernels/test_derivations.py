@@ -141,6 +141,10 @@ def test_op_is_the_derivative(op: Op, body: str) -> None:
 
 
 def simplified(e: sympy.Expr) -> sympy.Expr:
+    # A minimum with a number keeps exp from overflowing: what is shown is shown of what is below.
+    bounds = {m: next(x for x in m.args if not x.is_number) for m in e.atoms(sympy.Min)}
+    assert all(len(m.args) == 2 and any(x.is_number and x >= 64 for x in m.args) for m in bounds), bounds
+    e = e.xreplace(bounds)
     # A maximum that is subtracted before exp and added after log cancels, whatever it is.
     e = e.xreplace({m: sympy.log(sympy.Dummy("M", positive=True)) for m in e.atoms(sympy.Max)}).rewrite(sympy.exp)
     e = e.replace(sympy.log, lambda x: sympy.expand_log(sympy.log(sympy.factor(sympy.expand(x))), force=True))
