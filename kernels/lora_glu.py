@@ -170,16 +170,17 @@ def _thin_b(b_ptr, col, n, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @jit
-def _adapted(e, h, b, SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """e + s h Bᵀ, in fp32."""
-    return e.to(tl.float32) + SCALE * tl.dot(h, tl.trans(b), input_precision=PRECISION)
+def _adapted(e, h, b, scale, PRECISION: tl.constexpr):
+    """e + s h Bᵀ, in fp32. s is no constant: with one of 1 Triton makes e the product's accumulator, which is then not
+    loaded ahead, and the backward takes half as long again."""
+    return e.to(tl.float32) + scale * tl.dot(h, tl.trans(b), input_precision=PRECISION)
 
 
 @jit
 def _forward_kernel(
     wide_ptr, b_gate_ptr, b_up_ptr, y_ptr,
     rows, n, blocks, inner, wide_outer, wide_inner, y_outer, y_inner,
-    SCALE_GATE: tl.constexpr, SCALE_UP: tl.constexpr, RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr,
+    scale_gate, scale_up, RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr,
     BLOCK_R: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -189,8 +190,8 @@ def _forward_kernel(
     h_up = _thin(wide_ptr, row, 2 * n + RANK_GATE, rows, inner, wide_outer, wide_inner, RANK_UP, BLOCK_R)
     e_gate, e_up = _bases(wide_ptr, row, col, rows, n, inner, wide_outer, wide_inner)
     b_gate, b_up = _thin_b(b_gate_ptr, col, n, RANK_GATE, BLOCK_R), _thin_b(b_up_ptr, col, n, RANK_UP, BLOCK_R)
-    g = _adapted(e_gate, h_gate, b_gate, SCALE_GATE, PRECISION)
-    u = _adapted(e_up, h_up, b_up, SCALE_UP, PRECISION)
+    g = _adapted(e_gate, h_gate, b_gate, scale_gate, PRECISION)
+    u = _adapted(e_up, h_up, b_up, scale_up, PRECISION)
     f, _ = _activate(g, KIND)
     there = (row < rows)[:, None] & (col < n)[None, :]
     tl.store(tile_at(y_ptr, row, col, inner, y_outer, y_inner), (f * u).to(y_ptr.dtype.element_ty), mask=there)
@@ -200,7 +201,7 @@ def _forward_kernel(
 def _backward_kernel(
     dy_ptr, wide_ptr, b_gate_ptr, b_up_ptr, dwide_ptr, parts_ptr,
     rows, n, inner, dy_outer, dy_inner, wide_outer, wide_inner, dwide_outer, dwide_inner,
-    SCALE_GATE: tl.constexpr, SCALE_UP: tl.constexpr, RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr,
+    scale_gate, scale_up, RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr,
     BLOCK_R: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr, WANT_H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -216,8 +217,8 @@ def _backward_kernel(
         dy = tl.load(tile_at(dy_ptr, row, col, inner, dy_outer, dy_inner), mask=there, other=0.0)
         e_gate, e_up = _bases(wide_ptr, row, col, rows, n, inner, wide_outer, wide_inner)
         b_gate, b_up = _thin_b(b_gate_ptr, col, n, RANK_GATE, BLOCK_R), _thin_b(b_up_ptr, col, n, RANK_UP, BLOCK_R)
-        g = _adapted(e_gate, h_gate, b_gate, SCALE_GATE, PRECISION)
-        u = _adapted(e_up, h_up, b_up, SCALE_UP, PRECISION)
+        g = _adapted(e_gate, h_gate, b_gate, scale_gate, PRECISION)
+        u = _adapted(e_up, h_up, b_up, scale_up, PRECISION)
         f, slope = _activate(g, KIND)
         dy = dy.to(tl.float32)
         dg = (dy * u * slope).to(dwide_ptr.dtype.element_ty)
@@ -232,8 +233,8 @@ def _backward_kernel(
         r = tl.arange(0, BLOCK_R)
         part = parts_ptr + (split.to(tl.int64) * rows + row)[:, None] * (RANK_GATE + RANK_UP) + r[None, :]
         live = (row < rows)[:, None]
-        tl.store(part, SCALE_GATE * dh_gate, mask=live & (r < RANK_GATE)[None, :])
-        tl.store(part + RANK_GATE, SCALE_UP * dh_up, mask=live & (r < RANK_UP)[None, :])
+        tl.store(part, scale_gate * dh_gate, mask=live & (r < RANK_GATE)[None, :])
+        tl.store(part + RANK_GATE, scale_up * dh_up, mask=live & (r < RANK_UP)[None, :])
 
 
 @jit
@@ -255,13 +256,12 @@ def _sum_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-def _constants(x: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str) -> dict[str, Any]:
+def _constants(x: torch.Tensor, b: Tensors, kind: str) -> dict[str, Any]:
     """What both kernels are compiled for."""
     gate, up = (t.shape[1] for t in b)
     return {
-        "SCALE_GATE": float(scaling[0]), "SCALE_UP": float(scaling[1]), "RANK_GATE": gate, "RANK_UP": up,
-        "BLOCK_R": max(LEAST_RANK, next_power_of_2(max(gate, up))), "KIND": kind,
-        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "RANK_GATE": gate, "RANK_UP": up, "BLOCK_R": max(LEAST_RANK, next_power_of_2(max(gate, up))),
+        "KIND": kind, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
     }  # fmt: skip
 
 
@@ -294,8 +294,8 @@ def _forward(wide: torch.Tensor, b: Tensors, scaling: Sequence[float], kind: str
     b_gate, b_up = _rounded(b, wide.dtype)
     _forward_kernel[(cdiv(walk.count, tile["BLOCK_M"]) * blocks,)](
         wide, b_gate, b_up, y,
-        walk.count, n, blocks, walk.inner, *itertools.chain.from_iterable(walk.strides),
-        **_constants(wide, b, scaling, kind), **tile,
+        walk.count, n, blocks, walk.inner, *itertools.chain.from_iterable(walk.strides), *map(float, scaling),
+        **_constants(wide, b, kind), **tile,
     )  # fmt: skip
     return y
 
@@ -332,7 +332,7 @@ def _backward_into(
     of_dwide, of_dy, of_wide = walk.strides
     _backward_kernel[(cdiv(walk.count, tile["BLOCK_M"]) * tile["SPLITS"],)](
         dy, wide, b_gate, b_up, dwide, parts, walk.count, n, walk.inner, *of_dy, *of_wide, *of_dwide,
-        **_constants(wide, b, scaling, kind), WANT_H=summed, **tile,
+        *map(float, scaling), **_constants(wide, b, kind), WANT_H=summed, **tile,
     )  # fmt: skip
     if summed:
         behind = wide.shape[-1] - 2 * n
