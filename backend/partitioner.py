@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -110,6 +110,7 @@ def _raw_names(wanted: Callable[[Any], bool]) -> set[str]:
 def tag(joint: fx.GraphModule, outputs: int, regions: Regions, levels: Sequence[str]) -> None:
     """Tell torch's minimum cut, by tags, what each region recomputes. What leaves a region is never recomputed."""
     cheap = _raw_names(lambda op: op.recompute is Recompute.CHEAP)
+    rotary = _raw_names(lambda op: op.name == "rotary")
     attention = _raw_names(lambda op: op.name == "attention")
     norms = _raw_names(lambda op: op.name in ("rms_norm", "layer_norm"))
     attended: set[int] = set()  # regions whose attention has come
@@ -130,7 +131,7 @@ def tag(joint: fx.GraphModule, outputs: int, regions: Regions, levels: Sequence[
         elif (
             level in (ATTENTION, ALL)
             or (level == MLP and (region in mlps or _is_alias(node)))  # what a view is of can be offloaded
-            or (level in (CHEAP, MLP) and op in cheap)
+            or (level in (CHEAP, MLP) and op in cheap and not (op in rotary and _of_kept(_source(node), cheap)))
         ):
             node.meta["recompute"] = compat.PREFER_RECOMPUTE
         else:
@@ -143,6 +144,13 @@ def tag(joint: fx.GraphModule, outputs: int, regions: Regions, levels: Sequence[
             for one in _chain(node):
                 if regions.get(one.name) == region:
                     one.meta["recompute"] = compat.MUST_SAVE
+
+
+def _of_kept(call: fx.Node, cheap: Set[str]) -> bool:
+    """Whether what a rotary embedding turns is kept, or it is. Its backward reads neither, so the result, of the same
+    size, is kept in that place. What a norm before it makes is computed again, and so is it then.
+    """
+    return not any(_schema_name(made) in cheap for n in call.all_input_nodes for made in map(_source, _chain(n)))
 
 
 def save_what_leaves(graph: fx.Graph) -> None:

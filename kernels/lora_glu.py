@@ -27,7 +27,7 @@ they are another op.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -312,15 +312,15 @@ def _backward_into(
     scaling: Sequence[float],
     kind: str,
     want_h: bool,
-) -> None:
-    """Write dg and du and, with ``want_h``, what is behind them."""
+) -> Callable[[], None]:
+    """Write dg and du, and return what writes the gradients behind them, if ``want_h``. ``dwide`` may be ``wide``: the
+    first overwrites g and u, the second h.
+    """
     if not use_triton(wide) or wide.dtype == torch.float64:
-        _backward_torch(dwide, dy, wide, b, scaling, kind, want_h)
-        return
+        return _backward_torch(dwide, dy, wide, b, scaling, kind, want_h)
     walk = rows_of(dwide, dy, wide)
     if walk is None:
-        _backward_into(dwide, dy.contiguous(), wide.contiguous(), b, scaling, kind, want_h)
-        return
+        return _backward_into(dwide, dy.contiguous(), wide.contiguous(), b, scaling, kind, want_h)
     n, ranks = b[0].shape[0], [up.shape[1] for up in b]
     tile = BACKWARD(wide.device, wide.dtype, walk.count, n, max(ranks), kind)
     fused, blocks = tile.pop("FUSED"), cdiv(n, tile["BLOCK_N"])
@@ -334,18 +334,22 @@ def _backward_into(
         dy, wide, b_gate, b_up, dwide, parts, walk.count, n, walk.inner, *of_dy, *of_wide, *of_dwide,
         *map(float, scaling), **_constants(wide, b, kind), WANT_H=summed, **tile,
     )  # fmt: skip
-    if summed:
-        behind = wide.shape[-1] - 2 * n
-        _sum_kernel[(cdiv(walk.count, SUM_ROWS),)](
-            parts, dwide, walk.count, 2 * n, behind, walk.inner, *of_dwide,
-            RANK=sum(ranks), BLOCK_C=next_power_of_2(behind), BLOCK_M=SUM_ROWS, SPLITS=tile["SPLITS"],
-            num_warps=4,
-        )  # fmt: skip
-    elif want_h:
-        *grads, dh_gate, dh_up = _pieces(lora._rows(dwide), n, ranks)
-        for at, grad, up, scale in zip((dh_gate, dh_up), grads, (b_gate, b_up), scaling, strict=True):
-            at.addmm_(grad, up, beta=0, alpha=scale)
-        dwide[..., 2 * n + sum(ranks) :].zero_()
+
+    def behind() -> None:
+        if summed:
+            columns = wide.shape[-1] - 2 * n
+            _sum_kernel[(cdiv(walk.count, SUM_ROWS),)](
+                parts, dwide, walk.count, 2 * n, columns, walk.inner, *of_dwide,
+                RANK=sum(ranks), BLOCK_C=next_power_of_2(columns), BLOCK_M=SUM_ROWS, SPLITS=tile["SPLITS"],
+                num_warps=4,
+            )  # fmt: skip
+        elif want_h:
+            *grads, dh_gate, dh_up = _pieces(lora._rows(dwide), n, ranks)
+            for at, grad, up, scale in zip((dh_gate, dh_up), grads, (b_gate, b_up), scaling, strict=True):
+                at.addmm_(grad, up, beta=0, alpha=scale)
+            dwide[..., 2 * n + sum(ranks) :].zero_()
+
+    return behind
 
 
 def _backward_torch(
@@ -356,7 +360,7 @@ def _backward_torch(
     scaling: Sequence[float],
     kind: str,
     want_h: bool,
-) -> None:
+) -> Callable[[], None]:
     """:func:`_backward_into`, in PyTorch."""
     n, ranks = b[0].shape[0], [up.shape[1] for up in b]
     compute = torch.promote_types(wide.dtype, torch.float32)
@@ -367,10 +371,14 @@ def _backward_torch(
     dg_at, du_at, dh_gate, dh_up = _pieces(dwide, n, ranks)
     dg_at.copy_(dy.to(compute) * u * slope)
     du_at.copy_(dy.to(compute) * f)
-    if want_h:
-        for at, grad, up, scale in zip((dh_gate, dh_up), (dg_at, du_at), ups, scaling, strict=True):
-            at.copy_(scale * (grad.to(compute) @ up))
-        dwide[..., 2 * n + sum(ranks) :].zero_()
+
+    def behind() -> None:
+        if want_h:
+            for at, grad, up, scale in zip((dh_gate, dh_up), (dg_at, du_at), ups, scaling, strict=True):
+                at.copy_(scale * (grad.to(compute) @ up))
+            dwide[..., 2 * n + sum(ranks) :].zero_()
+
+    return behind
 
 
 def _backward(
@@ -381,12 +389,12 @@ def _backward(
     kind: str,
     need_wide: bool,
     need_b: Sequence[bool],
+    over: bool = False,
 ) -> list[torch.Tensor]:
-    """[∂wide, ∂B of gate, ∂B of up]; what is not needed is an empty tensor."""
+    """[∂wide, ∂B of gate, ∂B of up]; what is not needed is an empty tensor. ``over``: ∂wide takes the place of wide."""
     n, ranks = b[0].shape[0], [up.shape[1] for up in b]
-    dwide = wide.new_empty(wide.shape)
-    if dwide.numel():
-        _backward_into(dwide, dy, wide, b, scaling, kind, need_wide)
+    dwide = wide if over else wide.new_empty(wide.shape)
+    behind = _backward_into(dwide, dy, wide, b, scaling, kind, need_wide) if dwide.numel() else None
     dgates = _pieces(lora._rows(dwide), n, ranks)[:2]
     hs = _pieces(lora._rows(wide), n, ranks)[2:]
     dbs = [wide.new_empty(0) for _ in b]
@@ -394,6 +402,8 @@ def _backward(
         if need_b[i]:
             db = matmul(g.t(), h, torch.promote_types(up.dtype, torch.float32))
             dbs[i] = times(scale, db).to(up.dtype)
+    if behind is not None:
+        behind()  # where h was, which ∂B was made of
     return [dwide if need_wide else wide.new_empty(0), *dbs]
 
 

@@ -9,11 +9,11 @@ takes ``rows`` of them at a time through all three layers, into their part of y.
 many tokens or others: each computes g, u and f(g) u again, and goes on from there by the formulas of the layers' own
 ops; ∂x is written slice by slice, and what is a sum over tokens (∂A, ∂B, ∂W, ∂bias) is added up over them in fp32.
 
-What is there at one time besides x, y and their gradients is of one slice, 5 N numbers a token at the most (g, u, and
-the gradients of g, u and f(g) u). With N = 14,336 in bf16 that is 143 KB a token, for 4,096 tokens 0.6 GB; over
-400,000 tokens at once it would be 57 GB. Kept: x. What a backward computes again is what a recomputed layer's backward
-computes again in any case, down's product not among it, so slices cost no arithmetic; what they cost is that
-products are of fewer tokens (:func:`tokens_of_slice`), and a copy of each slice of y and of ∂x.
+What is there at one time besides x, y and their gradients is of one slice, 4 N numbers a token at the most (g, u,
+f(g) u and its gradient; those of g and u take their place). With N = 14,336 in bf16 that is 115 KB a token, for 4,096
+tokens 0.5 GB; over 400,000 tokens at once it would be 46 GB. Kept: x. What a backward computes again is what a
+recomputed layer's backward computes again in any case, down's product not among it, so slices cost no arithmetic; what
+they cost is that products are of fewer tokens (:func:`tokens_of_slice`), and a copy of each slice of y and of ∂x.
 
 Nothing here multiplies or activates by itself. Slices go through the bodies of ``lora_stack`` and ``lora_glu`` where
 gate and up have an adapter each (``stacked``), of ``lora_linears`` and ``glu`` elsewhere, and of ``lora_linear``:
@@ -47,17 +47,17 @@ Optionals = Sequence["torch.Tensor | None"]
 # ---------------------------------------------------------------- slices
 
 #: Numbers as wide as the MLP that the backward of a slice holds at one time, and the forward.
-WIDE, WIDE_FORWARD = 5, 3
+WIDE, WIDE_FORWARD = 4, 3
 #: What these may take, in bytes (8,192 tokens of Llama-3.1-8B's forward), and the fewest tokens that a slice has: with
 #: 1,024 a product that gives [tokens, 4096] fills an H100 once (128 tiles of 128 × 256, 132 multiprocessors). Slices
-#: are of whole such numbers: of 8,192 tokens 3,072, 3,072 and 2,048 take 4 % less time than three of about 2,731.
+#: are of whole such numbers: of 3,072 tokens the backward takes 4 % less time than of 2,816.
 SLICE_BYTES, FEWEST = 672 * 2**20, 1024
 #: Into how many slices a backward is cut at least. More need less memory, and launches that the GPU waits for.
-SLICES = 3
+SLICES = 2
 
 
 def tokens_of_slice(tokens: int, intermediate: int, itemsize: int, *, forward: bool = False) -> int:
-    """Tokens of a slice: about a third of all that there are, or (``forward``, which holds less) all; no more than
+    """Tokens of a slice: about half of all that there are, or (``forward``, which holds less) all; no more than
     :data:`SLICE_BYTES` has room for; :data:`FEWEST`, or a multiple of it.
     """
     wide = WIDE_FORWARD if forward else WIDE
@@ -231,15 +231,13 @@ def _back(
         return nothing, [nothing] * 4, [nothing] * (2 * len(layers.a))
     if stacked:
         dwide, *dbs = lora_glu._backward(
-            dact, kept.pop(), layers.b, layers.scaling, kind, needs.x or any(needs.a), needs.b
+            dact, kept.pop(), layers.b, layers.scaling, kind, needs.x or any(needs.a), needs.b, over=True
         )
         dx, *das = lora_stack._backward(dwide, x, *layers.stored, layers.a, needs.x, needs.a, into)
         return dx, [dact.new_empty(0)] * 4, [t for pair in zip(das, dbs, strict=True) for t in pair]
     gate, up, h = kept
-    kept.clear()
-    dgate_up = glu._backward(dact, gate, up, kind, True, True)
-    del gate, up
-    dx, base, thin = layers.backward(dgate_up, x, h, lora_dtype, needs)
+    glu._backward_into(gate, up, dact, gate, up, kind)  # over both
+    dx, base, thin = layers.backward([gate, up], x, h, lora_dtype, needs)
     return dx if into is None else into.copy_(dx), base, thin
 
 

@@ -331,6 +331,27 @@ def test_dropout_is_drawn_once(at: Any) -> None:
         same(run(network, memory="fast"), wanted)
 
 
+@pytest.mark.parametrize(("family", "again"), [("llama3", 0), ("qwen3", 2)])
+def test_what_a_rotary_embedding_made_is_kept_in_place_of_what_it_turned(
+    family: str, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its backward reads neither, and both are as large; but what a norm made before it is computed again anyway."""
+    halves: list[torch.fx.GraphModule] = []
+    planned = Memory._planned
+
+    def instead(self: Memory, cut: Any) -> Any:
+        halves[:] = cut.at([CHEAP] * cut.count).halves
+        return planned(self, cut)
+
+    monkeypatch.setattr(Memory, "_planned", instead)
+    network = families.build(family, checkpointing=True)
+    run(network, memory="fast", disable=["norm_rotary"])
+    ops = [getattr(n.target, "_schema", None) for n in halves[1].graph.nodes]
+    names = [schema.name.removeprefix("fastft::") for schema in ops if schema is not None]
+    assert names.count("rotary") == again and names.count("rotary_backward") == 2
+    assert names.count("rms_norm") > 0
+
+
 def test_a_layers_input_is_all_that_is_kept_of_it(at: Any) -> None:
     network = model(checkpointing=True)
     at(ALL)

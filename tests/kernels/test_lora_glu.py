@@ -371,8 +371,8 @@ MUTANTS = (
     Mutant(
         "lora_glu: products after the pass, columns that nobody wrote",
         "kernels/lora_glu.py",
-        "            at.addmm_(grad, up, beta=0, alpha=scale)\n        dwide[..., 2 * n + sum(ranks) :].zero_()\n",
-        "            at.addmm_(grad, up, beta=0, alpha=scale)\n        dwide[..., 2 * n + sum(ranks) :].fill_(1.0)\n",
+        "at.addmm_(grad, up, beta=0, alpha=scale)\n            dwide[..., 2 * n + sum(ranks) :].zero_()\n",
+        "at.addmm_(grad, up, beta=0, alpha=scale)\n            dwide[..., 2 * n + sum(ranks) :].fill_(1.0)\n",
         "tests/kernels/test_lora_glu.py -k products_after",
         interpret=True,
     ),
@@ -406,6 +406,13 @@ MUTANTS = (
         "tests/kernels/test_lora_glu.py -k what_is_tuned",
     ),
     Mutant(
+        "lora_glu: dB of what is written over h",
+        "kernels/lora_glu.py",
+        "    dbs = [wide.new_empty(0) for _ in b]\n",
+        "    dbs = [wide.new_empty(0) for _ in b]\n    behind()\n",
+        "tests/kernels/test_lora_mlp.py -k matches_reference",
+    ),
+    Mutant(
         "lora_glu: dB without its scale",
         "kernels/lora_glu.py",
         "dbs[i] = times(scale, db).to(up.dtype)",
@@ -415,8 +422,8 @@ MUTANTS = (
     Mutant(
         "lora_glu: what is behind h has a gradient",
         "kernels/lora_glu.py",
-        "@ up))\n        dwide[..., 2 * n + sum(ranks) :].zero_()\n",
-        "@ up))\n        dwide[..., 2 * n + sum(ranks) :].fill_(1.0)\n",
+        "@ up))\n            dwide[..., 2 * n + sum(ranks) :].zero_()\n",
+        "@ up))\n            dwide[..., 2 * n + sum(ranks) :].fill_(1.0)\n",
         "tests/kernels/test_lora_glu.py -k is_not_read",
     ),
     Mutant(

@@ -198,10 +198,10 @@ def test_one_slice_is_what_the_layers_compute(form, dtype, adapter, quant, devic
 
 def test_the_slice_is_chosen_by_bytes():
     of = module.tokens_of_slice
-    assert of(400_000, 14336, 2) == 4096 and of(400_000, 28672, 2) == 2048  # 8B and 70B
+    assert of(400_000, 14336, 2) == 6144 and of(400_000, 28672, 2) == 3072  # 8B and 70B
     assert of(400_000, 14336, 2, forward=True) == of(8192, 14336, 2, forward=True) == 8192
     assert of(400_000, 200_000, 4) == 1024 == of(400_000, 200_000, 4, forward=True)
-    slices = {1: 1024, 3072: 1024, 4096: 1024, 8192: 3072, 12288: 4096, 12289: 3072}
+    slices = {1: 1024, 2048: 1024, 4096: 2048, 8192: 4096, 12288: 6144, 12289: 4096, 16384: 5120}
     assert {tokens: of(tokens, 14336, 2) for tokens in slices} == slices
     for tokens, n, forward in itertools.product((8192, 70_000), (5632, 8192, 18944), (True, False)):
         rows = of(tokens, n, 2, forward=forward)

@@ -269,6 +269,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "'tests/patterns/test_mlp.py::test_two_projections[act(gate) * up-gelu-dtype0]'",
     ),
     Mutant(
+        "memory: a rotary embedding is computed again where what it turned is kept",
+        "backend/partitioner.py",
+        " and not (op in rotary and _of_kept(_source(node), cheap))",
+        "",
+        "tests/backend/test_memory.py -k rotary",
+    ),
+    Mutant(
+        "memory: a rotary embedding is kept where its norm is computed again",
+        "backend/partitioner.py",
+        "return not any(_schema_name(made) in cheap for",
+        "return not any(False for",
+        "tests/backend/test_memory.py -k rotary",
+    ),
+    Mutant(
         "rotary rule: interleaved as half",
         "patterns/rotary.py",
         'row(*_rotary(down(_interleaved(x)), "interleaved"))',
