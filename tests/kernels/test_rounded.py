@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastft.kernels import _dense_weights
-from fastft.kernels._dense_weights import Rounded, cast
+from fastft.kernels._dense_weights import Rounded, cast, stacked
 from fastft.kernels.lora_glu import _rounded
 from fastft.kernels.lora_linear import _stack
 
@@ -142,3 +142,26 @@ def test_in_a_thread_of_autograds(adapters: list[torch.Tensor]) -> None:
     thread.start()
     thread.join()
     check(found[0], adapters)
+
+
+@pytest.mark.parametrize("ranks", [(8,), (8, 16)], ids=str)
+def test_below_a_dense_copy_are_the_rounded_ones(ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One copy of them all, where they are there already."""
+    weight, *thin = (torch.randn(n, 16) for n in (24, *ranks))
+    launched: list[int] = []
+    together = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: launched.append(len(of)) or together(to, of))
+
+    def graph(inputs: list[torch.Tensor]) -> torch.Tensor:
+        with stacked(inputs[:1], (), (), (), inputs[1:], torch.bfloat16) as dense:
+            return dense.clone()
+
+    call, wanted = Rounded(graph), torch.cat([weight, *thin]).bfloat16()
+    for _ in range(3):
+        assert torch.equal(call([weight, *thin]), wanted)
+    assert launched == [len(ranks)] * 3  # in the graph, then before it
+    assert call.plans
+    thin[0].mul_(2)  # as an optimizer does
+    assert torch.equal(call([weight, *thin]), torch.cat([weight, *thin]).bfloat16())
+    call.plans = []
+    assert torch.equal(call([weight, *thin]), torch.cat([weight, *thin]).bfloat16())
