@@ -166,10 +166,17 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_memory.py -k optimizer_keeps",
     ),
     Mutant(
+        "dense weights: no adapters below a copy where they are rounded already",
+        "kernels/_dense_weights.py",
+        "        out.copy_(found)\n",
+        "        out.zero_()\n",
+        "tests/kernels/test_rounded.py -k below",
+    ),
+    Mutant(
         "dense_once: a thin copy of another matrix",
         "kernels/_dense_weights.py",
-        "    key = (how, dtype, *((t.data_ptr(), t.shape) for t in of))\n",
-        "    key = (how, dtype)\n",
+        "    return (how, dtype, *((t.data_ptr(), t.shape) for t in of))\n",
+        "    return (how, dtype)\n",
         "tests/kernels/test_lora_mlp.py -k matches_reference",
     ),
     Mutant(
