@@ -97,7 +97,7 @@ def _activate(g, KIND: tl.constexpr):
         z_slope = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
     # σ(z), and σ(−z) = 1 − σ(z), which f′ multiplies by up to 50, so that it must not be a difference: both of one
     # exponential, kept from overflowing, and one root. These two are an instruction each, where exp and a division take
-    # five more for numbers next to 0 and infinity; an H100 that has multiplied for long waits for them, not for memory.
+    # five more for numbers next to 0 and infinity.
     e = tl.exp2(tl.minimum(-1.4426950408889634 * z, 126.0))
     root = tl.rsqrt(1.0 + e)
     s = root * root

@@ -18,10 +18,11 @@ floating-point numbers at m, and m + l would have lost it, and with it 1 - p_y, 
     d z / d r          = scale (1 - tanh^2(scale r / c)) / temperature
     dh = dr W              dW = sum_t dr_t h_t^T              db = sum_t dr_t
 
-Stages, and what never exists: [tokens, vocab] does not, in any dtype. Tokens whose label is ignored (padding, prompts)
-are left out; the others are taken in chunks whose logits fill one reused buffer: (1) cuBLAS writes the chunk's logits
-into the buffer; (2) one Triton program per token reads them once for the online logsumexp, a second time, last ones
-first (they are in L2 still), to overwrite them by the gradient; (3) cuBLAS multiplies the buffer by W.
+Stages, and what never exists: [tokens, vocab] does not, in any dtype, but under a trained head of few tokens, where it
+is one chunk and no larger than the sum that several would need (below). Tokens whose label is ignored (padding,
+prompts) are left out; the others are taken in chunks whose logits fill one reused buffer: (1) cuBLAS writes the chunk's
+logits into the buffer; (2) one Triton program per token reads them once for the online logsumexp, a second time, last
+ones first (they are in L2 still), to overwrite them by the gradient; (3) cuBLAS multiplies the buffer by W.
 
 Label smoothing (e) and z-loss (c, of lse squared) are of the same pass. With them ``log_prob`` is a token's score,
 minus its loss::
