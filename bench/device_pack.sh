@@ -2,7 +2,7 @@
 # Packs what the GPU machine lacks into .device/ (git-ignored), to be carried there beside the working tree:
 #   site.tar.xz    bitsandbytes, trl, datasets                 peers.tar.xz  the same in the versions that Unsloth takes, liger, unsloth, xformers
 #   fastft-*.whl   this tree, in case pip cannot build there   commit        what is measured
-#   tree.tar.gz       the commit's files, to measure a commit while the working tree changes
+#   tree.tar.gz    the commit's files, to measure a commit while the working tree changes
 # Run before every call (seconds; the archives are made once). Then, on the GPU machine: tests/gpu/run.sh, with .device carried; or, for the commit alone:
 #   mkdir /tmp/tree && tar -C /tmp/tree -xzf .device/tree.tar.gz && ln -s "$PWD/.device" /tmp/tree/.device && cd /tmp/tree && tests/gpu/run.sh ...
 #   SITE=path/to/make_site.sh bench/device_pack.sh    the script that downloads the archives' packages

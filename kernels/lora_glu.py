@@ -87,8 +87,7 @@ def _tile(device: torch.device, dtype: torch.dtype, rows: int, n: int, rank: int
 SUM_ROWS = 32
 #: Columns that a program of the backward takes at a time (about 190 registers a thread, two programs a processor, each
 #: with two tiles on their way), and programs that share a row's columns, each with a part of the sums over them. With
-#: half as many programs an H100's last wave has too little to do: of 2,816 rows it takes 208 µs in place of 175, of
-#: 8,192 rows 470 and 465.
+#: half as many, a GPU's last wave of programs has too little to do where rows are few, as in a slice.
 SPLIT_N, SPLITS = 64, 16
 #: Above this rank, half as many of both: B's tiles, the sums and their parts are four times those of rank 16.
 MIDDLE_RANK = 32
@@ -172,7 +171,7 @@ def _thin_b(b_ptr, col, n, RANK: tl.constexpr, BLOCK_R: tl.constexpr):
 @jit
 def _adapted(e, h, b, scale, PRECISION: tl.constexpr):
     """e + s h Bᵀ, in fp32. s is no constant: with one of 1 Triton makes e the product's accumulator, which is then not
-    loaded ahead, and the backward takes half as long again."""
+    loaded ahead, and the backward takes 1.6 times as long."""
     return e.to(tl.float32) + scale * tl.dot(h, tl.trans(b), input_precision=PRECISION)
 
 

@@ -117,7 +117,7 @@ def test_products_after_the_pass(dtype, adapter, device):
 
 
 def test_no_kernel_is_compiled_for_a_scale(monkeypatch):
-    """A constant scale of 1 made the backward take half as long again: what it is added to was not loaded ahead."""
+    """A constant scale of 1 made the backward take 1.6 times as long: what it is added to was not loaded ahead."""
     seen: list[tuple[Any, dict[str, Any]]] = []
 
     class Kernel:
