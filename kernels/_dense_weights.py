@@ -87,8 +87,8 @@ def _key(how: str, of: Tensors, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _copy_below(out: torch.Tensor, matrices: Tensors) -> None:
-    """Write thin matrices to ``out``, below each other. From where a call of :class:`Rounded` has them it is one copy,
-    which a launch for many tensors takes longer for: its few blocks are each given a whole matrix.
+    """Write thin matrices to ``out``, below each other. From where a call of :class:`Rounded` has them it is one copy
+    (one launch for many tensors gives each of so few a block or two, and takes longer).
     """
     call = _call.get()
     how = "stack" if len(matrices) > 1 else "cast"
