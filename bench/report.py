@@ -1,7 +1,8 @@
 """``fastft bench report``: result files as tables, and as one HTML page with plots that needs nothing else.
 
 Plots are matplotlib's, embedded as PNG: for kernels, bandwidth or arithmetic rate against size; for training steps,
-speed and peak memory, a step's device time by part (files with ``--profile``), memory over a step (``--timeline``).
+speed and peak memory, a step's device time by part (files with ``--profile``), memory over a step (``--timeline``), and
+losses (files of :data:`CURVE` steps or more).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import html
 import io
 import re
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,8 @@ from bench.train import input_of, tokens_of
 GIB = 2**30
 #: What the legend calls the times of ``copy_us``.
 COPY = "a copy of as\nmany bytes"
+#: Steps from which on losses are a curve.
+CURVE = 50
 #: One colour for an implementation everywhere; any other gets one of :data:`MORE`.
 COLORS = {
     OURS: "#c8385a",
@@ -119,6 +123,8 @@ def tables(result: Result) -> Iterator[Grid]:
     yield step_table(result)
     if grid := parts_table(result):
         yield grid
+    if grid := losses_table(result):
+        yield grid
 
 
 def step_table(result: Result) -> Grid:
@@ -183,6 +189,35 @@ def parts_table(result: Result) -> Grid | None:
     return Grid(
         title, ["implementation", *names, "sum", "GPU idle"], rows, left=frozenset({"implementation"})
     ).trimmed()
+
+
+def _losses(result: Result) -> dict[str, list[float]]:
+    """Implementation → its losses, step by step: the first's, and those that saw the same tokens."""
+    found = {row["impl"]: row["runs"][0]["loss"] for row in result.rows if row["status"] == "ok"}
+    steps = len(next(iter(found.values()), []))
+    return {impl: losses for impl, losses in found.items() if len(losses) == steps} if steps >= CURVE else {}
+
+
+def losses_table(result: Result) -> Grid | None:
+    """How far each curve is from the first: without a bias the mean difference is within a few of its standard errors
+    (of 10 means of as many steps each, since what differs at one step differs at the next).
+    """
+    found = _losses(result)
+    if len(found) < 2:
+        return None
+    (first, base), *others = found.items()
+    rows = []
+    for impl, losses in others:
+        apart = [a - b for a, b in zip(losses, base, strict=True)]
+        size = len(apart) // 10
+        means = [statistics.fmean(apart[i : i + size]) for i in range(0, 10 * size, size)]
+        error = statistics.stdev(means) / len(means) ** 0.5
+        mean, most = statistics.fmean(apart), max(map(abs, apart))
+        rows.append([impl, f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{1e3 * mean:+.3f}", f"{1e3 * error:.3f}",
+                     f"{1e3 * statistics.fmean(map(abs, apart)):.3f}", f"{1e3 * most:.3f}"])  # fmt: skip
+    columns = ["implementation", "first", "last", "mean difference", "± its error", "mean size", "largest"]
+    title = f"Losses of {len(base)} steps beside {first}'s ({base[0]:.4f} to {base[-1]:.4f}); differences in 0.001 nats"
+    return Grid(title, columns, rows, left=frozenset({"implementation"}))
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------
@@ -333,6 +368,8 @@ def _step_plots(result: Result) -> Iterator[Plot]:
     lines = {row["impl"]: next((r["timeline"] for r in row["runs"] if r.get("timeline")), None) for row in good}
     if any(lines.values()):
         yield _timeline_plot(result, {impl: line for impl, line in lines.items() if line})
+    if len(losses := _losses(result)) > 1:
+        yield _losses_plot(result, losses)
 
 
 def _speed_plot(result: Result, rows: Sequence[Mapping[str, Any]]) -> Plot:
@@ -401,6 +438,28 @@ def _timeline_plot(result: Result, lines: Mapping[str, Mapping[str, Any]]) -> Pl
     _legend(axis, list(lines))
     caption = f"{title_of(result)}: allocated memory over one step, from the allocator's history."
     return Plot("timeline", caption, _png(figure))
+
+
+def _losses_plot(result: Result, found: Mapping[str, Sequence[float]]) -> Plot:
+    figure, axes = _axes(10.4, 3.8, 2)
+    (first, base), *others = found.items()
+    for i, (impl, losses) in enumerate(found.items()):
+        axes[0].plot(range(1, len(losses) + 1), losses, color=_line(i), linewidth=1.2, label=impl)
+    for i, (_, losses) in enumerate(others, 1):
+        apart = [a - b for a, b in zip(losses, base, strict=True)]
+        axes[1].plot(range(1, len(losses) + 1), apart, color=_line(i), linewidth=1)
+    axes[0].set_ylabel("loss, nats a token")
+    axes[1].set_ylabel(f"loss − {first}'s")
+    for axis in axes:
+        axis.set_xlabel("step")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    caption = f"{title_of(result)}: losses, and how far each is from the first one's."
+    return Plot("losses", caption, _png(figure))
+
+
+def _line(i: int) -> str:
+    """A colour for each of several curves of one implementation."""
+    return ("#1c2330", "#c8385a", "#2f6db5", "#e8a33d", *MORE)[i % (4 + len(MORE))]
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------

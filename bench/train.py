@@ -18,6 +18,8 @@ many tokens, which see nothing of each other, in the form ``packed``, rows of th
 again at each, as TRL packs them, or ``padded``, a row for each with an ``attention_mask``. A seed gives the same
 documents in both forms and the same real tokens in all three: tokens/s are of real tokens, and losses are comparable.
 Shapes stay as they are from step to step: a row's documents come in another order, with fresh tokens.
+``--tokens``: ``uniform``, where there is nothing to learn; ``zipf``, where the n-th id is n times as rare as the first,
+and a loss falls.
 
 With ``--trainer sft`` TRL's ``SFTTrainer`` does the steps, by its own loop, loss and defaults (clipped gradients among
 them), and an implementation is no more than ``SFTConfig(torch_compile_backend=...)``: ``eager`` is stock TRL. A step's
@@ -77,6 +79,8 @@ PACKAGES = (
     "xformers",
     "fastft",
 )
+#: How ids are drawn.
+TOKENS = ("uniform", "zipf")
 #: Forms of the data.
 DATA = ("full", "packed", "padded")
 #: The tokenizer's <pad>, and the label of what is no target.
@@ -109,6 +113,7 @@ class Setup:
     seq: int = 2048
     data: str = "full"
     document: int = 512
+    tokens: str = "uniform"
     checkpointing: bool = True
     steps: int = 5
     warmup: int = 3
@@ -124,6 +129,7 @@ class Setup:
         _one_of("--quant", self.quant, ("nf4", "bf16"))
         _one_of("--train", self.train, ("lora", "full"))
         _one_of("--data", self.data, DATA)
+        _one_of("--tokens", self.tokens, TOKENS)
         _one_of("--trainer", self.trainer, ("loop", "sft"))
         if self.trainer == "sft":
             _one_of("--impl with --trainer sft", self.impl, SFT_BACKENDS)
@@ -135,6 +141,8 @@ class Setup:
             raise ValueError(
                 "--quant nf4 with --train full: NF4 weights have no gradient; use --train lora or --quant bf16"
             )
+        if not self.lr > 0:
+            raise ValueError(f"--lr is {self.lr}; it is above 0")
         for name in ("rank", "batch", "seq", "document", "steps", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -182,7 +190,12 @@ def batches(setup: Setup, device: Any) -> Iterator[dict[str, Any]]:
     pack = IMPLEMENTATIONS[setup.impl].pack
     while True:
         # Ids 0 to 3 are the tokenizer's special tokens.
-        x = torch.randint(4, vocabulary, (setup.batch, setup.seq), generator=generator)
+        if setup.tokens == "zipf":
+            rare = torch.arange(1, vocabulary - 3, dtype=torch.float64)
+            drawn = torch.multinomial(1 / rare, setup.batch * setup.seq, replacement=True, generator=generator)
+            x = 4 + drawn.view(setup.batch, setup.seq)
+        else:
+            x = torch.randint(4, vocabulary, (setup.batch, setup.seq), generator=generator)
         if setup.data == "full":
             x = x.to(device)
             yield {"input_ids": x, "labels": x}
@@ -1123,6 +1136,8 @@ def _parser() -> argparse.ArgumentParser:
     setting.add_argument(
         "--document", type=int, default=512, help="tokens in a document, up to half as many more or less (default 512)"
     )
+    setting.add_argument("--tokens", default="uniform", help="uniform or zipf (default uniform): what ids are drawn")
+    setting.add_argument("--lr", type=float, default=1e-4, help="learning rate (default 1e-4)")
     setting.add_argument(
         "--checkpointing", choices=("on", "off"), default="on", help="gradient checkpointing (default on)"
     )
@@ -1183,7 +1198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_checkpoint(a.model, root / a.model)
         return 0
     sizes = ("rank", "batch", "seq", "document", "steps", "warmup", "seed")
-    common = {k: getattr(a, k) for k in ("model", "quant", "train", "trainer", "data", *sizes)}
+    common = {k: getattr(a, k) for k in ("model", "quant", "train", "trainer", "data", "tokens", "lr", *sizes)}
     if a.trainer == "sft" and (a.profile or a.timeline):
         parser.error("--profile and --timeline are of one step more, which --trainer sft does not take")
     if a.command == "run":

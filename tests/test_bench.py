@@ -124,7 +124,7 @@ DOCUMENTS = {"batch": 2, "seq": 20, "document": 4}
 
 
 def first_batch(impl: str = "eager", **changes) -> dict[str, torch.Tensor]:
-    return next(train.batches(setup(impl, **DOCUMENTS, **changes), "cpu"))
+    return next(train.batches(setup(impl, **{**DOCUMENTS, **changes}), "cpu"))
 
 
 def test_documents_fill_every_row():
@@ -162,6 +162,16 @@ def test_steps_differ_and_shapes_do_not():
         for name, value in found[0].items():
             assert len({tuple(step[name].shape) for step in found}) == 1
             assert not all(torch.equal(step[name], value) for step in found[1:])
+
+
+def test_ids_that_are_rarer_the_higher_they_are():
+    """One of n ids is n times as rare as the first: of 508 in a vocabulary of 512 the first is 1 of 6.8."""
+    ids = first_batch(tokens="zipf", batch=64, seq=512)["input_ids"]
+    count = torch.bincount(ids.flatten(), minlength=512) / ids.numel()
+    assert ids.min() == 4 and count.shape == (512,)
+    harmonic = sum(1 / n for n in range(1, 509))
+    assert torch.allclose(count[4:10], torch.tensor([1 / n / harmonic for n in range(1, 7)]), rtol=0.1)
+    assert not torch.equal(ids, first_batch(tokens="zipf", batch=64, seq=512, seed=1)["input_ids"])
 
 
 def test_unsloth_gets_one_row_and_its_lengths():
@@ -346,6 +356,8 @@ def test_cuda_12_is_taken_from_where_pip_puts_it(tmp_path, monkeypatch):
         ({"warmup": 0}, "--warmup is 0; it is 1 or more"),
         ({"data": "packt"}, "--data is 'packt'; it is one of full, packed, padded"),
         ({"document": 0}, "--document is 0; it is 1 or more"),
+        ({"tokens": "text"}, "--tokens is 'text'; it is one of uniform, zipf"),
+        ({"lr": 0.0}, "--lr is 0.0; it is above 0"),
         ({"options": {"a": 1}}, "--impl eager does not call"),
         ({"trainer": "dpo"}, "--trainer is 'dpo'; it is one of loop, sft"),
         ({"trainer": "sft", "impl": "unsloth"}, "--impl with --trainer sft is 'unsloth'; it is one of eager, inductor"),

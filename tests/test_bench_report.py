@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -477,6 +478,33 @@ def test_report_says_what_data_a_step_had(tmp_path):
 
     before = files.Result(Path("steps.json"), "train", steps({"fastft": [5.0]}))
     assert "2×8 tokens" in report.title_of(before) and "input" not in report.step_table(before).columns
+
+
+def test_report_of_losses(tmp_path):
+    """Curves beside the first one: a bias of 0.003 nats is found under noise of up to 0.01, and its absence too."""
+    data = steps({"fastft:memory=fast": [5.0], "fastft:memory=lean": [6.0], "fastft": [6.0], "eager": [7.0]})
+    draw = random.Random(0)
+    noise = [draw.uniform(-0.01, 0.01) for _ in range(300)]
+    curve = [9 - 0.01 * i for i in range(300)]
+    of = [curve, [c + n for c, n in zip(curve, noise, strict=True)]]
+    of += [[c + 0.003 for c in of[1]], curve[:40]]
+    for row, losses in zip(data["rows"], of, strict=True):
+        row["runs"] = [{"loss": losses}]
+    result = files.Result(Path("steps.json"), "train", data)
+    grid = report.losses_table(result)
+    assert grid is not None and "Losses of 300 steps beside fastft:memory=fast's (9.0000 to 6.0100)" in grid.title
+    assert [row[0] for row in grid.rows] == ["fastft:memory=lean", "fastft"]  # eager saw other steps
+    (_, first, last, mean, error, size, most), (*_, biased, error_too, _, _) = grid.rows
+    assert (first, last) == (f"{of[1][0]:.4f}", f"{of[1][-1]:.4f}")
+    assert abs(float(mean)) <= 3 * float(error) and abs(float(biased) - 3) <= 3 * float(error_too) < 3
+    assert float(size) == pytest.approx(5, rel=0.1) and float(most) == pytest.approx(10, rel=0.02)
+    (tmp_path / "steps.json").write_text(json.dumps(data))
+    text, _ = render(tmp_path, tmp_path / "steps.json")
+    assert {p.stem for p in (tmp_path / "png").iterdir()} == {"1-speed", "1-losses"}
+    assert "Losses of 300 steps" in text
+
+    data["rows"][0]["runs"][0]["loss"] = curve[:40]
+    assert report.losses_table(result) is None
 
 
 def test_report_of_committed_files(tmp_path):
