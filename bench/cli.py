@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     kernels.add_argument("-k", default=None, metavar="EXPRESSION", help="only cases whose name fits, as pytest's -k")
     kernels.add_argument(
-        "--shapes-tag", default=None, help="primary (default on a GPU), real, long, attention, loss, test (on a CPU)"
+        "--shapes-tag",
+        default=None,
+        help="primary (default on a GPU), real, long, attention, loss, slices, test (on a CPU)",
     )
     kernels.add_argument("--budget", type=float, default=None, help="seconds: no case begins after them")
     kernels.add_argument("--rounds", type=int, default=None, help="samples of each, at least (default 7)")

@@ -183,7 +183,8 @@ class Shape:
 
     Tags: ``primary`` (what the benchmark runs by default), ``real`` (six sizes of each op that models have, for the
     whole table in one go), ``long`` (32k tokens in one sequence), ``attention`` (every kind of mask, at one model's
-    heads), ``test`` (small and odd, for the tests).
+    heads), ``loss`` (heads frozen and trained), ``slices`` (an MLP's ops at the tokens that a memory plan cuts it
+    into), ``test`` (small and odd, for the tests).
     """
 
     op: str
@@ -337,6 +338,16 @@ def _losses() -> Iterator[Shape]:
         yield Shape("linear_cross_entropy", model, {**sizes, **more}, frozenset({"loss"}))
 
 
+def _slices() -> Iterator[Shape]:
+    """An MLP's ops as ``lora_mlp`` calls them under a memory plan, a slice of tokens at a time: of Llama 3.1 8B's 8,192
+    a half, and what longer contexts and smaller budgets have.
+    """
+    for rows in (4096, 3072, 2048):
+        for s in _of_model(_KINDS_OF, 1, rows, frozenset({"slices"})):
+            if s.op in ("glu", "lora_glu", "lora_stack"):
+                yield s
+
+
 def _nf4(model: str, tags: frozenset[str]) -> Iterator[Shape]:
     """Weights to dequantise: independent of batch and seq."""
     for out_features, in_features in dict.fromkeys((o, i) for _, o, i in linears(model)):
@@ -478,7 +489,7 @@ def _all() -> Iterator[Shape]:
         found += [*_of_model(model, 4, 2048, tags), *_nf4(model, tags)]
     found += [s for model in LONG for s in _of_model(model, 1, 32768, frozenset({"long"}))]
     real = _real(found)
-    kinds = {str(s): s for s in (*_attention_kinds(), *_losses())}
+    kinds = {str(s): s for s in (*_attention_kinds(), *_losses(), *_slices())}
     for s in found:
         more = ({"real"} if (s.op, str(s)) in real else set()) | set(kinds.pop(str(s), s).tags)
         yield replace(s, tags=s.tags | more)

@@ -5,6 +5,7 @@ and what is asked of ``torch.cuda`` is answered by a stand-in that counts µs.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import torch
 from bench import cli, files, kernels, measure, specialists, tables
 from bench.shapes import REAL, REAL_SIZES, SHAPES, Shape, shapes
 from fastft.kernels._inputs import New
+from fastft.kernels.lora_mlp import tokens_of_slice
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -521,6 +523,13 @@ def test_every_op_has_real_sizes():
         assert len(real) == REAL_SIZES >= 6, op
         assert len({tuple(v for k, v in s.dims.items() if k != "eps") for s in real}) == REAL_SIZES, op
     assert sum("primary" in s.tags for s in SHAPES) < 150  # what runs by default stays small
+
+
+def test_slices_of_an_mlp_have_rows():
+    """Those that its backward is cut into: half of the tokens of 4 × 2048, and fewer."""
+    found = {(s.op, s["batch"] * s["seq"]) for s in shapes(tag="slices")}
+    assert found == set(itertools.product(("glu", "lora_glu", "lora_stack"), (2048, 3072, 4096)))
+    assert tokens_of_slice(4 * 2048, 14336, 2) == 4096
 
 
 def test_a_run_that_is_stopped_has_something_of_every_op():
