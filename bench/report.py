@@ -215,9 +215,11 @@ def losses_table(result: Result) -> Grid | None:
         mean, most = statistics.fmean(apart), max(map(abs, apart))
         rows.append([impl, f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{1e3 * mean:+.3f}", f"{1e3 * error:.3f}",
                      f"{1e3 * statistics.fmean(map(abs, apart)):.3f}", f"{1e3 * most:.3f}"])  # fmt: skip
+    left = {row["impl"]: len(row["runs"][0]["loss"]) for row in result.rows if row["status"] == "ok"}
+    notes = [f"{impl} has {count} losses: not compared" for impl, count in left.items() if impl not in found]
     columns = ["implementation", "first", "last", "mean difference", "± its error", "mean size", "largest"]
     title = f"Losses of {len(base)} steps beside {first}'s ({base[0]:.4f} to {base[-1]:.4f}); differences in 0.001 nats"
-    return Grid(title, columns, rows, left=frozenset({"implementation"}))
+    return Grid(title, columns, rows, left=frozenset({"implementation"}), notes=notes)
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------
