@@ -59,8 +59,9 @@ LEANER = 0.9
 ADAM_STATES = 2
 #: Of free host memory, the part that offloading may take; and what copies reach (an H100: 51 GB/s there, 55 back).
 HOST_SHARE, HOST_BYTES_PER_SECOND = 0.25, 50e9
-#: How often a choice that needs more than the formula says is made again, by so much less.
-ROUNDS = 3
+#: How often a choice that needs more than the formula says is made again, by so much less: each time at least twice as
+#: much as before, so that a formula that is off by more the leaner the choice does not end with the leanest.
+ROUNDS = 6
 #: How much more than the smallest peak there is ``"lean"`` may need, for less time: a part of that peak.
 LEAN_SHARE = 0.055
 #: The leanest choice's own cut is believed if it needs no more than this beside what the formula says it adds.
@@ -195,14 +196,21 @@ class Memory:
 
     def _fastest(self, cut: _Cut, problem: Problem, budget: int) -> list[str] | None:
         """The formula's choice; it is of regions that are cut alike, and where the cut itself needs more, it is made
-        again.
+        again. None where none was found.
         """
-        over = 0
+        over = first = 0
         for _ in range(ROUNDS):
             found = planner.fastest(problem, budget - over, self.host)
-            if found is None or self._plan(cut, found).peak(self.sizes) <= budget:
+            if found is None:
+                break
+            more = self._plan(cut, found).peak(self.sizes) - budget
+            if more <= 0:
                 return found
-            over += self._plan(cut, found).peak(self.sizes) - budget
+            first = first or more
+            over += max(more, over)
+        if over:
+            said = f"memory plan: no choice but the leanest was found to keep {budget / GIB:.2f} GiB"
+            self.done.errors.append(f"{said}; the first needed {first / GIB:.2f} GiB more than the formula says")
         return None
 
     def _smallest(self, cut: _Cut, problem: Problem) -> int:

@@ -491,6 +491,39 @@ def test_lean_is_the_fastest_within_its_share(monkeypatch: pytest.MonkeyPatch) -
     assert row["predicted"] <= free and rows[0]["seconds"] > row["seconds"] > rows[2]["seconds"]
 
 
+def _off_by(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts need more than the formula says: ``share`` of what layers keep for each that recomputes its MLP and more."""
+    peak = memory.Plan.peak
+
+    def more(self: memory.Plan, sizes: Any) -> int:
+        lean = sum(level not in (KEEP, CHEAP) for level in self.levels)
+        return int(peak(self, sizes) + lean * share * 2**20)
+
+    monkeypatch.setattr(memory.Plan, "peak", more)
+
+
+def test_a_formula_that_is_off_does_not_end_with_the_leanest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is off by more the leaner the choice is, so that each round's correction is too small for the next one's."""
+    monkeypatch.setitem(families._SIZES, "num_hidden_layers", 16)
+    network = model(checkpointing=True, lora=0.0)
+
+    def planned(wanted: str | int) -> Any:
+        report = fastft.explain(network, **batch(), options={"memory": wanted})
+        return report.memory[0], report.errors
+
+    (lean, _), (auto, _) = planned("lean"), planned("auto")
+    budget = (lean["predicted"] + auto["predicted"]) // 2
+    exact, errors = planned(budget)
+    assert exact["seconds"] < lean["seconds"] and errors == []
+    _off_by(0.02, monkeypatch)
+    row, errors = planned(budget)
+    assert row["predicted"] <= budget and exact["seconds"] < row["seconds"] < lean["seconds"] and errors == []
+    monkeypatch.setattr(memory, "ROUNDS", 1)
+    row, errors = planned(budget)
+    assert row["seconds"] >= lean["seconds"]
+    assert len(errors) == 1 and "no choice but the leanest was found" in errors[0]
+
+
 def test_the_budget_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Less a twentieth of the device; what torch's allocator has is free too."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 80 * 2**30))
