@@ -399,6 +399,13 @@ def dynamo_counters() -> dict[str, dict[str, int]]:
     return {k: dict(v) for k, v in torch._dynamo.utils.counters.items()}
 
 
+def compile_seconds() -> dict[str, float]:
+    """Seconds that this process spent in each phase of compilation that torch times, all graphs together. Phases lie in
+    each other: ``_compile.compile_inner`` has all of Dynamo's part, the backend's and the forward's code in it.
+    """
+    return {phase: sum(times) for phase, times in torch._dynamo.utils.compilation_time_metrics.items()}
+
+
 def is_recompile() -> bool:
     """Whether the frame that is being compiled was compiled before (another shape, another grad mode)."""
     compile_id = CompileContext.current_compile_id()

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -165,11 +166,13 @@ class Memory:
     def partition(self, joint: fx.GraphModule, outputs: int, static: list[int] | None) -> Halves:
         """Cut a joint graph by the best plan for ``sizes``, or, where planning fails, as the user's checkpoints say."""
         cut = _Cut(joint, outputs, static, self.sizes, self.rates)
+        start = time.perf_counter()
         with (
             no_collection(),
             Attempt("planning memory", "layers are recomputed in full", self.done.errors, self.options.strict),
         ):
             halves, plan = self._planned(cut)
+            self.done.timings["plan"] = self.done.timings.get("plan", 0.0) + time.perf_counter() - start
             self.plans.append(plan)
             offload.POOL.limit = max(offload.POOL.limit, self.host)
             self._report(plan)

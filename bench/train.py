@@ -420,6 +420,11 @@ def compile_inductor(model: Any, options: dict[str, Any]) -> None:
     model.compile(options=options or None)
 
 
+def compile_dynamo(model: Any, options: dict[str, Any]) -> None:
+    """Dynamo's graph run op by op: no backend's first step takes less than this one's."""
+    model.compile(backend="eager", options=options or None)
+
+
 def compile_layers(model: Any, options: dict[str, Any]) -> None:
     for layer in _layers(model):
         layer.compile(options=options or None)
@@ -445,6 +450,7 @@ class Implementation:
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "eager": Implementation(load_stock),
+    "dynamo": Implementation(load_stock, compile_dynamo),
     "inductor": Implementation(load_stock, compile_inductor),
     "inductor_layers": Implementation(load_stock, compile_layers),
     "liger": Implementation(load_liger, peer=True),
@@ -527,6 +533,8 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
     with _timed(result, "first_step_s"):
         timed_step()
     result["first_step_peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+    if implementation.compile is not None:
+        result["compile_s"] = _compile_seconds()
     result["warmup_ms"] = [round(timed_step() * 1e3, 3) for _ in range(setup.warmup - 1)]
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -550,6 +558,14 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
     elif timeline:
         result["timeline_note"] = "no memory timeline: PyTorch keeps no memory history of a CPU"
         say(result["timeline_note"])
+
+
+def _compile_seconds() -> dict[str, float]:
+    """What torch spent a tenth of a second on in compiling, most first. Phases lie in each other."""
+    from fastft import _torch_compat as compat
+
+    found = {phase: round(seconds, 2) for phase, seconds in compat.compile_seconds().items() if seconds >= 0.1}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def measure_sft(setup: Setup, folder: Path, result: dict[str, Any]) -> None:

@@ -214,6 +214,17 @@ def test_run(impl, options, checkpoints):
         assert any(site["status"] == "replaced" for site in result["report"]["sites"])
 
 
+def test_a_run_says_what_compiling_took(checkpoints):
+    """By torch's phases; Dynamo alone is what no backend's first step can take less than. Eager compiles nothing."""
+    torch._dynamo.reset()
+    result = train.run(setup("dynamo"), checkpoints)
+    assert result["status"] == "ok", result["error"]
+    seconds = list(result["compile_s"].values())
+    assert seconds == sorted(seconds, reverse=True) and min(seconds) >= 0.1
+    assert max(seconds) == result["compile_s"]["_compile.compile_inner"] < result["first_step_s"] + 0.01
+    assert "compile_s" not in train.run(setup("eager"), checkpoints)
+
+
 def test_implementations_see_the_same_data_and_weights(checkpoints):
     eager, fast = (
         train.run(setup(i, options=o), checkpoints) for i, o in (("eager", {}), ("fastft", {"residual": "eager"}))
