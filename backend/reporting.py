@@ -79,8 +79,8 @@ class Report:
 
     ``modules``, in the order in which they compute, ``inputs`` (``"input_ids [4, 2048]"``) and ``device`` are one
     graph's. A report of several has theirs in ``parts``. ``memory``: the plans that were made for a memory budget, in
-    order, in bytes and seconds (:mod:`fastft.memory`). ``timings``: seconds of this process; ``compile`` has ``plan`` in
-    it.
+    order, in bytes and seconds (:mod:`fastft.memory`). ``timings``: seconds of this process; ``compile`` has ``plan``
+    in it.
     """
 
     sites: list[Site] = field(default_factory=list)

@@ -509,7 +509,7 @@ def test_a_formula_that_is_off_does_not_end_with_the_leanest(monkeypatch: pytest
 
     def planned(wanted: str | int) -> Any:
         report = fastft.explain(network, **batch(), options={"memory": wanted})
-        assert 0 < report.timings["plan"]
+        assert report.timings["plan"] > 0
         return report.memory[0], report.errors
 
     (lean, _), (auto, _) = planned("lean"), planned("auto")
