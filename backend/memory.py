@@ -60,8 +60,8 @@ LEANER = 0.9
 ADAM_STATES = 2
 #: Of free host memory, the part that offloading may take; and what copies reach (an H100: 51 GB/s there, 55 back).
 HOST_SHARE, HOST_BYTES_PER_SECOND = 0.25, 50e9
-#: How often a choice that needs more than the formula says is made again, by so much less: each time at least twice as
-#: much as before, so that a formula that is off by more the leaner the choice does not end with the leanest.
+#: How often a choice whose cut does not fit is made again, with so much less as the formula was off, and at least twice
+#: as much less as before: it may be off by more the leaner the choice is.
 ROUNDS = 6
 #: How much more than the smallest peak there is ``"lean"`` may need, for less time: a part of that peak.
 LEAN_SHARE = 0.055
@@ -201,19 +201,18 @@ class Memory:
         """The formula's choice; it is of regions that are cut alike, and where the cut itself needs more, it is made
         again. None where none was found.
         """
-        over = first = 0
+        off: list[int] = [0]
         for _ in range(ROUNDS):
-            found = planner.fastest(problem, budget - over, self.host)
+            found = planner.fastest(problem, budget - off[-1], self.host)
             if found is None:
                 break
-            more = self._plan(cut, found).peak(self.sizes) - budget
-            if more <= 0:
+            peak = self._plan(cut, found).peak(self.sizes)
+            if peak <= budget:
                 return found
-            first = first or more
-            over += max(more, over)
-        if over:
+            off.append(max(peak - problem.peak(found), 2 * off[-1]))
+        if len(off) > 1:
             said = f"memory plan: no choice but the leanest was found to keep {budget / GIB:.2f} GiB"
-            self.done.errors.append(f"{said}; the first needed {first / GIB:.2f} GiB more than the formula says")
+            self.done.errors.append(f"{said}; the first needed {off[1] / 2**20:.2f} MiB more than the formula says")
         return None
 
     def _smallest(self, cut: _Cut, problem: Problem) -> int:
