@@ -312,7 +312,7 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
 
         def of_loss(size: Size) -> int:
             rows = chunk_rows(size(tokens), size(vocab), item, size(width), trained)
-            summed = rounded_later and (rows < size(tokens) or not one_dtype)
+            summed = rounded_later and (2 * rows < size(tokens) or not one_dtype)
             return size(vocab) * (rows * item + summed * size(width) * torch.float32.itemsize)  # type: ignore[no-any-return]
 
         return of_loss

@@ -30,10 +30,7 @@ WAYS = ("chunks", "fused", "filtered")
 
 
 class Wanted(NamedTuple):
-    """Which of the forward's outputs are asked for. ``later``: in place of the weight's unit gradient, what it is made
-    of, the logits' own, ``[tokens, vocab]``, those of the tokens that count first where others are left out, and how
-    many count: for a call whose tokens are all in one chunk.
-    """
+    """Which of the forward's outputs are asked for."""
 
     entropy: bool
     is_top1: bool
@@ -42,7 +39,6 @@ class Wanted(NamedTuple):
     unit_gradient: bool = False
     unit_weight: bool = False
     unit_bias: bool = False
-    later: bool = False
 
     def flags(self) -> dict[str, bool]:
         """Constants of the kernels."""
@@ -68,8 +64,8 @@ class Scored:
 
     def __init__(self, labels: torch.Tensor, ignore_index: int) -> None:
         self.counts = labels != ignore_index
-        # How many, -1 where nobody can wait, and whether all do: known after :meth:`positions`.
-        self.number, self.all = -1, False
+        # Whether all do: known after :meth:`positions`, and not where nobody can wait.
+        self.all = False
         self.asked: torch.Tensor | None = None
         self.event: torch.cuda.Event | None = None
         if not capturing(labels):
@@ -89,18 +85,18 @@ class Scored:
             return None
         if self.event is not None:
             self.event.synchronize()
-        self.number = int(self.asked)
-        self.all = self.number == self.counts.shape[0]
-        found = positions(self.counts, self.number)
+        number = int(self.asked)
+        self.all = number == self.counts.shape[0]
+        found = positions(self.counts, number)
         Scored.streak = Scored.streak + 1 if found is None else 0
         return found
 
 
 def positions(counts: torch.Tensor, number: int) -> torch.Tensor | None:
     """Those of the labels that count, ``number`` of them, when enough others (1 in 16) can be left out of every GEMM;
-    else None, as where nobody knows the number (-1). Waits for no GPU.
+    else None. Waits for no GPU.
     """
-    if number < 0 or 16 * number > 15 * counts.shape[0]:
+    if 16 * number > 15 * counts.shape[0]:
         return None
     return (~counts).sort(stable=True).indices[:number]
 

@@ -37,23 +37,28 @@ CHUNK_TOKENS, CHUNK_BYTES = 2048, 600 * 2**20
 #: have tiles for nearly all: what FULL of them have is as good as any, what less than FILLED have is worth other chunks
 #: (3584 columns: 1024 tokens are 112 tiles, 1152 are 126; 5120: 2048 tokens are 2.4 waves, 1664 are 1.97).
 TILE, WAVE, FILLED, FULL = (128, 256), 132, 0.9, 0.95
-#: Under a head that is trained, logits may take this share of its gradient's bytes in fp32, which every chunk but the
-#: first reads and writes.
+#: Under a head that is trained, a chunk's logits may take this share of its gradient's bytes in fp32: what several
+#: chunks are summed up in, which every one but the first reads and writes.
 TRAINED_SHARE = 1.0
 
 
 def chunk_rows(tokens: int, vocab: int, itemsize: int, hidden: int = 0, trained: bool = False) -> int:
     """Tokens in one chunk: a power of two within the limits above; another multiple of a tile's rows near it where that
     saves a chunk, or fills a wave of the gradient's product, of ``hidden`` columns, that the power of two does not; or
-    less, so that chunks are of about equal size. ``trained``: the head's weight has a gradient.
+    less, so that chunks are of about equal size. ``trained``: the head's weight has a gradient. Then chunks are larger,
+    but two at least.
     """
     most = min(max(CHUNK_BYTES // max(vocab * itemsize, 1), 1), CHUNK_TOKENS)
-    if trained:
-        most = max(most, int(TRAINED_SHARE * hidden * 4 / itemsize))
     power = 1 << most.bit_length() - 1
     if tokens <= power:
         return max(tokens, 1)
-    rows, nine = TILE[0], power * 9 // 8
+    rows = TILE[0]
+    if trained:
+        most = max(most, int(TRAINED_SHARE * hidden * 4 / itemsize))
+        power = 1 << most.bit_length() - 1
+        half = math.ceil(tokens / 2)
+        power = min(power, half if half <= rows else math.ceil(half / rows) * rows)
+    nine = power * 9 // 8
     if not trained and power >= 8 * rows:
         near = [n for n in range(power * 3 // 4, min(nine, most) + 1, rows) if _filled(n, hidden) >= FULL]
         if near and _filled(power, hidden) < FILLED:
@@ -118,7 +123,6 @@ class _Head:
         bias: torch.Tensor | None,
         maths: Maths,
         trained: bool,
-        rows: int = 0,
     ) -> None:
         self.hidden, self.dtype, self.maths = hidden, maths.dtype, maths
         _, self.weight, self.bias = cast_operands(hidden[:0], weight, bias, maths.dtype)
@@ -127,9 +131,9 @@ class _Head:
         self.triton = use_triton(hidden) and self.dtype != torch.float64
         tokens, vocab = hidden.shape[0], weight.shape[0]
         self.rows = chunk_rows(tokens, vocab, self.dtype.itemsize, weight.shape[1], trained)
-        self.buffer = empty_logits(hidden, vocab, max(min(self.rows, tokens), rows), self.dtype)
+        buffer = _empty_logits(hidden, vocab, min(self.rows, tokens), self.dtype)
         places = [slice(start, min(start + self.rows, tokens)) for start in range(0, tokens, self.rows)]
-        self.chunks = [_Chunk(at, hidden[at], self.buffer[: at.stop - at.start]) for at in places]
+        self.chunks = [_Chunk(at, hidden[at], buffer[: at.stop - at.start]) for at in places]
         self.constants = {
             "V": vocab,
             "STRIDE": _stride(vocab),
@@ -146,7 +150,7 @@ class _Head:
         return torch.addmm(self.bias, states, self.turned, out=chunk.logits)
 
 
-def empty_logits(hidden: torch.Tensor, vocab: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+def _empty_logits(hidden: torch.Tensor, vocab: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
     """A buffer, on the device of ``hidden``. Kernels read and write its rows' padding too; what is in it reaches no
     result.
     """
@@ -160,22 +164,15 @@ def _stride(vocab: int) -> int:
     return -(-vocab // 16) * 16
 
 
-def at_once(hidden: torch.Tensor, weight: torch.Tensor, maths: Maths) -> bool:
-    """Whether all tokens are in one chunk, whose gradient is of the weight's dtype and scale: fp16 has no room for a
-    sum's share of each token.
-    """
-    tokens, dtype = hidden.shape[0], maths.dtype
-    if maths.way != "chunks" or weight.dtype != dtype or dtype == torch.float16:
-        return False
-    return chunk_rows(tokens, weight.shape[0], dtype.itemsize, weight.shape[1], True) >= tokens
-
-
 class _HeadGradients:
-    """What goes to the weight and to the bias, in ``dtype``s, added up over chunks in fp32 (fp64)."""
+    """What goes to the weight and to the bias, in ``dtype``s, added up over chunks in fp32 (fp64). Of two chunks the
+    weight's is added up in its own dtype, if that is the logits': the first one's product is rounded to it, and then
+    the sum is. Of more, such a sum would be wrong by more than a rounding or two, and biased where it grows.
+    """
 
     def __init__(self, head: _Head, weight: torch.dtype | None, bias: torch.dtype | None) -> None:
         self.head, self.dtypes = head, (weight, bias)
-        self.once = len(head.chunks) == 1 and weight == head.dtype
+        self.narrow = len(head.chunks) <= 2 and weight == head.dtype
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
 
@@ -187,10 +184,12 @@ class _HeadGradients:
             if labels is not None:
                 # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
                 states = states.masked_fill((labels == self.head.maths.ignore_index)[:, None], 0)
-            if self.once:
+            if not self.narrow:
+                self.weight = _add_matmul(self.weight, logits.t(), states, wide_dtype(self.head.dtype))
+            elif self.weight is None:
                 self.weight = products.mm(logits.t(), states)
             else:
-                self.weight = _add_matmul(self.weight, logits.t(), states, wide_dtype(self.head.dtype))
+                products.add(self.weight, logits.t(), states)
         if bias is not None:
             found = logits.sum(0, dtype=wide_dtype(self.head.dtype))
             self.bias = found if self.bias is None else self.bias.add_(found)
@@ -234,15 +233,14 @@ def prepared(
     units: list[torch.dtype | None],
     maths: Maths,
     wanted: Wanted,
-    rows: int = 0,
     begin: bool = False,
 ) -> Callable[[bool], tuple[torch.Tensor, ...]]:
     """Makes the buffer, and every view; the result computes, told whether all tokens count, and has the first product
     launched at once: the GPU has nothing to do until then. ``outputs``: what is written to, the last one the hidden
     states' unit gradient. ``units``: dtypes of the weight's and the bias's, which come behind them; None: not wanted.
-    ``rows``: of the buffer, at least. ``begin``: the first chunk's logits are made now.
+    ``begin``: the first chunk's logits are made now.
     """
-    head = _Head(hidden, weight, bias, maths, wanted.unit_weight or wanted.later, rows)
+    head = _Head(hidden, weight, bias, maths, wanted.unit_weight)
     gradients = _HeadGradients(head, *units)
     # An output nobody asked for is empty; its kernel argument is never touched.
     walk = [(c, labels[c.at], [x[c.at] if x.shape[0] else x for x in outputs]) for c in head.chunks]
@@ -269,11 +267,7 @@ def prepared(
             if wanted.unit_gradient:
                 products.matmul_into(unit, logits, head.weight)
             gradients.add(chunk, None if every else targets)
-        unit_weight, unit_bias = gradients.found()
-        if wanted.later:
-            unit_weight = head.buffer
-            unit_weight[hidden.shape[0] :].zero_()
-        return *outputs, unit_weight, unit_bias
+        return *outputs, *gradients.found()
 
     return in_chunks
 

@@ -18,9 +18,8 @@ floating-point numbers at m, and m + l would have lost it, and with it 1 - p_y, 
     d z / d r          = scale (1 - tanh^2(scale r / c)) / temperature
     dh = dr W              dW = sum_t dr_t h_t^T              db = sum_t dr_t
 
-Stages, and what never exists: [tokens, vocab] does not, in any dtype, but under a trained head of few tokens, where it
-is one chunk and no larger than the sum that several would need (below). Tokens whose label is ignored (padding,
-prompts) are left out; the others are taken in chunks whose logits fill one reused buffer: (1) cuBLAS writes the chunk's
+Stages, and what never exists: [tokens, vocab] does not, in any dtype. Tokens whose label is ignored (padding, prompts)
+are left out; the others are taken in chunks whose logits fill one reused buffer: (1) cuBLAS writes the chunk's
 logits into the buffer; (2) one Triton program per token reads them once for the online logsumexp, a second time, last
 ones first (they are in L2 still), to overwrite them by the gradient; (3) cuBLAS multiplies the buffer by W.
 
@@ -36,11 +35,10 @@ where recomputing logits in backward takes three. u is of unit scale, so storing
 rounding and no underflow.
 
 Trainable head: under a sum or a mean over tokens every token has the same g, so dW and db of g = 1 come out of forward
-too, and the backward scales: three GEMMs. Where one chunk has all tokens, and no graph is traced, dr is kept instead,
-and the backward computes dW = sum_t dr_t (g_t h_t)^T; unless a bias is trained, it does where each token has its own g
-too. Else dW needs g_t while dr is built, so forward keeps only m and l and backward computes each chunk's logits again:
-four GEMMs. dW is summed in fp32 over chunks, which are larger then: the buffer may take what that sum takes, and where
-all tokens fit there is no sum. The gradients of the entropy, of lse and of the mean of z are computed likewise,
+too, and the backward scales: three GEMMs. Else dW needs g_t while dr is built, so forward keeps only m and l and
+backward computes each chunk's logits again: four GEMMs. dW is summed in fp32 over chunks, which are larger then: the
+buffer may take what that sum takes. Where two are enough there is no such sum: the second product is added to the first
+in the weight's dtype, two roundings in all. The gradients of the entropy, of lse and of the mean of z are likewise,
 whatever the head; as they are mostly asked for by nobody but a compiler that gives every output a gradient of zeros,
 the backward looks first. All of them are one sum for each logit, whose coefficients each token has::
 
@@ -67,7 +65,6 @@ import torch.nn.functional as F
 
 from fastft.kernels import _linear_cross_entropy_chunks as chunks
 from fastft.kernels import _linear_cross_entropy_fused as fused
-from fastft.kernels import _products as products
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._linear_cross_entropy_call import (
     Maths,
@@ -77,7 +74,6 @@ from fastft.kernels._linear_cross_entropy_call import (
     cast_operands,
     coefficients,
     of_logits,
-    positions,
     transform,
     wide_dtype,
 )
@@ -191,7 +187,7 @@ def _read(options: tuple[Any, ...]) -> tuple[Maths, Wanted]:
     """The forward's options. Without a buffer there is nothing that it could make the unit gradient of."""
     maths, wanted = Maths(*options[:8]), Wanted(*options[8:])
     if maths.way != "chunks":
-        wanted = wanted._replace(unit_gradient=False, unit_weight=False, unit_bias=False, later=False)
+        wanted = wanted._replace(unit_gradient=False, unit_weight=False, unit_bias=False)
     return maths, wanted
 
 
@@ -205,20 +201,12 @@ def _forward(
     run = _prepared(hidden, weight, bias, labels, maths, wanted, begin=scored.foreseen())
     keep = scored.positions()
     if keep is None:
-        return *run(scored.all), _number(labels, wanted, scored.number)
+        return run(scored.all)
     del run  # and its buffer
-    rows = hidden.shape[0]
-    *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted, rows)(True)
+    *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)(True)
     whole = _empty_outputs(hidden, maths.dtype, wanted)
     each = (w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
-    return *each, unit_weight, unit_bias, _number(labels, wanted, scored.number)
-
-
-def _number(labels: torch.Tensor, wanted: Wanted, counted: int = -1) -> torch.Tensor:
-    """How many labels count, on the CPU, for the backward, which would have to wait for a GPU; -1: nobody could wait.
-    Empty where nobody goes on with it, and on the labels' device: Inductor records no CUDA graph of two devices.
-    """
-    return torch.full((1,), counted, device="cpu") if wanted.later else labels.new_empty(0)
+    return *each, unit_weight, unit_bias
 
 
 def _prepared(
@@ -228,11 +216,10 @@ def _prepared(
     labels: torch.Tensor,
     maths: Maths,
     wanted: Wanted,
-    rows: int = 0,
     begin: bool = False,
 ) -> Callable[[bool], tuple[torch.Tensor, ...]]:
-    """Makes what all tokens take; the result computes, told whether all of them count. ``rows``: of the logits'
-    gradient that is kept, at least. ``begin``: with the first product.
+    """Makes what all tokens take; the result computes, told whether all of them count. ``begin``: with the first
+    product.
     """
     labels = labels.contiguous()
     outputs = _empty_outputs(hidden, maths.dtype, wanted)
@@ -253,8 +240,7 @@ def _prepared(
 
         return in_tiles
     units = [unit.dtype if unit.shape[0] else None for unit in _empty_units(weight[:1], bias, wanted)]
-    rows = rows if wanted.later else 0
-    return chunks.prepared(hidden, weight, bias, labels, outputs, units, maths, wanted, rows, begin)
+    return chunks.prepared(hidden, weight, bias, labels, outputs, units, maths, wanted, begin)
 
 
 def _empty_outputs(hidden: torch.Tensor, dtype: torch.dtype, wanted: Wanted) -> tuple[torch.Tensor, ...]:
@@ -292,10 +278,7 @@ def _forward_fake(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, ...]:
     maths, wanted = _read(options)
-    unit_weight, unit_bias = _empty_units(weight, bias, wanted)
-    if wanted.later:
-        unit_weight = chunks.empty_logits(hidden, weight.shape[0], hidden.shape[0], maths.dtype)
-    return *_empty_outputs(hidden, maths.dtype, wanted), unit_weight, unit_bias, _number(labels, wanted)
+    return *_empty_outputs(hidden, maths.dtype, wanted), *_empty_units(weight, bias, wanted)
 
 
 def _empty_grads(
@@ -400,8 +383,8 @@ _MATHS = (
 
 _forward_op = raw_op(
     f"linear_log_prob({_HEAD}, {_MATHS}, bool entropy, bool is_top1, bool mean_logits, bool log_sum_sq_probs, "
-    "bool unit_gradient, bool unit_weight, bool unit_bias, bool later=False) -> (Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool unit_gradient, bool unit_weight, bool unit_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
@@ -440,46 +423,6 @@ _scale_op = raw_op(
 )
 
 
-def _weigh(
-    gradient: torch.Tensor,
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    g: torch.Tensor,
-    ignore_index: int,
-    counted: int = -1,
-) -> torch.Tensor:
-    """dW = Σ_t dr_t (g_t h_t)ᵀ, of the tokens that count, of one g for all or one for each: g goes to the smaller
-    factor, so that nothing as large as the weight has to be scaled, and rounded, once more.
-    """
-    gradient, states, g = _counting(gradient, hidden, labels, g, ignore_index, counted)
-    return products.mm(gradient.t(), _scale(states, g, gradient.dtype))
-
-
-def _counting(
-    gradient: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor, g: torch.Tensor, ignore_index: int, counted: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows of ``gradient`` that are of a token, their hidden states and their g. ``counted``: what the forward
-    found, so that the same tokens are left out as there; -1: none.
-    """
-    counts = labels != ignore_index
-    keep = positions(counts, counted)
-    if keep is not None:
-        hidden, g = hidden[keep], g[keep] if g.shape[0] > 1 else g
-    states = hidden.to(gradient.dtype)
-    if keep is None and counted < labels.shape[0]:
-        # 0 times a NaN hidden state of an ignored token would be NaN in every row of dW.
-        states = states.masked_fill(~counts[:, None], 0)
-    return gradient[: states.shape[0]], states, g
-
-
-_weigh_op = raw_op(
-    "linear_log_prob_weight(Tensor gradient, Tensor hidden, Tensor labels, Tensor g, int ignore_index, "
-    "int counted=-1) -> Tensor",
-    _weigh,
-    lambda gradient, hidden, *_: gradient.new_empty((gradient.shape[1], hidden.shape[1])),
-)
-
-
 def _untraced(x: torch.Tensor) -> bool:
     """Whether x is computed now. Dynamo has it that what it traces is of the type of tensors."""
     return type(x) is torch.Tensor and not torch.compiler.is_compiling()
@@ -496,36 +439,11 @@ def _scaled(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return _times(unit, g, dtype)
 
 
-def _weighed(
-    gradient: torch.Tensor,
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    g: torch.Tensor,
-    ignore_index: int,
-    counted: int,
-) -> torch.Tensor:
-    """:func:`_weigh`, in plain PyTorch where :func:`_scaled` is."""
-    g = g.reshape(-1)
-    if _untraced(gradient) and not torch.is_grad_enabled():
-        return _weigh_op(gradient, hidden, labels, g, ignore_index, counted)  # type: ignore[no-any-return]
-    gradient, states, g = _counting(gradient, hidden, labels, g, ignore_index, counted)
-    return gradient.t() @ _times(states, g, gradient.dtype)
-
-
 # ----------------------------------------------------------------------------------------------- autograd and functions
 
 
-def _kept(hidden: torch.Tensor, weight: torch.Tensor, maths: Maths) -> bool:
-    """Whether the forward leaves the weight's product to the backward: outside of a graph, where all tokens are in one
-    chunk.
-    """
-    return _untraced(hidden) and chunks.at_once(hidden, weight, maths)
-
-
 class _LinearLogProb(torch.autograd.Function):
-    """Frozen head: the unit gradient comes out of forward. So does what a trained head's is made of where it may be
-    kept. Everything else backward computes from logits again.
-    """
+    """Frozen head: the unit gradient comes out of forward. Everything else backward computes from logits again."""
 
     @staticmethod
     def forward(
@@ -544,16 +462,13 @@ class _LinearLogProb(torch.autograd.Function):
         differentiable = (entropy_gradient, mean_gradient, gradients[2])
         # With a gradient of lse or the mean, the unit gradient would be of no use: backward needs the logits anyway.
         frozen = need_hidden and not (need_weight or need_bias or any(differentiable[1:])) and maths.way == "chunks"
-        later = need_weight and not (need_bias or any(differentiable)) and _kept(hidden, weight, maths)
-        wanted = wanted._replace(unit_gradient=frozen or (later and need_hidden), later=later)
-        *outputs, unit, dr, _, counted = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
+        wanted = wanted._replace(unit_gradient=frozen)
+        *outputs, unit, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
         score, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
         lse = top + log_sum
         ctx.maths, ctx.hidden_dtype, ctx.differentiable = maths, hidden.dtype, differentiable
-        ctx.ready, ctx.counted = frozen or later, int(counted) if later else -1
-        if later:
-            ctx.save_for_backward(unit, labels, dr, hidden)
-        elif frozen and not entropy_gradient:
+        ctx.frozen = frozen
+        if frozen and not entropy_gradient:
             ctx.save_for_backward(unit, labels)
         else:
             ctx.save_for_backward(unit, labels, hidden, weight, bias, top, log_sum, entropy)
@@ -571,15 +486,10 @@ class _LinearLogProb(torch.autograd.Function):
         others = [g if wanted else None for g, wanted in incoming]
         needs = ctx.needs_input_grad[:3]
         grads: list[torch.Tensor | None] = [None, None, None]
-        if ctx.ready and grad_score is not None:
+        if ctx.frozen and grad_score is not None:
             # An ignored token's g may be inf or NaN (a division by no tokens under "mean").
             g = grad_score.masked_fill(labels == ctx.maths.ignore_index, 0)
-            if needs[0]:
-                grads[0] = _scaled(unit, g, ctx.hidden_dtype)
-            if needs[1]:
-                dr, hidden = rest
-                grads[1] = _weighed(dr, hidden.detach(), labels, g, ctx.maths.ignore_index, ctx.counted)
-            grad_score = None
+            grads[0], grad_score = _scaled(unit, g, ctx.hidden_dtype), None
         if any(g is not None for g in (grad_score, *others)):
             hidden, weight, bias, top, log_sum, entropy = rest
             operands = (hidden, weight, bias, labels, top, log_sum, entropy)
@@ -590,10 +500,7 @@ class _LinearLogProb(torch.autograd.Function):
 
 
 class _SumOfScores(torch.autograd.Function):
-    """Trained head: one gradient for all tokens, so that the head's own comes out of forward with theirs. Where the
-    last product is left to the backward, which has g for it, a pass over the weight's gradient is saved, and a rounding
-    (a graph has the next ops to fuse that pass with).
-    """
+    """Trained head: one gradient for all tokens, so that the head's own comes out of forward with theirs."""
 
     @staticmethod
     def forward(
@@ -605,28 +512,21 @@ class _SumOfScores(torch.autograd.Function):
         maths: Maths,
     ) -> torch.Tensor:
         wanted = Wanted(False, False, False, False, *ctx.needs_input_grad[:3])
-        if wanted.unit_weight and _kept(hidden, weight, maths):
-            wanted = wanted._replace(unit_weight=False, later=True)
-        score, *_, unit, unit_weight, unit_bias, counted = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
-        ctx.save_for_backward(labels, unit, unit_weight, unit_bias, hidden if wanted.later else None)
-        ctx.ignore_index, ctx.counted = maths.ignore_index, int(counted) if wanted.later else -1
+        score, *_, unit, unit_weight, unit_bias = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
+        ctx.save_for_backward(labels, unit, unit_weight, unit_bias)
+        ctx.ignore_index = maths.ignore_index
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return score.sum()
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        labels, *units, hidden = ctx.saved_tensors
+        labels, *units = ctx.saved_tensors
         # A division by no tokens under "mean" makes g inf or NaN, for nobody.
         counts = labels != ctx.ignore_index
         each = g.masked_fill(~counts, 0), *[g.masked_fill(~counts.any(), 0)] * 2
         found: list[torch.Tensor | None] = []
         for i, (unit, of, dtype) in enumerate(zip(units, each, ctx.dtypes, strict=True)):
-            if not ctx.needs_input_grad[i]:
-                found.append(None)
-            elif i == 1 and hidden is not None:
-                found.append(_weighed(unit, hidden.detach(), labels, of, ctx.ignore_index, ctx.counted))
-            else:
-                found.append(_scaled(unit, of, dtype))
+            found.append(_scaled(unit, of, dtype) if ctx.needs_input_grad[i] else None)
         return *found, None, None
 
 
@@ -645,7 +545,7 @@ def _scores(
     if torch.is_grad_enabled():
         return LogProb(*_LinearLogProb.apply(hidden, weight, bias, labels, maths, wanted, gradients))
     # autograd.Function reports needs_input_grad even here, and would compute the gradient for nothing.
-    score, top, log_sum, *optional, _, _, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
+    score, top, log_sum, *optional, _, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
     return LogProb._make((score, *optional, top + log_sum))
 
 
@@ -957,7 +857,7 @@ register(
         call=linear_log_prob,
         reference=linear_log_prob_reference,
         supported=supported,
-        raw=("linear_log_prob", "linear_log_prob_backward", "linear_log_prob_scale", "linear_log_prob_weight"),
+        raw=("linear_log_prob", "linear_log_prob_backward", "linear_log_prob_scale"),
         recompute=Recompute.KEEP,
         cost=cost,
         sizes=sizes,
@@ -972,7 +872,7 @@ register(
         call=linear_cross_entropy,
         reference=linear_cross_entropy_reference,
         supported=supported,
-        raw=("linear_log_prob", "linear_log_prob_backward", "linear_log_prob_scale", "linear_log_prob_weight"),
+        raw=("linear_log_prob", "linear_log_prob_backward", "linear_log_prob_scale"),
         recompute=Recompute.KEEP,
         cost=cost,
         sizes=sizes,

@@ -41,14 +41,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "costs: a head's gradient is summed up in nothing",
         "backend/costs.py",
-        "summed = rounded_later and (rows < size(tokens) or not one_dtype)",
+        "summed = rounded_later and (2 * rows < size(tokens) or not one_dtype)",
         "summed = False",
         "tests/backend/test_costs.py -k take_for_themselves",
     ),
     Mutant(
-        "costs: a head's gradient is summed up over one chunk, too",
+        "costs: a head's gradient is summed up over two chunks, too",
         "backend/costs.py",
-        "summed = rounded_later and (rows < size(tokens) or not one_dtype)",
+        "summed = rounded_later and (2 * rows < size(tokens) or not one_dtype)",
         "summed = rounded_later",
         "tests/backend/test_costs.py -k take_for_themselves",
     ),
