@@ -189,7 +189,7 @@ class _HeadGradients:
             elif self.weight is None:
                 self.weight = products.mm(logits.t(), states)
             else:
-                products.add(self.weight, logits.t(), states)
+                _add_rounded(self.weight, logits.t(), states)
         if bias is not None:
             found = logits.sum(0, dtype=wide_dtype(self.head.dtype))
             self.bias = found if self.bias is None else self.bias.add_(found)
@@ -204,6 +204,14 @@ class _HeadGradients:
             else:
                 results.append(self.head.hidden.new_zeros(size, dtype=dtype) if part is None else part.to(dtype))
         return results[0], results[1]
+
+
+def _add_rounded(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a @ b`` of one dtype, summed up in fp32 (fp64) and rounded once."""
+    if total.element_size() != 2 or (total.is_cuda and products.sums_all(a, b)):
+        total.addmm_(a, b, beta=products.beta_for(total))
+    else:
+        total.copy_(products.mm_single(a, b).add_(total))
 
 
 def _add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

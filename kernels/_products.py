@@ -115,16 +115,6 @@ def beta_for(y: torch.Tensor) -> float:
     return BETA if y.is_cuda and y.element_size() == 2 else 1
 
 
-def add(y: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """y += left @ right, in place, of matrices of one dtype, [M, N], [M, K] and [K, N], summed up in fp32 (fp64) and
-    rounded once.
-    """
-    if y.element_size() != 2 or (y.is_cuda and sums_all(left, right)):
-        y.addmm_(left, right, beta=beta_for(y))
-    else:
-        y.copy_(mm_single(left, right).add_(y))
-
-
 def add_thin(y: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float, *, first: bool = False) -> torch.Tensor:
     """y += scale · h @ up, in place, with one rounding to y's dtype at the end. h [T, r], up [r, N], y [T, N].
 

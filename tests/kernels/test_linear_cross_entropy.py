@@ -441,6 +441,22 @@ def test_ignored_tokens_poison_nothing(frozen, left_out, device, monkeypatch, wa
         assert torch.equal(a, e)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("ignored", [1, 20])
+def test_an_ignored_tokens_gradient_may_be_anything(ignored, frozen, device, way):
+    """Left out of the products, or not."""
+    h, w, b, y = inputs(torch.float32, device, tokens=40, frozen=frozen)
+    y = y.clamp(min=0)
+    y[torch.randperm(40, device=device)[:ignored]] = -100
+    wanted = [t for t in (h, w, b) if t.requires_grad]
+    g = torch.randn(40, device=device)
+    odd = torch.where(y == -100, torch.tensor([torch.inf, torch.nan], device=device).repeat(20), g)
+    found = way.log_prob(h, w, b, y).log_prob
+    expected = torch.autograd.grad(found, wanted, g, retain_graph=True)
+    for a, e in zip(torch.autograd.grad(found, wanted, strided(odd)), expected, strict=True):
+        assert torch.equal(a, e)
+
+
 @pytest.mark.parametrize("share", [0.0, 100.0], ids=["chunks", "two chunks"])
 @pytest.mark.parametrize("ignored", [1, 0])
 def test_states_are_copied_where_a_label_is_ignored(ignored, share, device, monkeypatch):
@@ -1831,7 +1847,7 @@ MUTANTS = (
                 "linear_cross_entropy",
                 "g = grad_score.masked_fill(labels == ctx.maths.ignore_index, 0)",
                 "g = grad_score + 0",
-                "poison_nothing",
+                "may_be_anything",
             ),
         )
     ),
