@@ -319,12 +319,29 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
     if name == "fastft::attention_backward":
         return _attention_scratch(given)
     if name.startswith("fastft::lora_mlp"):
-        x, rows, widths = given["x"], given["rows"], lora_mlp.widths(given["weight"], given["quant"], given["shape"])
-        copied = bool(given["quant"]) or any(w.dtype != x.dtype for w in given["weight"])
-        more = sum(t.shape[0] for t in given["a"]), x.element_size(), copied, given.get("need_weight")
-        lead = x.shape[:-1]
-        return lambda size: lora_mlp.scratch_bytes(math.prod(map(size, lead)), rows, list(map(size, widths)), *more)
+        return _mlp_scratch(given, given["rows"])
     return _products(name, given)[0]
+
+
+def in_one_piece(node: fx.Node) -> Callable[[Size], int] | None:
+    """About :func:`scratch` of an MLP by slices, if it were computed in one piece; None: not by slices."""
+    if not getattr(getattr(node.target, "_schema", None), "name", "").startswith("fastft::lora_mlp"):
+        return None
+    given = fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"])
+    return _mlp_scratch(given, None)
+
+
+def _mlp_scratch(given: Mapping[str, Any], rows: int | None) -> Callable[[Size], int]:
+    x, widths = given["x"], lora_mlp.widths(given["weight"], given["quant"], given["shape"])
+    copied = bool(given["quant"]) or any(w.dtype != x.dtype for w in given["weight"])
+    more = sum(t.shape[0] for t in given["a"]), x.element_size(), copied, given.get("need_weight")
+    lead = x.shape[:-1]
+
+    def of(size: Size) -> int:
+        tokens = math.prod(map(size, lead))
+        return lora_mlp.scratch_bytes(tokens, rows or tokens, list(map(size, widths)), *more)
+
+    return of
 
 
 def lasting(node: fx.Node) -> Callable[[Size], int] | None:

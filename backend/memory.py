@@ -40,7 +40,7 @@ from fastft.costs import Rates
 from fastft.fallback import Attempt
 from fastft.judging import random_state, set_random_state
 from fastft.options import MEMORY, Options, bytes_of
-from fastft.partitioner import Sizes, Walk, drop_views, forward_of, kinds_of, number_at, regions_of, tag
+from fastft.partitioner import Sizes, Walk, bytes_made, drop_views, forward_of, kinds_of, number_at, regions_of, tag
 from fastft.planner import ALL, ATTENTION, CHEAP, GIB, KEEP, MLP, OFFLOADED, Choice, Problem
 from fastft.reporting import Report
 from fastft.slicing import Slices, slice_mlps
@@ -182,7 +182,7 @@ class Memory:
     def _planned(self, cut: _Cut) -> tuple[Halves, Plan]:
         wanted, budgets = self.options.memory, [b for b in (self.budget, self.limit) if b is not None]
         levels, least, smallest = [CHEAP if wanted == "fast" else KEEP] * cut.count, False, 0
-        if wanted == "lean" or (budgets and self._plan(cut, levels).peak(self.sizes) > min(budgets)):
+        if wanted == "lean" or (budgets and self._needs_more(cut, levels, min(budgets))):
             problem = self._problem(cut)
             if wanted == "lean":
                 smallest = self._smallest(cut, problem)
@@ -190,12 +190,22 @@ class Memory:
             found = self._fastest(cut, problem, min(budgets))
             levels, least = found or self._leanest(cut, problem), found is None
         plan = self._plan(cut, levels)
-        whole = self._plan(cut, levels, sliced=False) if plan.slices.tokens else plan
-        # Slices are for what does not fit, or to be lean, without them.
+        # Slices are for what does not fit, or to be lean, without them. A cut takes seconds: where it would clearly be
+        # in vain there is none.
         most = plan.peak(self.sizes) if least or not budgets else min(budgets)
+        tried = plan.slices.tokens and plan.before + plan.walk.peak(self.sizes, sliced=False) <= most
+        whole = self._plan(cut, levels, sliced=False) if tried else plan
         sliced = whole is plan or whole.peak(self.sizes) > most
         chosen = plan if sliced else whole
         return cut.at(levels, sliced).halves, replace(chosen, leanest=least or chosen.peak(self.sizes) <= smallest)
+
+    def _needs_more(self, cut: _Cut, levels: list[str], budget: int) -> bool:
+        """Whether all regions at their levels need more than there is. Where inputs and all that the forward makes are
+        more, the formula is asked first: its cuts are needed then, most likely, and one for the answer is not.
+        """
+        if cut.made() > budget and self._problem(cut).peak(levels) > budget:
+            return True
+        return self._plan(cut, levels).peak(self.sizes) > budget
 
     def _fastest(self, cut: _Cut, problem: Problem, budget: int) -> list[str] | None:
         """The formula's choice; it is of regions that are cut alike, and where the cut itself needs more, it is made
@@ -210,7 +220,7 @@ class Memory:
             if peak <= budget:
                 return found
             off.append(max(peak - problem.peak(found), 2 * off[-1]))
-        if len(off) > 1:
+        if len(off) > 1 and budget == self.budget:  # what is lean is not what was asked for
             said = f"memory plan: no choice but the leanest was found to keep {budget / GIB:.2f} GiB"
             self.done.errors.append(f"{said}; the first needed {off[1] / 2**20:.2f} MiB more than the formula says")
         return None
@@ -359,6 +369,11 @@ class _Cut:
         self.regions = regions_of(joint, outputs)
         self.count = max(self.regions.values(), default=-1) + 1
         self.found: dict[tuple[bool, tuple[str, ...]], _Halves] = {}
+
+    def made(self) -> int:
+        """Bytes of the graph's inputs and of all that regions make in the forward."""
+        nodes = self.joint.graph.nodes
+        return sum(bytes_made(n, self.sizes) for n in nodes if n.op == "placeholder" or n.name in self.regions)
 
     def at(self, levels: Sequence[str], sliced: bool = True) -> _Halves:
         """``sliced``: MLPs that are recomputed are computed by slices."""

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
-from fastft.costs import Memo, Rates, Size, lasting, raw_work, rounded, scratch
+from fastft.costs import Memo, Rates, Size, in_one_piece, lasting, raw_work, rounded, scratch
 from fastft.kernels._op import OPS, Recompute
 from fastft.offload import OFFLOAD, OFFLOAD_WAIT, RELOAD, RELOAD_WAIT, can_move
 from fastft.planner import ALL, ATTENTION, CHEAP, MLP
@@ -239,6 +239,13 @@ def _numel(t: torch.Tensor, sizes: Sizes) -> int:
     return math.prod(number_at(n, sizes) for n in t.shape)
 
 
+def bytes_made(node: fx.Node, sizes: Sizes) -> int:
+    """Bytes of what a call makes, and does not show of an operand."""
+    if _is_alias(node) or node.target is operator.getitem:
+        return 0
+    return sum(_numel(t, sizes) * t.element_size() for t in _tensors(node.meta.get("val")))
+
+
 def _worth_moving(movable: Mapping[fx.Node, int]) -> dict[str, int]:
     """By name, without those that are little, and small beside the largest of their region (adapters' h, attention's
     logsumexp): a copy takes the host as long to start, whatever its size.
@@ -257,12 +264,13 @@ def _worth_moving(movable: Mapping[fx.Node, int]) -> dict[str, int]:
 @dataclass
 class _Step:
     """One node as it runs: the tensors it makes, those that nobody reads after it, bytes that its op takes for itself,
-    those of them that stay, and the region whose turn it is."""
+    those of them that stay, those of an MLP by slices if it were in one piece, and the region whose turn it is."""
 
     makes: list[str]
     frees: list[str]
     scratch: Callable[[Size], int]
     lasting: Callable[[Size], int] | None
+    in_one_piece: Callable[[Size], int] | None
     region: int = 0
 
 
@@ -351,7 +359,7 @@ class Walk:
             if node.op == "output":
                 continue
             made = _tensor(node) if _root(node) is node and node in names else None
-            steps[node] = _Step([], [], scratch(node), lasting(node))
+            steps[node] = _Step([], [], scratch(node), lasting(node), in_one_piece(node))
             if made is not None:
                 steps[_source(node)].makes.append(names[node])  # an item is there when its call ends
                 last[names[node]] = node
@@ -418,11 +426,13 @@ class Walk:
             later = gradients.setdefault(r, later)
         return forward, backward, [gradients[r] for r in range(self.count + 1)]
 
-    def peak(self, sizes: Sizes) -> int:
-        """Most bytes that the graph's own tensors take at one time."""
-        return max((live for _, live in self._lives(sizes)), default=0)
+    def peak(self, sizes: Sizes, sliced: bool = True) -> int:
+        """Most bytes that the graph's own tensors take at one time. Without ``sliced``: about those, if MLPs were in
+        one piece.
+        """
+        return max((live for _, live in self._lives(sizes, sliced)), default=0)
 
-    def _lives(self, sizes: Sizes) -> Iterator[tuple[_Step, int]]:
+    def _lives(self, sizes: Sizes, sliced: bool = True) -> Iterator[tuple[_Step, int]]:
         """Every step, with the bytes that live while it runs."""
 
         def size(n: Any) -> int:
@@ -437,7 +447,8 @@ class Walk:
             live += sum(number[t] for t in new)
             own = 0 if step.lasting is None else step.lasting(size)
             stays = 0 if step.lasting is None else max(stays, own)
-            yield step, live + step.scratch(size) - own + stays
+            scratch = step.scratch if sliced or step.in_one_piece is None else step.in_one_piece
+            yield step, live + scratch(size) - own + stays
             gone = [t for t in step.frees if t in there]
             there.difference_update(gone)
             live -= sum(number[t] for t in gone)

@@ -678,6 +678,25 @@ def test_a_deep_graph_is_cut_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choice.kept + choice.host <= known.kept + known.host and choice.held <= known.held
 
 
+def test_cuts_that_would_be_in_vain_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for everything one is enough; with little, what all layers would need together is known without one."""
+    monkeypatch.setitem(families._SIZES, "num_hidden_layers", 16)
+    cuts, partition = [], compat.partition
+    monkeypatch.setattr(compat, "partition", lambda *args: cuts.append(args) or partition(*args))
+    network = model(checkpointing=True, lora=0.0)
+
+    def planned(wanted: str | int) -> tuple[int, Any]:
+        cuts.clear()
+        report = fastft.explain(network, **batch(), options={"memory": wanted, "strict": True})
+        assert report.errors == []
+        return len(cuts), report.memory[0]
+
+    (_, lean), (one, auto) = planned("lean"), planned("auto")
+    assert one == 1 and planned(2 * auto["predicted"])[0] == 1
+    few, tight = planned(lean["predicted"] * 21 // 20)
+    assert few == 2 and lean["predicted"] <= tight["predicted"] <= tight["budget"] < auto["predicted"]
+
+
 @pytest.mark.parametrize(
     ("kinds", "cuts"),
     [([0] * 80, 1), ([0] * 15, 1), ([0] * 12, 5), ([0] * 6, 5), ([0] * 2, 5), ([0, 1] * 16, 1), ([0] + [1] * 31, 5)],

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 
 import fastft
-from fastft import costs, planner
+from fastft import costs, memory, planner
 from fastft.kernels import lora_mlp
 from fastft.memory import Memory
 from fastft.planner import ALL, ALL_OFFLOADED, ATTENTION, CHEAP, KEEP, MLP
@@ -296,8 +296,10 @@ def test_slices_are_for_what_does_not_fit_without(monkeypatch: pytest.MonkeyPatc
         assert fastft.report().errors == []
         return the_plan()
 
+    vain, at = [], memory._Cut.at
+    monkeypatch.setattr(memory._Cut, "at", lambda cut, of, sliced=True: vain.append(sliced) or at(cut, of, sliced))
     lean = planned("lean")
-    assert lean["sliced"] > 0
+    assert lean["sliced"] > 0 and all(vain), "what clearly does not fit is not cut to see"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora_mlp, "FEWEST", 10**9)
         whole = planned("lean")
@@ -310,6 +312,7 @@ def test_slices_are_for_what_does_not_fit_without(monkeypatch: pytest.MonkeyPatc
     assert whole["predicted"] < kept
     fits = planned(kept - 1)
     assert fits["levels"] == {ALL: 3} and fits["sliced"] == 0
+    assert not all(vain)
 
 
 def test_explain_says_it() -> None:
