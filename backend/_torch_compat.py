@@ -27,11 +27,11 @@ from fastft.collecting import no_collection
 __all__ = [
     "MUST_SAVE", "PREFER_RECOMPUTE", "SPIN", "Moment", "allow_compilations", "autocast_nodes", "backend_in_trace",
     "cache_stamp", "compile_seconds", "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph",
-    "copy_joint", "current_device", "current_stream", "dynamo_counters", "fake_mode", "fake_mode_of", "forget_loaded_code",
-    "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source",
-    "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "on_one_gpu", "partition",
-    "plain_tensors", "process_group_store", "qualified_name", "registered_backend", "size_expression", "size_hint",
-    "spin", "storage_of", "tree_map", "version", "views_like", "whole_cache_entries", "wrapper_context",
+    "copy_joint", "current_device", "current_stream", "dynamo_counters", "fake_mode", "fake_mode_of",
+    "forget_loaded_code", "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend",
+    "input_source", "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "on_one_gpu",
+    "partition", "plain_tensors", "process_group_store", "qualified_name", "registered_backend", "size_expression",
+    "size_hint", "spin", "storage_of", "tree_map", "version", "views_like", "whole_cache_entries", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
