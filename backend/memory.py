@@ -182,16 +182,18 @@ class Memory:
     def _planned(self, cut: _Cut) -> tuple[Halves, Plan]:
         wanted, budgets = self.options.memory, [b for b in (self.budget, self.limit) if b is not None]
         levels, least, smallest = [CHEAP if wanted == "fast" else KEEP] * cut.count, False, 0
-        if wanted == "lean" or (budgets and self._needs_more(cut, levels, min(budgets))):
-            problem = self._problem(cut)
+        # A cut takes seconds. Where inputs and all that the forward makes are more than there is, the formula says that
+        # not everything can be kept: its cuts are needed then, and one to see is not.
+        problem = self._problem(cut) if wanted == "lean" or (budgets and cut.made() > min(budgets)) else None
+        if wanted == "lean" or (budgets and self._needs_more(cut, levels, min(budgets), problem)):
+            problem = self._problem(cut) if problem is None else problem
             if wanted == "lean":
                 smallest = self._smallest(cut, problem)
                 budgets.append(int((1 + LEAN_SHARE) * smallest))
             found = self._fastest(cut, problem, min(budgets))
             levels, least = found or self._leanest(cut, problem), found is None
         plan = self._plan(cut, levels)
-        # Slices are for what does not fit, or to be lean, without them. A cut takes seconds: where it would clearly be
-        # in vain there is none.
+        # Slices are for what does not fit, or to be lean, without them, which is not cut where it clearly does not.
         most = plan.peak(self.sizes) if least or not budgets else min(budgets)
         tried = plan.slices.tokens and plan.before + plan.walk.peak(self.sizes, sliced=False) <= most
         whole = self._plan(cut, levels, sliced=False) if tried else plan
@@ -199,11 +201,9 @@ class Memory:
         chosen = plan if sliced else whole
         return cut.at(levels, sliced).halves, replace(chosen, leanest=least or chosen.peak(self.sizes) <= smallest)
 
-    def _needs_more(self, cut: _Cut, levels: list[str], budget: int) -> bool:
-        """Whether all regions at their levels need more than there is. Where inputs and all that the forward makes are
-        more, the formula is asked first: its cuts are needed then, most likely, and one for the answer is not.
-        """
-        if cut.made() > budget and self._problem(cut).peak(levels) > budget:
+    def _needs_more(self, cut: _Cut, levels: list[str], budget: int, problem: Problem | None) -> bool:
+        """Whether the levels need more than there is: by the formula, if there is one, or by the cut."""
+        if problem is not None and problem.peak(levels) > budget:
             return True
         return self._plan(cut, levels).peak(self.sizes) > budget
 
@@ -220,7 +220,7 @@ class Memory:
             if peak <= budget:
                 return found
             off.append(max(peak - problem.peak(found), 2 * off[-1]))
-        if len(off) > 1 and budget == self.budget:  # what is lean is not what was asked for
+        if len(off) > 1 and budget in (self.budget, self.limit):  # else it is lean's own goal, which nobody asked for
             said = f"memory plan: no choice but the leanest was found to keep {budget / GIB:.2f} GiB"
             self.done.errors.append(f"{said}; the first needed {off[1] / 2**20:.2f} MiB more than the formula says")
         return None

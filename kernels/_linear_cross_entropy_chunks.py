@@ -167,7 +167,7 @@ def _stride(vocab: int) -> int:
 class _HeadGradients:
     """What goes to the weight and to the bias, in ``dtype``s, added up over chunks in fp32 (fp64). Of two chunks the
     weight's is added up in its own dtype, if that is the logits': the first one's product is rounded to it, and then
-    the sum is. Of more, such a sum would be wrong by more than a rounding or two, and biased where it grows.
+    the sum is. Of more there would be a rounding for each, by which training was found to be biased (TRL).
     """
 
     def __init__(self, head: _Head, weight: torch.dtype | None, bias: torch.dtype | None) -> None:

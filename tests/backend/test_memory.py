@@ -526,6 +526,10 @@ def test_a_formula_that_is_off_does_not_end_with_the_leanest(off: str, monkeypat
     row, errors = planned(budget)
     assert row["seconds"] >= lean["seconds"]
     assert len(errors) == 1 and "no choice but the leanest was found" in errors[0]
+    # After out of memory the limit is what is to be kept.
+    monkeypatch.setattr(Memory, "_budget", lambda self: setattr(self, "limit", budget))
+    _, (error,) = planned("auto")
+    assert "no choice but the leanest was found" in error
 
 
 def test_the_budget_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -684,15 +684,22 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "memory: a cut that keeps everything, in vain",
         "backend/memory.py",
-        "if cut.made() > budget and self._problem(cut).peak(levels) > budget:",
+        "if problem is not None and problem.peak(levels) > budget:",
         "if False:",
         "tests/backend/test_memory.py -k in_vain",
     ),
     Mutant(
+        "memory: the leanest plan after out of memory, silently",
+        "backend/memory.py",
+        "budget in (self.budget, self.limit):",
+        "budget == self.budget:",
+        "tests/backend/test_memory.py -k formula_that_is_off",
+    ),
+    Mutant(
         "memory: a cut that keeps everything, late",
         "backend/memory.py",
-        "if cut.made() > budget and self._problem(cut).peak(levels) > budget:",
-        "if self._problem(cut).peak(levels) > budget:",
+        "(budgets and cut.made() > min(budgets)) else None",
+        "bool(budgets) else None",
         "tests/backend/test_memory.py -k in_vain",
     ),
     Mutant(
