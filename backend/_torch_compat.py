@@ -9,7 +9,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -25,13 +25,14 @@ from torch.utils.checkpoint import CheckpointPolicy
 from fastft.collecting import no_collection
 
 __all__ = [
-    "MUST_SAVE", "PREFER_RECOMPUTE", "SPIN", "Moment", "allow_compilations", "autocast_nodes", "backend_in_trace",
-    "cache_stamp", "compile_seconds", "compile_with_aot_eager", "compile_with_inductor", "control_flow", "copy_graph",
-    "copy_joint", "current_device", "current_stream", "dynamo_counters", "fake_mode", "fake_mode_of",
-    "forget_loaded_code", "grad_mode_at", "gradients", "inductor_cache_dir", "inductor_settings", "innermost_backend",
-    "input_source", "is_checkpoint", "is_recompile", "no_side_effect_calls", "numbers_are_inputs", "on_one_gpu",
-    "partition", "plain_tensors", "process_group_store", "qualified_name", "registered_backend", "size_expression",
-    "size_hint", "spin", "storage_of", "tree_map", "version", "views_like", "whole_cache_entries", "wrapper_context",
+    "MUST_SAVE", "PREFER_RECOMPUTE", "SPIN", "Call", "Half", "Moment", "allow_compilations", "autocast_nodes",
+    "backend_in_trace", "cache_stamp", "compile_seconds", "compile_with_aot_eager", "compile_with_inductor",
+    "control_flow", "copy_graph", "copy_joint", "current_device", "current_stream", "dynamo_counters", "fake_mode",
+    "fake_mode_of", "forget_loaded_code", "grad_mode_at", "gradients", "graph_is_retained", "holders",
+    "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source", "is_checkpoint", "is_recompile",
+    "no_side_effect_calls", "numbers_are_inputs", "on_one_gpu", "partition", "plain_tensors", "process_group_store",
+    "qualified_name", "registered_backend", "size_expression", "size_hint", "spin", "static_inputs", "storage_of",
+    "tree_map", "version", "views_like", "whole_cache_entries", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
@@ -42,6 +43,8 @@ plain_tensors = torch._C.DisableTorchFunctionSubclass
 #: around them, which takes longer. (torch without CUDA has neither; what stands for them raises.)
 current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", torch.cuda.current_stream)
+#: Whether the backward that runs was asked to keep its graph for another one (``retain_graph``).
+graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph
 #: (flat, tensors) → views of ``flat``, one after the other, of the tensors' shapes.
 views_like = torch._C._nn.unflatten_dense_tensors
 #: Cuts a joint graph into forward and backward: ``(graph, number of the forward's outputs, positions of inputs that
@@ -49,6 +52,41 @@ views_like = torch._C._nn.unflatten_dense_tensors
 Partitioner = Callable[
     [torch.fx.GraphModule, int, "list[int] | None"], tuple[torch.fx.GraphModule, torch.fx.GraphModule]
 ]
+#: A compiled half, of the list of its inputs.
+Call = Callable[[Any], Any]
+
+
+class Half(NamedTuple):
+    """The forward or the backward of a graph, before Inductor compiles it. ``fixed``: positions of inputs that stay
+    where they are from step to step (parameters, what the forward kept for the backward); ``visible``: of outputs that
+    a user may keep.
+    """
+
+    graph: torch.fx.Graph
+    backward: bool
+    fixed: tuple[int, ...]
+    visible: frozenset[int]
+
+    @classmethod
+    def of(cls, graph: torch.fx.Graph, settings: Mapping[str, Any], static: frozenset[str]) -> Half:
+        """Of a graph that Inductor is given with its ``settings``. ``static``: the forward's inputs that are fixed
+        beside those of the settings, by name.
+        """
+        backward = bool(settings.get("is_backward"))
+        output = next(n for n in reversed(graph.nodes) if n.op == "output")
+        visible = () if backward else output.meta.get("user_visible_output_idxs", ())
+        names = [n.name for n in graph.nodes if n.op == "placeholder"]
+        also = () if backward else [i for i, name in enumerate(names) if name in static]
+        return cls(graph, backward, tuple(sorted({*settings.get("static_input_idxs", ()), *also})), frozenset(visible))
+
+
+def static_inputs(graph: torch.fx.Graph) -> frozenset[str]:
+    """Parameters and buffers among a Dynamo graph's inputs, by the names that AOTAutograd gives them. (What it knows of
+    them itself is lost with a copy of the graph.)
+    """
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    static = "_dynamo_static_input_type"
+    return frozenset(f"primals_{i + 1}" for i, n in enumerate(inputs) if static in n.meta.get("tensor_dict", {}))
 
 
 def version() -> tuple[int, int]:
@@ -105,15 +143,17 @@ def compile_with_inductor(
     partitioner: Partitioner | None = None,
     uuid: str = "",
     in_order: Callable[[torch.fx.Graph], bool] = lambda graph: False,
-    around: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] = lambda call: call,
+    around: Callable[[Half], Callable[[Call], Call]] = lambda half: lambda call: call,
+    in_each_process: bool = False,
 ) -> Callable[..., Any]:
     """Inductor's ``compile_fx`` with config patches that hold for the lazily compiled backward too.
 
     The backward is compiled when it first runs, inside of ``backward_attempt()``; if that context keeps what is raised,
     this backward runs op by op. ``partitioner`` cuts the joint graph, in every process anew: AOTAutograd's cache, which
     would hand out what was cut elsewhere, is not asked (Inductor's knows the two graphs by what is in them). ``uuid``
-    says which partitioner it is. A graph for which ``in_order`` says so runs in the order it has. ``around(call)`` runs
-    in place of each compiled half's ``call(inputs)``, unless CUDA graphs do, or its inputs are on several GPUs.
+    says which partitioner it is. A graph for which ``in_order`` says so runs in the order it has.
+    ``around(half)(call)`` runs in place of each compiled half's ``call(inputs)``, unless Inductor's CUDA graphs do, or
+    its inputs are on several GPUs; what AOTAutograd has in its cache comes without it, unless ``in_each_process``.
     """
     from functorch.compile import make_boxed_func
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -125,29 +165,34 @@ def compile_with_inductor(
         return compile_half(graph, inputs, **settings)
 
     def compile_half(graph: torch.fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        # Inductor changes the graph it is given.
+        alone = not settings.get("cudagraphs") and on_one_gpu(inputs)
+        wrap = around(Half.of(graph.graph, settings, static)) if alone else None
         if not settings.get("is_backward"):
-            return surrounded(compile_fx_inner(graph, inputs, **settings), inputs, settings)
-        plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor changes the graph it is given
+            return surrounded(compile_fx_inner(graph, inputs, **settings), wrap)
+        plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
         with backward_attempt(), whole_cache_entries(), _operators_by_name(), no_collection():
-            return surrounded(compile_fx_inner(graph, inputs, **settings), inputs, settings)
+            return surrounded(compile_fx_inner(graph, inputs, **settings), wrap)
         for node in plain.graph.nodes:
             if node.target is torch.ops.aten.view.default:
                 node.target = torch.ops.aten.reshape.default  # the compiled forward may have saved other strides
         plain.recompile()
         return make_boxed_func(plain.forward)
 
-    def surrounded(half: Any, inputs: Sequence[Any], settings: Mapping[str, Any]) -> Any:
+    def surrounded(half: Any, wrap: Callable[[Call], Call] | None) -> Any:
         call = getattr(half, "current_callable", None)
-        if call is not None and not settings.get("cudagraphs") and on_one_gpu(inputs):
-            half.current_callable = around(call)
+        if call is not None and wrap is not None:
+            half.current_callable = wrap(call)
         return half
 
+    static = static_inputs(gm.graph)
     settings: dict[str, Any] = dict(patches)
     with contextlib.ExitStack() as stack:
         stack.enter_context(whole_cache_entries())
         stack.enter_context(_operators_by_name())
         if partitioner is not None:
             settings["custom_partitioner_fn"] = _Partitioner(partitioner, uuid)
+        if partitioner is not None or in_each_process:
             stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=compile_graph, config_patches=settings)
     return compiled
@@ -365,6 +410,11 @@ def storage_of(tensor: torch.Tensor) -> int | None:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return None
+
+
+def holders(storage: Any) -> int:
+    """How many hold a tensor's storage."""
+    return int(torch._C._storage_Use_Count(storage._cdata))  # type: ignore[attr-defined]
 
 
 def inductor_settings() -> frozenset[str]:

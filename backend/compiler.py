@@ -18,6 +18,7 @@ from fastft import _torch_compat as compat
 from fastft import bridges, caches, describing, reporting
 from fastft.autotune import database, variants
 from fastft.collecting import no_collection
+from fastft.cuda_graphs import Graphs
 from fastft.fallback import Attempt
 from fastft.first_step import FirstStep
 from fastft.kernels._dense_weights import Rounded
@@ -200,7 +201,7 @@ def _compile_rest(
         return Attempt("compiling a backward", "it runs op by op", done.errors, options.strict)
 
     def compiled(one: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return _inductor(one, inputs, options, backward, memory)
+        return _inductor(one, inputs, options, backward, memory, done)
 
     instead = f"it is tried without what is in {caches.INDUCTOR.folder}"
     with Attempt("compiling", instead, done.errors, options.strict):
@@ -250,6 +251,7 @@ def _inductor(
     options: Options,
     backward_attempt: Callable[[], Attempt],
     memory: Memory | None,
+    done: Report,
 ) -> Callable[..., Any]:
     of_users = variants.targets()
     ours = [
@@ -262,8 +264,22 @@ def _inductor(
     stamp = source_hash() + variants.stamp() + options.recompute
     with compat.cache_stamp({"fastft": stamp, **{compat.qualified_name(target): stamp for target in ours}}):
         cut = None if memory is None else memory.partition
+        graphs = Graphs(done, options.strict) if options.cuda_graphs else None
+
+        def around(half: compat.Half) -> Callable[[compat.Call], compat.Call]:
+            replayed = (lambda call: call) if graphs is None else graphs(half)
+            return lambda call: replayed(Rounded(call))
+
         return compat.compile_with_inductor(
-            gm, example_inputs, _patches(options), backward_attempt, cut, stamp, has_offloads, Rounded
+            gm,
+            example_inputs,
+            _patches(options),
+            backward_attempt,
+            cut,
+            stamp,
+            has_offloads,
+            around,
+            in_each_process=options.cuda_graphs,
         )
 
 

@@ -25,9 +25,13 @@ UNITS = {
     "TiB": 2**40,
 }
 
-#: ``mode=`` values and what they mean here; the others are refused with a reason.
-MODES = ("default", "max-autotune-no-cudagraphs")
-_NO_CUDA_GRAPHS = "captures CUDA graphs, which fastft's reused dequantisation buffers do not allow"
+#: ``mode=`` values, as ``torch.compile`` has them, and the options that they stand for here.
+MODES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "reduce-overhead": {"cuda_graphs": True},
+    "max-autotune": {"cuda_graphs": True, "inductor": {"max_autotune": True}},
+    "max-autotune-no-cudagraphs": {"inductor": {"max_autotune": True}},
+}
 
 
 class OptionError(ValueError):
@@ -57,6 +61,9 @@ class Options:
     ``verify``: ``"first_step"`` computes the first step of each compiled graph also uncompiled, and in fp32 (fp64 for
     fp32 graphs); a graph that does not keep the error rule runs uncompiled from there on, with a warning and a row in
     the report. Dropout then draws as eager does. ``"never"`` (default).
+    ``cuda_graphs``: each graph's forward and backward are recorded as CUDA graphs and replayed in every step of the
+    same sizes (default False; ``mode="reduce-overhead"`` sets it): a model whose kernels are short does not wait for
+    the host. Ignored labels cost as much as others then (:mod:`fastft.cuda_graphs`).
     ``strict``: what fails inside of fastft raises :class:`fastft.fallback.InternalError`, instead of being undone and
     reported; and what Inductor compiles asserts the sizes and strides of every input and every op's result.
     ``variants``: op → the variant of it that is taken wherever it is legal (``{"glu": "mine"}``); the sites where it is
@@ -85,6 +92,7 @@ class Options:
     variants: Mapping[str, str] = field(default_factory=dict)
     attention_dropout: bool = True
     skip_padding: bool = False
+    cuda_graphs: bool = False
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
@@ -128,9 +136,14 @@ class Options:
             raise OptionError(
                 f"option fuel is {self.fuel!r}; it is a number of rewrites, 0 or more, or None for all of them"
             )
-        for name in ("lazy_logits", "attention_dropout", "strict", "skip_padding"):
+        for name in ("lazy_logits", "attention_dropout", "strict", "skip_padding", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name} is {getattr(self, name)!r}; it is True or False")
+        if self.cuda_graphs and self.residual == "eager":
+            raise OptionError(
+                'options residual="eager" and cuda_graphs=True (mode="reduce-overhead") are both given; what runs op by'
+                " op is not recorded: leave one of them out"
+            )
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"option inductor is {self.inductor!r}; it is a dict of Inductor config patches")
         settings = compat.inductor_settings()
@@ -140,7 +153,10 @@ class Options:
                     f"option inductor names {name!r}{nearest(name, settings)}; Inductor has no such setting"
                 )
         if self.inductor.get("triton.cudagraphs"):
-            raise OptionError(f"option inductor sets triton.cudagraphs: it {_NO_CUDA_GRAPHS}; leave it out")
+            raise OptionError(
+                "option inductor sets triton.cudagraphs, which does not know fastft's reused buffers; leave it out, and"
+                ' set option cuda_graphs to True (mode="reduce-overhead")'
+            )
         self._check_variants()
         from fastft.patterns import table_names
 
@@ -165,15 +181,14 @@ class Options:
                 raise OptionError(f"option variants is {dict(self.variants)!r}: {error.args[0]}") from None
 
     def _with_mode(self, mode: str | None) -> Options:
-        if mode in (None, "default"):
+        if mode is None:
             return self
-        if mode == "max-autotune-no-cudagraphs":
-            return dataclasses.replace(self, inductor={"max_autotune": True, **self.inductor})
-        if mode in ("reduce-overhead", "max-autotune"):
-            raise OptionError(
-                f'mode={mode!r} {_NO_CUDA_GRAPHS}; use mode="max-autotune-no-cudagraphs" or leave mode out'
-            )
-        raise OptionError(f"fastft has no mode {mode!r}{nearest(str(mode), MODES)}; it has {', '.join(MODES)}")
+        if mode not in MODES:
+            raise OptionError(f"fastft has no mode {mode!r}{nearest(str(mode), MODES)}; it has {', '.join(MODES)}")
+        asked = MODES[mode]
+        result = dataclasses.replace(self, **{**asked, "inductor": {**asked.get("inductor", {}), **self.inductor}})
+        result._check()
+        return result
 
 
 def bytes_of(name: str, got: Any, others: str = "") -> int:

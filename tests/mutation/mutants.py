@@ -34,7 +34,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "adapters: compiled graphs do not round them together",
         "backend/_torch_compat.py",
-        "            half.current_callable = around(call)\n",
+        "            half.current_callable = wrap(call)\n",
         "            pass\n",
         "tests/backend/test_rounding.py -k 'of_a_model and None'",
     ),
