@@ -73,9 +73,12 @@ class Graphs:
 
         return replayed
 
-    def forward_replays(self) -> bool:
-        """Whether the forward is recorded: what a backward reads on the host is then the same in every step."""
-        return any(one.replay is not None and not one.half.backward for one in self.halves)
+    def kept_at(self) -> set[int]:
+        """Where the forward's outputs are in every step; empty until it is recorded. What a backward reads on the host
+        is the same in every step from then on.
+        """
+        outputs = [x for one in self.halves if not one.half.backward for _, x in one.outputs]
+        return {x.data_ptr() for x in outputs if isinstance(x, torch.Tensor)}
 
     def say(self, half: compat.Half, what: str) -> None:
         """In the report, of a half."""
@@ -136,18 +139,29 @@ class Replayed:
             self.missed += 1
             if self.missed > self.replayed + PATIENCE:
                 self.graphs.give_up(reason)
-            return self.call(inputs)
+            try:
+                return self.call(inputs)
+            except torch.OutOfMemoryError:
+                self.graphs.give_up("out of memory beside them")
+                raise
         return self._replay(inputs)
 
     def _settled(self, inputs: Sequence[Any]) -> bool:
         """Whether all that stays in one place is where it was in the call before, and the rest is little."""
         self.fixed = [i for i in self.half.fixed if isinstance(inputs[i], torch.Tensor)]
         before, self.addresses = self.addresses, [inputs[i].data_ptr() for i in self.fixed]
-        if self.half.backward and not self.graphs.forward_replays():
-            return False
+        stays: set[int] = set()
+        if self.half.backward:
+            stays = self.graphs.kept_at()
+            if not stays:
+                return False
         fixed = set(self.fixed)
         others = [x for i, x in enumerate(inputs) if i not in fixed and isinstance(x, torch.Tensor)]
-        return before == self.addresses and sum(x.nbytes for x in others) <= MOST_MOVED
+        return (
+            before is not None
+            and all(now == then or now in stays for now, then in zip(self.addresses, before, strict=True))
+            and sum(x.nbytes for x in others) <= MOST_MOVED
+        )
 
     def _recorded(self, inputs: Sequence[Any]) -> bool:
         """Record it, with ``inputs`` as they are. False: that failed, and will not be tried again."""

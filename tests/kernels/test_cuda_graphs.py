@@ -55,7 +55,7 @@ def test_as_kernel_by_kernel(halves: list[Replayed], options: dict[str, Any]) ->
     wanted = train(8, **options)
     got = train(8, cuda_graphs=True, **options)
     forward, backward = halves
-    assert (forward.replayed, forward.missed, backward.replayed, backward.missed) == (7, 0, 6, 0), fastft.report().plan
+    assert (forward.replayed, forward.missed, backward.replayed, backward.missed) == (7, 0, 7, 0), fastft.report().plan
     assert len(set(wanted)) == 8
     assert got == pytest.approx(wanted, rel=2e-3)
     assert not fastft.report().errors
