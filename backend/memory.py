@@ -165,7 +165,7 @@ class Memory:
 
     def partition(self, joint: fx.GraphModule, outputs: int, static: list[int] | None) -> Halves:
         """Cut a joint graph by the best plan for ``sizes``, or, where planning fails, as the user's checkpoints say."""
-        cut = _Cut(joint, outputs, static, self.sizes, self.rates)
+        cut = _Cut(joint, outputs, static, self.sizes, self.rates, self.options.cuda_graphs)
         start = time.perf_counter()
         with (
             no_collection(),
@@ -358,13 +358,20 @@ class _Halves(NamedTuple):
 
 class _Cut:
     """One joint graph, and what it was cut into, by the regions' levels, for a batch of ``sizes`` on a device of
-    ``rates``.
+    ``rates``. ``recorded``: its halves are, as CUDA graphs.
     """
 
     def __init__(
-        self, joint: fx.GraphModule, outputs: int, static: list[int] | None, sizes: Sizes, rates: Rates
+        self,
+        joint: fx.GraphModule,
+        outputs: int,
+        static: list[int] | None,
+        sizes: Sizes,
+        rates: Rates,
+        recorded: bool,
     ) -> None:
         self.joint, self.outputs, self.static, self.sizes, self.rates = joint, outputs, static, sizes, rates
+        self.recorded = recorded
         drop_views(joint)
         self.regions = regions_of(joint, outputs)
         self.count = max(self.regions.values(), default=-1) + 1
@@ -388,11 +395,11 @@ class _Cut:
             regions = slices.regions
             tag(joint, self.outputs, regions, [OFFLOADED.get(level, level) for level in levels])
             halves = compat.partition(joint, self.outputs, self.static)
-            walk = Walk(*halves, self.outputs, regions, slices.again)
+            walk = Walk(*halves, self.outputs, regions, slices.again, self.recorded)
             moved = {name: r for name, r in walk.movable.items() if levels[r] in OFFLOADED}
             if moved:
                 offload.offload(*halves, moved, self._landings(halves[0], walk, moved), regions, walk.turns)
-                walk = Walk(*halves, self.outputs, regions, slices.again)
+                walk = Walk(*halves, self.outputs, regions, slices.again, self.recorded)
             self.found[key] = _Halves(halves, walk, slices)
         return self.found[key]
 

@@ -278,7 +278,8 @@ class Walk:
     """Both halves of a cut graph as one list of steps: what lives when, for batches of any size.
 
     ``again``: nodes of the backward that compute something of the forward again by themselves, and for which region.
-    ``saved``: tensor → region that keeps it for its backward, None for what belongs to no region.
+    ``saved``: tensor → region that keeps it for its backward, None for what belongs to no region. ``recorded``: as CUDA
+    graphs, in whose memory what is kept stays in its place until the next step.
     """
 
     def __init__(
@@ -288,8 +289,9 @@ class Walk:
         outputs: int,
         regions: Regions,
         again: Mapping[str, int] | None = None,
+        recorded: bool = False,
     ) -> None:
-        self.count, self.regions = max(regions.values(), default=-1) + 1, regions
+        self.count, self.regions, self.recorded = max(regions.values(), default=-1) + 1, regions, recorded
         #: Bytes of adapters in half precision, as long as either half runs.
         self.rounded = max(rounded(half.graph) for half in (forward, backward))
         self.tensors: dict[str, torch.Tensor] = {}
@@ -430,10 +432,13 @@ class Walk:
         """Most bytes that the graph's own tensors take at one time. Without ``sliced``: about those, if MLPs were in
         one piece.
         """
-        return max((live for _, live in self._lives(sizes, sliced)), default=0)
+        stay = frozenset(self.saved) if self.recorded else frozenset()
+        return max((live for _, live in self._lives(sizes, sliced, stay)), default=0)
 
-    def _lives(self, sizes: Sizes, sliced: bool = True) -> Iterator[tuple[_Step, int]]:
-        """Every step, with the bytes that live while it runs."""
+    def _lives(
+        self, sizes: Sizes, sliced: bool = True, stay: frozenset[str] = frozenset()
+    ) -> Iterator[tuple[_Step, int]]:
+        """Every step, with the bytes that live while it runs. ``stay``: tensors that nobody frees."""
 
         def size(n: Any) -> int:
             return number_at(n, sizes)
@@ -449,7 +454,7 @@ class Walk:
             stays = 0 if step.lasting is None else max(stays, own)
             scratch = step.scratch if sliced or step.in_one_piece is None else step.in_one_piece
             yield step, live + scratch(size) - own + stays
-            gone = [t for t in step.frees if t in there]
+            gone = [t for t in step.frees if t in there and t not in stay]
             there.difference_update(gone)
             live -= sum(number[t] for t in gone)
 

@@ -406,6 +406,28 @@ def test_results_of_a_call_are_there_beside_its_operands() -> None:
     backward.graph.output((call(torch.ops.aten.add.Tensor, *grads),))
     assert Walk(forward, backward, 1, {}).peak({}) == 6 * 8 * 16 * 4  # with the forward's result, which the caller has
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_a_cuda_graph_keeps_stays(recorded: bool) -> None:
+    """The backward frees one of two that are kept when it has read it; recorded, it has both to its end."""
+    one = torch.empty(8, 16, device="meta")
+
+    def half(inputs: list[str], targets: list[tuple[Any, list[int]]], results: list[int]) -> torch.fx.GraphModule:
+        made = torch.fx.GraphModule({}, torch.fx.Graph())
+        nodes = [made.graph.placeholder(name) for name in inputs]
+        for target, of in targets:
+            nodes.append(made.graph.call_function(target, tuple(nodes[i] for i in of)))
+        for node in nodes:
+            node.meta["val"] = one
+        made.graph.output(tuple(nodes[i] for i in results))
+        return made
+
+    ops = torch.ops.aten
+    forward = half(["primals_1"], [(ops.neg.default, [0]), (ops.abs.default, [0]), (ops.exp.default, [0])], [3, 1, 2])
+    then = [(ops.sin.default, [0]), (ops.cos.default, [2]), (ops.add.Tensor, [3, 1])]
+    walk = Walk(forward, half(["neg_default", "abs_default"], then, [4]), 1, {}, recorded=recorded)
+    assert walk.peak({}) == (5 if recorded else 4) * 8 * 16 * 4
+    assert walk.held({})[1] == Walk(forward, half(["neg_default", "abs_default"], then, [4]), 1, {}).held({})[1]
+
 
 @pytest.mark.parametrize(("last", "peak"), [("keeps", 100), ("frees", 0)])
 def test_what_an_op_leaves_behind_is_there_later(monkeypatch: pytest.MonkeyPatch, last: str, peak: int) -> None:
@@ -543,6 +565,16 @@ def test_the_budget_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one._budget() == (None if budget is None else budget * 2**30)
         one.device = None
         assert one._budget() == (5 * 2**30 if budget == 5 else None)
+
+
+def test_what_cuda_graphs_keep_is_in_the_prediction() -> None:
+    network, predicted = model(), []
+    for recorded in (False, True):
+        run(network, memory=10**12, residual="inductor", cuda_graphs=recorded)
+        predicted.append(the_plan()["predicted"])
+    assert predicted[0] < predicted[1]
+    run(network, memory=predicted[1] - 1, residual="inductor", cuda_graphs=True)
+    assert the_plan()["predicted"] < predicted[1]
 
 
 def test_a_budget_that_is_too_small_is_reported() -> None:

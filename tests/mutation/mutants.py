@@ -2147,4 +2147,18 @@ MUTANTS: tuple[Mutant, ...] = (
         "        if partitioner is not None:\n",
         "tests/backend/test_cuda_graphs.py -k 'losses_are_those and None and 0.0'",
     ),
+    Mutant(
+        "cuda graphs: what is kept for the backward is predicted to go with it",
+        "backend/partitioner.py",
+        "frozenset(self.saved) if self.recorded else frozenset()",
+        "frozenset[str]()",
+        "tests/backend/test_memory.py -k cuda_graph_keeps",
+    ),
+    Mutant(
+        "cuda graphs: the memory plan does not know of them",
+        "backend/memory.py",
+        "regions, slices.again, self.recorded)\n            moved",
+        "regions, slices.again)\n            moved",
+        "tests/backend/test_memory.py -k cuda_graphs_keep",
+    ),
 )
