@@ -279,7 +279,7 @@ def _inductor(
             stamp,
             has_offloads,
             around,
-            in_each_process=options.cuda_graphs,
+            options.cuda_graphs,
         )
 
 
