@@ -19,6 +19,7 @@ is padding) has the answer that is right for any batch: ignored labels and paddi
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,11 +45,31 @@ def record(call: compat.Call, inputs: Sequence[Any], pool: Any) -> tuple[Any, Ca
     """Record ``call(inputs)`` as a CUDA graph, in the memory of ``pool`` (None: a new one): what it returned, what
     replays it, and the pool. Nothing is computed by it.
     """
+    device = next(x.device for x in inputs if isinstance(x, torch.Tensor) and x.is_cuda)
     graph = torch.cuda.CUDAGraph()
+    if device.index not in _STREAMS:  # PyTorch has one for all devices
+        _STREAMS[device.index] = torch.cuda.Stream(device)
     # Other threads (a data loader's that pins memory) may do what they do.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=_STREAMS[device.index], capture_error_mode="thread_local"):
         result = call(list(inputs))
-    return result, graph.replay, graph.pool()
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return result, replay, graph.pool()
+
+
+_STREAMS: dict[int, torch.cuda.Stream] = {}
+#: Those that there are.
+_ALL: weakref.WeakSet[Graphs] = weakref.WeakSet()
+
+
+def release(reason: str) -> None:
+    """Give up all CUDA graphs: their memory is needed."""
+    for graphs in list(_ALL):
+        if any(one.replay is not None for one in graphs.halves):
+            graphs.give_up(reason)
 
 
 class Graphs:
@@ -60,6 +81,7 @@ class Graphs:
         self.done, self.strict = done, strict
         self.halves: list[Replayed] = []
         self.pool: Any = None
+        _ALL.add(self)
 
     def __call__(self, half: compat.Half) -> Callable[[compat.Call], compat.Call]:
         if reason := refusal(half):
@@ -74,9 +96,7 @@ class Graphs:
         return replayed
 
     def kept_at(self) -> set[int]:
-        """Where the forward's outputs are in every step; empty until it is recorded. What a backward reads on the host
-        is the same in every step from then on.
-        """
+        """Where the recorded forward's outputs are in every step. (What is on the host is even the same in all.)"""
         outputs = [x for one in self.halves if not one.half.backward for _, x in one.outputs]
         return {x.data_ptr() for x in outputs if isinstance(x, torch.Tensor)}
 
@@ -129,39 +149,38 @@ class Replayed:
 
     def __call__(self, inputs: Any) -> Any:
         if self not in self.graphs.halves:
-            return self.call(inputs)
+            return self._plain(inputs)
         if self.half.backward:
             self.graphs.begins(inputs)
         if self.replay is None:
             if not self._settled(inputs) or not self._recorded(inputs):
-                return self.call(inputs)
+                return self._plain(inputs)
         elif reason := self._obstacle(inputs):
             self.missed += 1
             if self.missed > self.replayed + PATIENCE:
                 self.graphs.give_up(reason)
-            try:
-                return self.call(inputs)
-            except torch.OutOfMemoryError:
-                self.graphs.give_up("out of memory beside them")
-                raise
+            return self._plain(inputs)
         return self._replay(inputs)
+
+    def _plain(self, inputs: Any) -> Any:
+        """Kernel by kernel."""
+        try:
+            return self.call(inputs)
+        except torch.OutOfMemoryError:
+            release("out of memory beside them")
+            raise
 
     def _settled(self, inputs: Sequence[Any]) -> bool:
         """Whether all that stays in one place is where it was in the call before, and the rest is little."""
         self.fixed = [i for i in self.half.fixed if isinstance(inputs[i], torch.Tensor)]
         before, self.addresses = self.addresses, [inputs[i].data_ptr() for i in self.fixed]
-        stays: set[int] = set()
-        if self.half.backward:
-            stays = self.graphs.kept_at()
-            if not stays:
-                return False
+        if before is None:
+            return False
+        # All that a backward reads its forward gave it, parameters too. That has moved if it was recorded just now.
+        stays = self.graphs.kept_at().issuperset(self.addresses) if self.half.backward else before == self.addresses
         fixed = set(self.fixed)
         others = [x for i, x in enumerate(inputs) if i not in fixed and isinstance(x, torch.Tensor)]
-        return (
-            before is not None
-            and all(now == then or now in stays for now, then in zip(self.addresses, before, strict=True))
-            and sum(x.nbytes for x in others) <= MOST_MOVED
-        )
+        return stays and sum(x.nbytes for x in others) <= MOST_MOVED
 
     def _recorded(self, inputs: Sequence[Any]) -> bool:
         """Record it, with ``inputs`` as they are. False: that failed, and will not be tried again."""

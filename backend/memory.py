@@ -34,7 +34,7 @@ import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
-from fastft import costs, offload, planner
+from fastft import costs, cuda_graphs, offload, planner
 from fastft.collecting import no_collection
 from fastft.costs import Rates
 from fastft.fallback import Attempt
@@ -559,6 +559,7 @@ class Planned:
         return None if attempt.failed is not None or len(memory.plans) == before else before
 
     def _free(self) -> None:
+        cuda_graphs.release("out of memory beside them")
         offload.abandon()
         gc.collect()
         if self.memory.device is not None:

@@ -355,46 +355,46 @@ def test_out_of_memory_beside_what_was_recorded(monkeypatch: pytest.MonkeyPatch)
         one(torch.zeros(1))
     assert one.run.replay is None and one.said == "given up: out of memory beside them"
     assert float(one(torch.zeros(4))[0][0]) == 1
+    # Others' too, whoever is short of it; what was not recorded may still be.
+    two, three = Alone(monkeypatch, add), Alone(monkeypatch, add)
+    for _ in range(2):
+        two(torch.zeros(4))
+    cuda_graphs.release("enough")
+    assert two.said == "given up: enough" and three.said == "not recorded yet" and two.graphs.pool is None
 
 
 def test_a_backward_waits_for_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it reads on the host is the same in all steps only where the forward is replayed."""
-    one = Alone(monkeypatch, add)
-    backward = one.graphs(half(backward=True, visible=()))(add)
-    weight = torch.ones(4)
+    """What it reads is in one place, and on the host the same, only where the forward is replayed."""
+    one = Alone(monkeypatch, lambda inputs: (*add(inputs), inputs[0]), visible=())
+    backward = one.graphs(half(backward=True, fixed=(0, 1), visible=()))(lambda inputs: (inputs[0] * inputs[1],))
+    elsewhere = torch.zeros(4)
     for _ in range(3):
-        backward([weight, torch.zeros(4)])
+        backward([elsewhere, one.weight])
     assert backward.replay is None
-    one(torch.zeros(4)), one(torch.zeros(4))
-    backward([weight, torch.zeros(4)])
+    for _ in range(3):
+        one(torch.zeros(4))
+        backward([elsewhere, one.weight])
+    assert one.run.replay is not None and backward.replay is None
+    backward([*one(torch.zeros(4))])
     assert backward.replay is not None
-    # What the forward keeps has moved when that was recorded, and stays there; what is elsewhere has to have stayed.
-    other = Alone(monkeypatch, add, visible=())
-    late = other.graphs(half(backward=True, visible=()))(add)
+    first = Alone(monkeypatch, add, visible=())
+    early = first.graphs(half(backward=True, visible=()))(add)
     for _ in range(2):
-        kept = other(torch.zeros(4))[0]
-        assert late.replay is None
-        late([kept, torch.zeros(4)])
-    assert late.replay is not None
-    third = Alone(monkeypatch, add, visible=())
-    never = third.graphs(half(backward=True, visible=()))(add)
-    held = []
-    for _ in range(4):
-        third(torch.zeros(4))
-        held.append(torch.zeros(4))
-        never([held[-1], torch.zeros(4)])
-    assert never.replay is None
+        kept = first(torch.zeros(4))[0]
+        assert early.replay is None
+        early([kept, torch.zeros(4)])
+    assert early.replay is not None
 
 
 def test_a_forward_waits_for_what_its_backward_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are in one pool: gradients may lie where the forward has what it needs for a moment."""
-    one = Alone(monkeypatch, add)
+    one = Alone(monkeypatch, lambda inputs: (*add(inputs), inputs[0]))
     backward = one.graphs(half(backward=True, visible=()))(add)
-    weight = torch.ones(4)
     for _ in range(2):
         one(torch.zeros(4))
-        backward([weight, torch.zeros(4)])
-    gradient = backward([weight, torch.zeros(4)])[0]
+        backward([one.weight, torch.zeros(4)])
+    gradient = backward([one.weight, torch.zeros(4)])[0]
+    assert backward.replayed == 2
     one(torch.zeros(4))
     assert one.run.missed == 1
     del gradient
