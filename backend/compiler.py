@@ -18,7 +18,7 @@ from fastft import _torch_compat as compat
 from fastft import bridges, caches, describing, reporting
 from fastft.autotune import database, variants
 from fastft.collecting import no_collection
-from fastft.cuda_graphs import Graphs
+from fastft.cuda_graphs import ROW, Graphs
 from fastft.fallback import Attempt
 from fastft.first_step import FirstStep
 from fastft.kernels._dense_weights import Rounded
@@ -240,7 +240,7 @@ def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report, options: Opt
     ]
     with _describing(done, options):
         done.modules = describing.described(untouched, describing.modules_of(untouched), {})
-    for key in ("recompute", "checkpoint policies", "memory"):
+    for key in ("recompute", "checkpoint policies", "memory", *map(ROW.format, ("forward", "backward"))):
         done.plan.pop(key, None)
     done.memory.clear()
 

@@ -31,6 +31,8 @@ from fastft import offload
 from fastft.fallback import Attempt
 from fastft.reporting import Report
 
+#: The report's row of a half.
+ROW = "CUDA graph of the {}"
 #: Bytes of inputs that may be copied in each call.
 MOST_MOVED = 64 * 2**20
 #: A forward's result of at most so many bytes is copied in any case.
@@ -82,6 +84,7 @@ class Graphs:
         self.halves: list[Replayed] = []
         self.pool: Any = None
         _ALL.add(self)
+        done.plan[ROW.format("forward")] = "not recorded: no half was compiled for one GPU alone"
 
     def __call__(self, half: compat.Half) -> Callable[[compat.Call], compat.Call]:
         if reason := refusal(half):
@@ -102,7 +105,7 @@ class Graphs:
 
     def say(self, half: compat.Half, what: str) -> None:
         """In the report, of a half."""
-        self.done.plan[f"CUDA graph of the {'backward' if half.backward else 'forward'}"] = what
+        self.done.plan[ROW.format("backward" if half.backward else "forward")] = what
 
     def begins(self, inputs: Sequence[Any]) -> None:
         """A backward begins: perhaps that of the last forward that was replayed, and its last one."""
@@ -131,6 +134,8 @@ class Replayed:
     def forget(self) -> None:
         """Forget what was recorded."""
         self.replay: Callable[[], None] | None = None
+        #: What the report says of it.
+        self.row = ""
         #: Inputs that are copied: where they are among the inputs, and where they were when it was recorded.
         self.moved: list[int] = []
         self.places: list[torch.Tensor] = []
@@ -157,6 +162,9 @@ class Replayed:
                 return self._plain(inputs)
         elif reason := self._obstacle(inputs):
             self.missed += 1
+            if reason not in self.row:
+                self.row += f"; not where {reason}"
+                self.graphs.say(self.half, self.row)
             if self.missed > self.replayed + PATIENCE:
                 self.graphs.give_up(reason)
             return self._plain(inputs)
@@ -180,7 +188,11 @@ class Replayed:
         stays = self.graphs.kept_at().issuperset(self.addresses) if self.half.backward else before == self.addresses
         fixed = set(self.fixed)
         others = [x for i, x in enumerate(inputs) if i not in fixed and isinstance(x, torch.Tensor)]
-        return stays and sum(x.nbytes for x in others) <= MOST_MOVED
+        moved = sum(x.nbytes for x in others)
+        if moved > MOST_MOVED:
+            much = f"{moved} bytes of inputs would be copied a step, over {MOST_MOVED}"
+            self.graphs.say(self.half, f"not recorded: {much}")
+        return stays and moved <= MOST_MOVED
 
     def _recorded(self, inputs: Sequence[Any]) -> bool:
         """Record it, with ``inputs`` as they are. False: that failed, and will not be tried again."""
@@ -203,7 +215,8 @@ class Replayed:
                 self.results = [(storage, compat.holders(storage)) for storage, _ in self.results]
                 self.kept = [(storage, compat.holders(storage)) for storage, _ in self.kept]
                 self.replay = replay
-                graphs.say(self.half, f"replayed; {sum(x.nbytes for x in self.places)} bytes of inputs copied a step")
+                self.row = f"replayed; {sum(x.nbytes for x in self.places)} bytes of inputs copied a step"
+                graphs.say(self.half, self.row)
                 return True
         except torch.OutOfMemoryError:  # the plain half needs less
             reason = "out of memory while it was recorded"

@@ -38,9 +38,8 @@ def pretend(call: Any, inputs: list[Any], pool: Any) -> tuple[Any, Any, Any]:
     return result, lambda: write(result, call(list(inputs))), pool or object()
 
 
-@pytest.fixture
-def halves(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
-    """Those that are made; everything counts as on a GPU."""
+def noted_halves(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
+    """Those that are made from now on."""
     found: list[Replayed] = []
     init = Replayed.__init__
 
@@ -49,9 +48,15 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
         found.append(self)
 
     monkeypatch.setattr(Replayed, "__init__", noted)
+    return found
+
+
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
+    """Everything counts as on a GPU."""
     monkeypatch.setattr(cuda_graphs, "record", pretend)
     monkeypatch.setattr(cuda_graphs, "_is_on", lambda kind, node: kind == "cuda")
-    return found
+    return noted_halves(monkeypatch)
 
 
 def network(lora: float = 0.0) -> torch.nn.Module:
@@ -282,7 +287,7 @@ def test_too_much_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Alone(monkeypatch, add)
     for _ in range(4):
         one(torch.zeros(4))
-    assert one.run.replay is None and one.said == "not recorded yet"
+    assert one.run.replay is None and one.said == "not recorded: 16 bytes of inputs would be copied a step, over 15"
 
 
 def test_what_stays_must_have_stayed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +311,15 @@ def test_numbers_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(one(torch.ones(4), 3)[0][0]) == 4 and one.run.missed == 1
     assert one(torch.ones(2), 2)[0].shape == (2,) and one.run.missed == 2
     assert float(one(torch.ones(4), 2)[0][0]) == 3 and one.run.replayed == 2
+    assert one.said == "replayed; 16 bytes of inputs copied a step; not where batches are of several sizes"
+
+
+def test_halves_that_nobody_wrapped_are_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs on several GPUs."""
+    monkeypatch.setattr(compat, "on_one_gpu", lambda inputs: False)
+    model = network()
+    train(model, call_of(model, cuda_graphs=True), 1)
+    assert fastft.report().plan["CUDA graph of the forward"] == "not recorded: no half was compiled for one GPU alone"
 
 
 def test_given_up_where_it_is_of_no_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import fastft
-from fastft import cuda_graphs
 from fastft.cuda_graphs import Replayed
-from tests.backend.test_cuda_graphs import batch
+from tests.backend.test_cuda_graphs import batch, noted_halves
 from tests.models import _families as families
 from tests.models._training import compiled
 
@@ -39,15 +38,7 @@ def train(steps: int, accumulated: int = 1, dropout: float = 0.0, hold: bool = F
 
 @pytest.fixture
 def halves(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
-    found: list[Replayed] = []
-    init = Replayed.__init__
-
-    def noted(self: Replayed, *args: Any) -> None:
-        init(self, *args)
-        found.append(self)
-
-    monkeypatch.setattr(cuda_graphs.Replayed, "__init__", noted)
-    return found
+    return noted_halves(monkeypatch)
 
 
 @pytest.mark.parametrize("options", [{}, {"memory": "lean"}, {"memory": "lean", "host_memory": 0}, {"memory": "fast"}])
