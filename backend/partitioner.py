@@ -279,7 +279,8 @@ class Walk:
 
     ``again``: nodes of the backward that compute something of the forward again by themselves, and for which region.
     ``saved``: tensor → region that keeps it for its backward, None for what belongs to no region. ``recorded``: as CUDA
-    graphs, in whose memory what is kept stays in its place until the next step.
+    graphs, in whose memory what is kept stays in its place until the next step, and to which the gradients that the
+    backward begins with are copied.
     """
 
     def __init__(
@@ -311,6 +312,9 @@ class Walk:
                 names.pop(node, None)
                 if node.name in saved and saved[node.name].name in self.saved:
                     names[node] = saved[node.name].name
+        #: The gradients that the backward begins with.
+        given = [names[n] for n in backward.graph.nodes if n.op == "placeholder" and n in names]
+        self.incoming = [name for name in given if name not in self.saved]
         gradients = results_of(backward)
         half = self._half(backward.graph, names, gradients)
         self._turns(half)
@@ -432,8 +436,11 @@ class Walk:
         """Most bytes that the graph's own tensors take at one time. Without ``sliced``: about those, if MLPs were in
         one piece.
         """
-        stay = frozenset(self.saved) if self.recorded else frozenset()
-        return max((live for _, live in self._lives(sizes, sliced, stay)), default=0)
+        if not self.recorded:
+            return max((live for _, live in self._lives(sizes, sliced)), default=0)
+        number, stay = self.bytes_of(sizes), frozenset({*self.saved, *self.incoming})
+        copies = sum(number[name] for name in self.incoming if name in number)
+        return copies + max((live for _, live in self._lives(sizes, sliced, stay)), default=0)
 
     def _lives(
         self, sizes: Sizes, sliced: bool = True, stay: frozenset[str] = frozenset()

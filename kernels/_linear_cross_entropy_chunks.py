@@ -69,6 +69,15 @@ def chunk_rows(tokens: int, vocab: int, itemsize: int, hidden: int = 0, trained:
     return min(math.ceil(even / rows) * rows, power)
 
 
+def pieces(rows: int) -> list[slice]:
+    """The rows of a chunk in pieces of about equal size, whole tiles but for the last, of at most ``CHUNK_TOKENS``: a
+    product with the weight takes a larger chunk, as a trained head's is, a piece at a time.
+    """
+    even = math.ceil(rows / math.ceil(rows / CHUNK_TOKENS))
+    step = min(math.ceil(even / TILE[0]) * TILE[0], CHUNK_TOKENS)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
 def _filled(rows: int, columns: int) -> float:
     """The share of a GPU that a product's waves of tiles occupy."""
     tiles = math.ceil(rows / TILE[0]) * math.ceil(max(columns, 1) / TILE[1])
@@ -101,14 +110,21 @@ CONFIG.file = Path(__file__).with_name("linear_cross_entropy.py")  # of the op, 
 # ------------------------------------------------------------------------------------------------------------- the head
 
 
-class _Chunk(NamedTuple):
-    """The tokens of one chunk: where they are, their hidden states, not cast yet, and the rows that their logits are
-    written to.
-    """
+class _Piece(NamedTuple):
+    """Tokens: where they are, their hidden states, not cast yet, and the rows that their logits are written to."""
 
     at: slice
     states: torch.Tensor
     logits: torch.Tensor
+
+
+class _Chunk(NamedTuple):
+    """The tokens of one chunk, and those of it that a product with the weight takes at a time."""
+
+    at: slice
+    states: torch.Tensor
+    logits: torch.Tensor
+    pieces: list[_Piece]
 
 
 class _Head:
@@ -133,7 +149,7 @@ class _Head:
         self.rows = chunk_rows(tokens, vocab, self.dtype.itemsize, weight.shape[1], trained)
         buffer = _empty_logits(hidden, vocab, min(self.rows, tokens), self.dtype)
         places = [slice(start, min(start + self.rows, tokens)) for start in range(0, tokens, self.rows)]
-        self.chunks = [_Chunk(at, hidden[at], buffer[: at.stop - at.start]) for at in places]
+        self.chunks = [self._chunk(at, hidden[at], buffer[: at.stop - at.start]) for at in places]
         self.constants = {
             "V": vocab,
             "STRIDE": _stride(vocab),
@@ -142,12 +158,24 @@ class _Head:
             **CONFIG(hidden.device, self.dtype, self.rows, vocab),
         }
 
+    @staticmethod
+    def _chunk(at: slice, states: torch.Tensor, logits: torch.Tensor) -> _Chunk:
+        parts = pieces(len(states))
+        return _Chunk(at, states, logits, [_Piece(part, states[part], logits[part]) for part in parts])
+
     def logits(self, chunk: _Chunk) -> torch.Tensor:
         """The chunk's raw logits, in the buffer."""
-        states = chunk.states.to(self.dtype)
-        if self.bias is None:
-            return torch.mm(states, self.turned, out=chunk.logits)
-        return torch.addmm(self.bias, states, self.turned, out=chunk.logits)
+        for _, states, logits in chunk.pieces:
+            if self.bias is None:
+                torch.mm(states.to(self.dtype), self.turned, out=logits)
+            else:
+                torch.addmm(self.bias, states.to(self.dtype), self.turned, out=logits)
+        return chunk.logits
+
+    def of_hidden(self, chunk: _Chunk, gradient: torch.Tensor) -> None:
+        """The hidden states' ``gradient``, of the chunk's tokens, from that of their logits."""
+        for at, _, logits in chunk.pieces:
+            products.matmul_into(gradient[at], logits, self.weight)
 
 
 def _empty_logits(hidden: torch.Tensor, vocab: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -273,7 +301,7 @@ def prepared(
             else:
                 _forward_chunk(logits, targets, parts, maths, any(wanted[4:]))
             if wanted.unit_gradient:
-                products.matmul_into(unit, logits, head.weight)
+                head.of_hidden(chunk, unit)
             gradients.add(chunk, None if every else targets)
         return *outputs, *gradients.found()
 
@@ -365,7 +393,7 @@ def backward(
         else:
             _backward_chunk(logits, targets, of_chunk, each, maths)
         if need_hidden:
-            products.matmul_into(grad_hidden[at], logits, head.weight)
+            head.of_hidden(chunk, grad_hidden[at])
         gradients.add(chunk, None if every else targets)
     return grad_hidden.to(hidden.dtype), *gradients.found()
 

@@ -429,6 +429,27 @@ def test_what_a_cuda_graph_keeps_stays(recorded: bool) -> None:
     assert walk.held({})[1] == Walk(forward, half(["neg_default", "abs_default"], then, [4]), 1, {}).held({})[1]
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_gradients_are_copied_to_a_cuda_graph(recorded: bool) -> None:
+    """The one that the backward begins with is freed when it has been read; recorded, it and its copy stay."""
+    one = torch.empty(8, 16, device="meta")
+
+    def half(name: str, *targets: Any) -> torch.fx.GraphModule:
+        made = torch.fx.GraphModule({}, torch.fx.Graph())
+        node = made.graph.placeholder(name)
+        for target in targets:
+            node = made.graph.call_function(target, (node,))
+        for node in made.graph.nodes:
+            node.meta["val"] = one
+        made.graph.output((node,))
+        return made
+
+    ops = torch.ops.aten
+    backward = half("tangents_1", ops.sin.default, ops.cos.default, ops.exp.default)
+    walk = Walk(half("primals_1", ops.neg.default), backward, 1, {}, recorded=recorded)
+    assert walk.peak({}) == (5 if recorded else 3) * 8 * 16 * 4
+
+
 @pytest.mark.parametrize(("last", "peak"), [("keeps", 100), ("frees", 0)])
 def test_what_an_op_leaves_behind_is_there_later(monkeypatch: pytest.MonkeyPatch, last: str, peak: int) -> None:
     """From one step to the next, too; an MLP by slices frees it first."""

@@ -216,6 +216,31 @@ def test_a_trained_head_is_one_pass_under_a_sum(trained, reduction, share, dtype
             )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_large_chunk_is_multiplied_in_pieces(bias, reduction, dtype, device, monkeypatch):
+    """Of two chunks of 20 tokens a product with the weight takes 5 at a time; the result is that of all at once."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", 100.0)
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 5)
+    h, w, b, y = inputs(dtype, device, tokens=40, bias=bias)
+    g = [torch.randn(40 if reduction == "none" else (), device=device)]
+    check(linear_cross_entropy, linear_cross_entropy_reference, (h, w, b), y.clamp(min=0), g, reduction=reduction)
+    with Largest() as seen:
+        linear_cross_entropy(h, w, b, y.clamp(min=0), reduction=reduction).sum().backward()
+    rows = [left[0] for left, right in seen.products if w.shape in (right, right[::-1])]
+    # Without a gradient of the weight, which "none" leaves to the backward, chunks are of 4.
+    assert rows == [4] * (10 if reduction == "none" else 0) + [5] * 16
+
+
+def test_pieces(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 2048)
+    some = {1: [1], 2048: [2048], 4096: [2048, 2048], 2049: [1152, 897], 5000: [1792, 1792, 1416]}
+    for rows, sizes in some.items():
+        assert [piece.stop - piece.start for piece in chunks.pieces(rows)] == sizes
+        assert [piece.start for piece in chunks.pieces(rows)] == [sum(sizes[:i]) for i in range(len(sizes))]
+
+
 @pytest.mark.parametrize("share", [0.0, 100.0], ids=["chunks", "two chunks"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_all_logits_never_exist(reduction, share, device, monkeypatch):
@@ -593,11 +618,11 @@ def test_a_product_begins_before_the_wait(share, device, monkeypatch):
 
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation gives, the shapes of what ``masked_fill`` gives, how many new
-    tensors of a shape there are, and our ops that were called."""
+    tensors of a shape there are, the shapes that products multiply, and our ops that were called."""
 
     def __init__(self):
         super().__init__()
-        self.numel, self.filled, self.shapes, self.ops = 0, set(), collections.Counter(), set()
+        self.numel, self.filled, self.shapes, self.products, self.ops = 0, set(), collections.Counter(), [], set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         bodies = {
@@ -612,6 +637,8 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func._opname == "masked_fill":
             self.filled.add(out.shape)
+        if func._opname in ("mm", "addmm"):
+            self.products.append(tuple(tuple(x.shape) for x in args[-2:]))
         given = {x.data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)}
         for x in torch.utils._pytree.tree_leaves(out):
             if isinstance(x, torch.Tensor):
@@ -1822,6 +1849,20 @@ MUTANTS = (
                 "all_logits_never",
             ),
             (
+                "a large chunk is multiplied as one",
+                "_linear_cross_entropy_chunks",
+                "return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]",
+                "return [slice(0, rows)]",
+                "pieces",
+            ),
+            (
+                "a piece in the place of another",
+                "_linear_cross_entropy_chunks",
+                "products.matmul_into(gradient[at], logits, self.weight)",
+                "products.matmul_into(gradient[at], chunk.logits[: len(logits)], self.weight)",
+                "in_pieces",
+            ),
+            (
                 "two chunks are summed up in fp32",
                 "_linear_cross_entropy_chunks",
                 "self.narrow = len(head.chunks) <= 2 and",
@@ -1854,8 +1895,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: views are made after the wait",
         "kernels/_linear_cross_entropy_chunks.py",
-        "torch.mm(states, self.turned,",
-        "torch.mm(states, self.weight.t(),",
+        "torch.mm(states.to(self.dtype), self.turned,",
+        "torch.mm(states.to(self.dtype), self.weight.t(),",
         "tests/kernels/test_linear_cross_entropy.py -k follows_the_wait",
     ),
     Mutant(

@@ -2150,9 +2150,16 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "cuda graphs: what is kept for the backward is predicted to go with it",
         "backend/partitioner.py",
-        "frozenset(self.saved) if self.recorded else frozenset()",
-        "frozenset[str]()",
+        "frozenset({*self.saved, *self.incoming})",
+        "frozenset(self.incoming)",
         "tests/backend/test_memory.py -k cuda_graph_keeps",
+    ),
+    Mutant(
+        "cuda graphs: gradients that are copied take no memory",
+        "backend/partitioner.py",
+        "copies = sum(number[name] for name in self.incoming if name in number)",
+        "copies = 0",
+        "tests/backend/test_memory.py -k copied_to_a_cuda_graph",
     ),
     Mutant(
         "cuda graphs: the memory plan does not know of them",
