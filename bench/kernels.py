@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fastft.kernels
 from bench import measure
@@ -193,8 +194,9 @@ def lora_stack_nf4(s: Shape) -> Case:
 
 
 def _lora_mlp(s: Shape, nf4_weight: bool) -> Case:
-    """Beside the same layers' own ops, which take all tokens at once, and keep for the backward what is as wide as the
-    MLP: a backward by slices computes gate and up again.
+    """Beside the same layers' own ops, and what Inductor makes of stock code: both take all tokens at once, and keep for
+    the backward what is as wide as the MLP, where a backward by slices computes gate and up again. And beside Inductor
+    where it keeps x alone as well.
     """
     made = OPS["lora_mlp"].inputs(New(DTYPE, DEVICE, int(torch.randint(2**62, ()))), **s.dims, nf4_weight=nf4_weight)
 
@@ -210,8 +212,16 @@ def _lora_mlp(s: Shape, nf4_weight: bool) -> Case:
     costs = {"bytes_moved": read + out, "flops": flops, "backward_bytes": read + 2 * out}
     # Gate and up again, and back through all three.
     costs["backward_flops"] = flops * 5 / 3
-    eager = OPS["lora_mlp"].reference if nf4_weight else None  # stock code has another form of NF4 weights
-    return Case(made.args, made.wanted, dict(made.kwargs), **costs, eager=eager, others={"(all tokens at once)": whole})
+    # Stock code has another form of NF4 weights.
+    eager = OPS["lora_mlp"].reference if nf4_weight else OPS["lora_mlp"].stock or OPS["lora_mlp"].reference
+
+    def recomputed(x: Any, *args: Any, **more: Any) -> Any:
+        return checkpoint(lambda x: eager(x, *args, **more), x, use_reentrant=False)
+
+    others = {"(all tokens at once)": whole}
+    if CUDA:
+        others["inductor, checkpointed"] = torch.compile(recomputed, dynamic=False)
+    return Case(made.args, made.wanted, dict(made.kwargs), **costs, eager=eager, others=others)
 
 
 def lora_mlp(s: Shape) -> Case:
