@@ -194,8 +194,8 @@ def lora_stack_nf4(s: Shape) -> Case:
 
 
 def _lora_mlp(s: Shape, nf4_weight: bool) -> Case:
-    """Beside the same layers' own ops, and what Inductor makes of stock code: both take all tokens at once, and keep for
-    the backward what is as wide as the MLP, where a backward by slices computes gate and up again. And beside Inductor
+    """Beside the same layers' own ops and what Inductor makes of stock code, which take all tokens at once, and keep
+    what is as wide as the MLP for the backward, where one by slices computes gate and up again. And beside Inductor
     where it keeps x alone as well.
     """
     made = OPS["lora_mlp"].inputs(New(DTYPE, DEVICE, int(torch.randint(2**62, ()))), **s.dims, nf4_weight=nf4_weight)

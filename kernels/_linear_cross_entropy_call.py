@@ -30,7 +30,9 @@ WAYS = ("chunks", "fused", "filtered")
 
 
 class Wanted(NamedTuple):
-    """Which of the forward's outputs are asked for."""
+    """Which of the forward's outputs are asked for. ``mean``: unit gradients are those of minus the scores' mean, or of
+    their sum, and what these are to be multiplied by is asked for as well.
+    """
 
     entropy: bool
     is_top1: bool
@@ -39,6 +41,12 @@ class Wanted(NamedTuple):
     unit_gradient: bool = False
     unit_weight: bool = False
     unit_bias: bool = False
+    mean: bool = False
+
+    @property
+    def gradient(self) -> bool:
+        """Whether any unit gradient is."""
+        return self.unit_gradient or self.unit_weight or self.unit_bias
 
     def flags(self) -> dict[str, bool]:
         """Constants of the kernels."""
@@ -66,6 +74,8 @@ class Scored:
         self.counts = labels != ignore_index
         # Whether all do: known after :meth:`positions`, and not where nobody can wait.
         self.all = False
+        #: How many do: None where nobody can wait, and until then.
+        self.number: int | None = None
         self.asked: torch.Tensor | None = None
         self.event: torch.cuda.Event | None = None
         if not capturing(labels):
@@ -85,9 +95,9 @@ class Scored:
             return None
         if self.event is not None:
             self.event.synchronize()
-        number = int(self.asked)
-        self.all = number == self.counts.shape[0]
-        found = positions(self.counts, number)
+        self.number = int(self.asked)
+        self.all = self.number == self.counts.shape[0]
+        found = positions(self.counts, self.number)
         Scored.streak = Scored.streak + 1 if found is None else 0
         return found
 

@@ -172,10 +172,10 @@ class _Head:
                 torch.addmm(self.bias, states.to(self.dtype), self.turned, out=logits)
         return chunk.logits
 
-    def of_hidden(self, chunk: _Chunk, gradient: torch.Tensor) -> None:
-        """The hidden states' ``gradient``, of the chunk's tokens, from that of their logits."""
+    def of_hidden(self, chunk: _Chunk, gradient: torch.Tensor, alpha: float = 1) -> None:
+        """The hidden states' ``gradient``, of the chunk's tokens, from that of their logits, times ``alpha``."""
         for at, _, logits in chunk.pieces:
-            products.matmul_into(gradient[at], logits, self.weight)
+            products.mm_into(gradient[at], alpha, logits, self.weight)
 
 
 def _empty_logits(hidden: torch.Tensor, vocab: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -204,8 +204,10 @@ class _HeadGradients:
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
 
-    def add(self, chunk: _Chunk, labels: torch.Tensor | None) -> None:
-        """What the chunk's logits' gradients give. ``labels``: the chunk's, None if all count."""
+    def add(self, chunk: _Chunk, labels: torch.Tensor | None, alpha: float = 1) -> None:
+        """What the chunk's logits' gradients give, times ``alpha``, the same for all chunks. ``labels``: the chunk's,
+        None if all count.
+        """
         (weight, bias), logits = self.dtypes, chunk.logits
         if weight is not None:
             states = chunk.states.to(self.head.dtype)
@@ -215,31 +217,38 @@ class _HeadGradients:
             if not self.narrow:
                 self.weight = _add_matmul(self.weight, logits.t(), states, wide_dtype(self.head.dtype))
             elif self.weight is None:
-                self.weight = products.mm(logits.t(), states)
+                self.weight = products.mm_into(self._empty(), alpha, logits.t(), states)
             else:
-                _add_rounded(self.weight, logits.t(), states)
+                _add_rounded(self.weight, alpha, logits.t(), states)
         if bias is not None:
             found = logits.sum(0, dtype=wide_dtype(self.head.dtype))
             self.bias = found if self.bias is None else self.bias.add_(found)
 
-    def found(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What nobody wants is empty, and zeros what no token is for."""
+    def _empty(self) -> torch.Tensor:
+        return self.head.weight.new_empty(self.head.weight.shape)
+
+    def found(self, alpha: float = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """What nobody wants is empty, and zeros what no token is for. ``alpha``: as each chunk was added."""
         parts, sizes = (self.weight, self.bias), ((*self.head.weight.shape,), (self.head.weight.shape[0],))
         results = []
         for part, dtype, size in zip(parts, self.dtypes, sizes, strict=True):
             if dtype is None:
                 results.append(self.head.hidden.new_empty((0, *size[1:])))
+            elif part is None:
+                results.append(self.head.hidden.new_zeros(size, dtype=dtype))
+            elif alpha == 1 or (part is self.weight and self.narrow):
+                results.append(part.to(dtype))
             else:
-                results.append(self.head.hidden.new_zeros(size, dtype=dtype) if part is None else part.to(dtype))
+                results.append(torch.mul(part, alpha, out=torch.empty_like(part, dtype=dtype)))
         return results[0], results[1]
 
 
-def _add_rounded(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``total += a @ b`` of one dtype, summed up in fp32 (fp64) and rounded once."""
+def _add_rounded(total: torch.Tensor, alpha: float, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += alpha · a @ b`` of one dtype, summed up in fp32 (fp64) and rounded once."""
     if total.element_size() != 2 or (total.is_cuda and products.sums_all(a, b)):
-        total.addmm_(a, b, beta=products.beta_for(total))
+        total.addmm_(a, b, beta=products.beta_for(total), alpha=alpha)
     else:
-        total.copy_(products.mm_single(a, b).add_(total))
+        total.copy_(products.mm_single(a, b).mul_(alpha).add_(total))
 
 
 def _add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -270,11 +279,11 @@ def prepared(
     maths: Maths,
     wanted: Wanted,
     begin: bool = False,
-) -> Callable[[bool], tuple[torch.Tensor, ...]]:
-    """Makes the buffer, and every view; the result computes, told whether all tokens count, and has the first product
-    launched at once: the GPU has nothing to do until then. ``outputs``: what is written to, the last one the hidden
-    states' unit gradient. ``units``: dtypes of the weight's and the bias's, which come behind them; None: not wanted.
-    ``begin``: the first chunk's logits are made now.
+) -> Callable[[bool, float], tuple[torch.Tensor, ...]]:
+    """Makes the buffer, and every view; the result computes, told whether all tokens count and what all unit gradients
+    are to be multiplied by, and has the first product launched at once: the GPU has nothing to do until then.
+    ``outputs``: what is written to, the last one the hidden states' unit gradient. ``units``: dtypes of the weight's
+    and the bias's, which come behind them; None: not wanted. ``begin``: the first chunk's logits are made now.
     """
     head = _Head(hidden, weight, bias, maths, wanted.unit_weight)
     gradients = _HeadGradients(head, *units)
@@ -284,7 +293,7 @@ def prepared(
     for chunk in head.chunks[:begin]:
         head.logits(chunk)
 
-    def in_chunks(every: bool) -> tuple[torch.Tensor, ...]:
+    def in_chunks(every: bool, alpha: float) -> tuple[torch.Tensor, ...]:
         for i, (chunk, targets, (*parts, unit)) in enumerate(walk):
             logits = chunk.logits if i < begin else head.logits(chunk)
             if head.triton:
@@ -295,15 +304,15 @@ def prepared(
                     SMOOTHING=float(maths.label_smoothing),
                     Z_LOSS=float(maths.z_loss),
                     **wanted.flags(),
-                    GRADIENT=any(wanted[4:]),
+                    GRADIENT=wanted.gradient,
                     **head.constants,
                 )
             else:
-                _forward_chunk(logits, targets, parts, maths, any(wanted[4:]))
+                _forward_chunk(logits, targets, parts, maths, wanted.gradient)
             if wanted.unit_gradient:
-                head.of_hidden(chunk, unit)
-            gradients.add(chunk, None if every else targets)
-        return *outputs, *gradients.found()
+                head.of_hidden(chunk, unit, alpha)
+            gradients.add(chunk, None if every else targets, alpha)
+        return *outputs, *gradients.found(alpha)
 
     return in_chunks
 

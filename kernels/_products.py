@@ -41,6 +41,17 @@ def mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.mm(left, right) if sums_all(left, right) else mm_single(left, right).to(left.dtype)
 
 
+def mm_into(out: torch.Tensor, alpha: float, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """out[:] = alpha · left @ right of three matrices of one dtype, rounded once."""
+    if alpha == 1:
+        matmul_into(out, left, right)
+    elif sums_all(left, right):
+        torch.addmm(out, left, right, beta=0, alpha=alpha, out=out)
+    else:
+        out.copy_(mm_single(left, right).mul_(alpha))
+    return out
+
+
 def _single(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)

@@ -34,13 +34,15 @@ the backward only scales: dh_t = g_t u_t, where u_t = d score_t / d h_t is kept 
 where recomputing logits in backward takes three. u is of unit scale, so storing it in bf16 or fp16 costs one relative
 rounding and no underflow.
 
-Trainable head: under a sum or a mean over tokens every token has the same g, so dW and db of g = 1 come out of forward
-too, and the backward scales: three GEMMs. Else dW needs g_t while dr is built, so forward keeps only m and l and
-backward computes each chunk's logits again: four GEMMs. dW is summed in fp32 over chunks, which are larger then: the
-buffer may take what that sum takes. Where two are enough there is no such sum: the second product is added to the first
-in the weight's dtype, two roundings in all. The gradients of the entropy, of lse and of the mean of z are likewise,
-whatever the head; as they are mostly asked for by nobody but a compiler that gives every output a gradient of zeros,
-the backward looks first. All of them are one sum for each logit, whose coefficients each token has::
+Trainable head: under a sum or a mean over tokens every token has the same g, so dW and db come out of forward too, and
+the backward scales: three GEMMs. Under a mean they have its 1 / n, before they are rounded, where the host knows n (not
+in fp16, where it could underflow): the backward's g is 1 then as a rule, and what it finds to be multiplied by 1 it
+leaves as it is. Else dW needs g_t while dr is built, so forward keeps only m and l and backward computes each chunk's
+logits again: four GEMMs. dW is summed in fp32 over chunks, which are larger then: the buffer may take what that sum
+takes. Where two are enough there is no such sum: the second product is added to the first in the weight's dtype, two
+roundings in all. The gradients of the entropy, of lse and of the mean of z are likewise, whatever the head; as they are
+mostly asked for by nobody but a compiler that gives every output a gradient of zeros, the backward looks first. All of
+them are one sum for each logit, whose coefficients each token has::
 
     d / d z_v = g_label [v = y] - g_p p_v + g_mean - g_entropy p_v (log p_v + entropy)
     g_label = (1 - e) g_score        g_p = (1 + 2 c lse) g_score - g_lse        g_mean = (e g_score + g_mean_z) / vocab
@@ -77,8 +79,9 @@ from fastft.kernels._linear_cross_entropy_call import (
     transform,
     wide_dtype,
 )
-from fastft.kernels._linear_cross_entropy_triton import _scale_kernel
-from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
+from fastft.kernels._linear_cross_entropy_triton import _scale_in_place_kernel, _scale_kernel
+from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, compat, raw_op, register, use_triton
+from fastft.kernels._rows import processors
 from fastft.kernels._triton import cdiv
 
 
@@ -200,13 +203,21 @@ def _forward(
     scored = Scored(labels, maths.ignore_index)
     run = _prepared(hidden, weight, bias, labels, maths, wanted, begin=scored.foreseen())
     keep = scored.positions()
+    # Products are multiplied by a number that the host knows before they are rounded. In fp16 1 / n could underflow.
+    known = wanted.mean and scored.number is not None and maths.dtype != torch.float16
+    alpha = -1 / max(scored.number or 0, 1) if known else 1
     if keep is None:
-        return run(scored.all)
-    del run  # and its buffer
-    *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)(True)
-    whole = _empty_outputs(hidden, maths.dtype, wanted)
-    each = (w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
-    return *each, unit_weight, unit_bias
+        results = run(scored.all, alpha)
+    else:
+        del run  # and its buffer
+        *found, unit_weight, unit_bias = _prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)(True, alpha)
+        whole = _empty_outputs(hidden, maths.dtype, wanted)
+        each = (w.zero_().index_copy_(0, keep, f) if w.shape[0] else w for w, f in zip(whole, found, strict=True))
+        results = *each, unit_weight, unit_bias
+    left = _empty_left(hidden, maths.dtype, wanted)
+    if wanted.mean:
+        left.copy_(torch.ones_like(left) if known else -1 / scored.counts.sum().clamp(min=1))
+    return *results, left
 
 
 def _prepared(
@@ -217,15 +228,15 @@ def _prepared(
     maths: Maths,
     wanted: Wanted,
     begin: bool = False,
-) -> Callable[[bool], tuple[torch.Tensor, ...]]:
-    """Makes what all tokens take; the result computes, told whether all of them count. ``begin``: with the first
-    product.
+) -> Callable[[bool, float], tuple[torch.Tensor, ...]]:
+    """Makes what all tokens take; the result computes, told whether all of them count, and what unit gradients are to
+    be multiplied by. ``begin``: with the first product.
     """
     labels = labels.contiguous()
     outputs = _empty_outputs(hidden, maths.dtype, wanted)
     if _in_tiles(hidden, maths):
 
-        def in_tiles(_: bool) -> tuple[torch.Tensor, ...]:
+        def in_tiles(_: bool, __: float) -> tuple[torch.Tensor, ...]:
             fused.forward(
                 *cast_operands(hidden, weight, bias, maths.dtype),
                 labels,
@@ -274,11 +285,17 @@ def _empty_units(weight: torch.Tensor, bias: torch.Tensor | None, wanted: Wanted
     return unit(wanted.unit_weight, weight, weight.shape[1]), unit(wanted.unit_bias, weight if bias is None else bias)
 
 
+def _empty_left(hidden: torch.Tensor, dtype: torch.dtype, wanted: Wanted) -> torch.Tensor:
+    """What unit gradients are still to be multiplied by, to be those of the mean."""
+    return hidden.new_empty((int(wanted.mean),), dtype=wide_dtype(dtype))
+
+
 def _forward_fake(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, ...]:
     maths, wanted = _read(options)
-    return *_empty_outputs(hidden, maths.dtype, wanted), *_empty_units(weight, bias, wanted)
+    units = _empty_units(weight, bias, wanted)
+    return *_empty_outputs(hidden, maths.dtype, wanted), *units, _empty_left(hidden, maths.dtype, wanted)
 
 
 def _empty_grads(
@@ -383,8 +400,8 @@ _MATHS = (
 
 _forward_op = raw_op(
     f"linear_log_prob({_HEAD}, {_MATHS}, bool entropy, bool is_top1, bool mean_logits, bool log_sum_sq_probs, "
-    "bool unit_gradient, bool unit_weight, bool unit_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor, Tensor)",
+    "bool unit_gradient, bool unit_weight, bool unit_bias, bool mean=False) -> (Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
@@ -397,8 +414,9 @@ _backward_op = raw_op(
 )
 
 
-#: Numbers that a program of the scaling takes: 16 bytes for each of its 128 threads, four times.
-SCALED = 4096
+#: Numbers that a program of the scaling takes at a time: 16 bytes for each of its 128 threads, four times; and programs
+#: for each processor where they go on in steps.
+SCALED, PROGRAMS = 4096, 16
 
 
 def _times(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -406,8 +424,21 @@ def _times(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return (unit * g.view(-1, *[1] * (unit.dim() - 1))).to(dtype)
 
 
+def _in_triton(unit: torch.Tensor, dtype: torch.dtype) -> bool:
+    return use_triton(unit) and torch.float64 not in (unit.dtype, dtype) and unit.is_contiguous() and unit.numel() > 0
+
+
+def _scale_in_place(unit: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    blocks = cdiv(unit.numel() // g.shape[0], SCALED)
+    programs = min(blocks, cdiv(PROGRAMS * processors(unit.device), g.shape[0]))
+    _scale_in_place_kernel[(g.shape[0] * programs,)](
+        unit, g.float(), unit.numel() // g.shape[0], blocks, programs, BLOCK=SCALED, num_warps=4
+    )
+    return unit
+
+
 def _scale(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if not use_triton(unit) or torch.float64 in (unit.dtype, dtype) or not unit.is_contiguous() or unit.numel() == 0:
+    if not _in_triton(unit, dtype):
         return _times(unit, g, dtype)
     out = torch.empty_like(unit, dtype=dtype)
     columns = unit.numel() // g.shape[0]
@@ -430,13 +461,16 @@ def _untraced(x: torch.Tensor) -> bool:
 
 def _scaled(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """unit · g, of one g for all or one for each row, in fp32 (fp64) and rounded once. PyTorch multiplies by one number
-    on a GPU at a third of a copy's rate, and rounds it to a half-precision unit's dtype before. In a graph it is plain
-    PyTorch, for Inductor to fuse with what follows; also under ``create_graph``.
+    on a GPU at a third of a copy's rate, and rounds it to a half-precision unit's dtype before. In ``unit``'s place
+    where nobody will ask for that again. In a graph it is plain PyTorch, for Inductor to fuse with what follows; also
+    under ``create_graph``.
     """
     g = g.reshape(-1)
-    if _untraced(unit) and not torch.is_grad_enabled():
-        return _scale_op(unit, g, dtype)
-    return _times(unit, g, dtype)
+    if not _untraced(unit) or torch.is_grad_enabled():
+        return _times(unit, g, dtype)
+    if unit.dtype == dtype and _in_triton(unit, dtype) and not compat().graph_is_retained():
+        return _scale_in_place(unit, g)
+    return _scale_op(unit, g, dtype)
 
 
 # ----------------------------------------------------------------------------------------------- autograd and functions
@@ -463,7 +497,7 @@ class _LinearLogProb(torch.autograd.Function):
         # With a gradient of lse or the mean, the unit gradient would be of no use: backward needs the logits anyway.
         frozen = need_hidden and not (need_weight or need_bias or any(differentiable[1:])) and maths.way == "chunks"
         wanted = wanted._replace(unit_gradient=frozen)
-        *outputs, unit, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
+        *outputs, unit, _, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
         score, top, log_sum, entropy, is_top1, mean_logits, log_sum_sq_probs = outputs
         lse = top + log_sum
         ctx.maths, ctx.hidden_dtype, ctx.differentiable = maths, hidden.dtype, differentiable
@@ -499,8 +533,10 @@ class _LinearLogProb(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-class _SumOfScores(torch.autograd.Function):
-    """Trained head: one gradient for all tokens, so that the head's own comes out of forward with theirs."""
+class _Loss(torch.autograd.Function):
+    """Trained head, the sum of its losses or their ``mean``: one gradient for all tokens, so that the head's own comes
+    out of forward with theirs.
+    """
 
     @staticmethod
     def forward(
@@ -510,24 +546,27 @@ class _SumOfScores(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         maths: Maths,
+        mean: bool,
     ) -> torch.Tensor:
-        wanted = Wanted(False, False, False, False, *ctx.needs_input_grad[:3])
-        score, *_, unit, unit_weight, unit_bias = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
-        ctx.save_for_backward(labels, unit, unit_weight, unit_bias)
-        ctx.ignore_index = maths.ignore_index
+        wanted = Wanted(False, False, False, False, *ctx.needs_input_grad[:3])._replace(mean=mean)
+        score, *_, unit, unit_weight, unit_bias, left = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
+        ctx.save_for_backward(labels, left, unit, unit_weight, unit_bias)
+        ctx.ignore_index, ctx.mean = maths.ignore_index, mean
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        return score.sum()
+        # No valid token: 0 / 0 = NaN under "mean", as F.cross_entropy has it.
+        return -score.sum() / (labels != maths.ignore_index).sum() if mean else -score.sum()
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        labels, *units = ctx.saved_tensors
+        labels, left, *units = ctx.saved_tensors
         # A division by no tokens under "mean" makes g inf or NaN, for nobody.
         counts = labels != ctx.ignore_index
+        g = g * left.reshape(()) if ctx.mean else -g
         each = g.masked_fill(~counts, 0), *[g.masked_fill(~counts.any(), 0)] * 2
         found: list[torch.Tensor | None] = []
         for i, (unit, of, dtype) in enumerate(zip(units, each, ctx.dtypes, strict=True)):
             found.append(_scaled(unit, of, dtype) if ctx.needs_input_grad[i] else None)
-        return *found, None, None
+        return *found, None, None, None
 
 
 def _scores(
@@ -545,7 +584,7 @@ def _scores(
     if torch.is_grad_enabled():
         return LogProb(*_LinearLogProb.apply(hidden, weight, bias, labels, maths, wanted, gradients))
     # autograd.Function reports needs_input_grad even here, and would compute the gradient for nothing.
-    score, top, log_sum, *optional, _, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
+    score, top, log_sum, *optional, _, _, _, _ = _forward_op(hidden, weight, bias, labels, *maths, *wanted)
     return LogProb._make((score, *optional, top + log_sum))
 
 
@@ -643,10 +682,7 @@ def filtered_log_prob(*args: Any, **options: Any) -> LogProb:
 def _reduce(loss: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:
     if reduction == "none":
         return loss
-    return _averaged(loss.sum(), labels, ignore_index, reduction)
-
-
-def _averaged(total: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:
+    total = loss.sum()
     # No valid token: 0 / 0 = NaN under "mean", as F.cross_entropy has it.
     return total if reduction == "sum" else total / (labels != ignore_index).sum()
 
@@ -719,7 +755,7 @@ def _cross_entropy(
     rows = hidden.reshape(-1, hidden.shape[-1])
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
     if trained and reduction != "none" and way == "chunks":
-        return _averaged(-_SumOfScores.apply(rows, weight, bias, flat, maths), flat, ignore_index, reduction)
+        return _Loss.apply(rows, weight, bias, flat, maths, reduction == "mean")
     score = _scores(rows, weight, bias, flat, maths, Wanted(False, False, False, False)).log_prob
     loss = _reduce(-score, flat, ignore_index, reduction)
     return loss.view(labels.shape) if reduction == "none" else loss

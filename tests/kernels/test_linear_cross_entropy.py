@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastft
 from bench.shapes import shapes
+from fastft import _torch_compat as compat
 from fastft.compare import assert_within
 from fastft.judging import Wide
 from fastft.kernels import _linear_cross_entropy_call as calls
@@ -445,7 +446,8 @@ def test_like_stock_cross_entropy_when_every_label_is_ignored(frozen, device, wa
         loss = way.cross_entropy(h, w, b, y, reduction=reduction)
         stock = F.cross_entropy(F.linear(h, w, b), y, reduction=reduction)
         assert torch.equal(loss.isnan(), stock.isnan()) and (reduction == "mean" or loss == 0)
-        for grad in torch.autograd.grad(loss, wanted):
+        # A trainer divides a sum by the number of labels itself.
+        for grad in torch.autograd.grad(loss, wanted, torch.full_like(loss, 1.0 if reduction == "mean" else torch.inf)):
             assert not grad.any()
 
 
@@ -522,6 +524,69 @@ def test_scaled_units(shape, rows, dtypes, device):
     with torch.no_grad():
         found = module._scaled(unit, g if rows > 1 else g[0], dtypes[1])
     assert torch.equal(found, (unit.float() * g.view(-1, *[1] * (len(shape) - 1))).to(dtypes[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape, rows", [((5, 9001), 5), ((5, 9001), 1), ((4097,), 1), ((70000,), 1)], ids=str)
+def test_units_are_scaled_in_their_place(shape, rows, dtype, device, monkeypatch):
+    """Where the graph is not kept; what is to be multiplied by 1 is left as it is, bit by bit."""
+    monkeypatch.setattr(compat, "graph_is_retained", lambda: False)
+    monkeypatch.setattr(module, "PROGRAMS", 3)
+    unit, g = torch.randn(shape, device=device).to(dtype), torch.rand(rows, device=device)
+    g[0] = 1 if rows > 1 else g[0]
+    wanted = (unit.float() * g.view(-1, *[1] * (len(shape) - 1))).to(dtype)
+    with torch.no_grad():
+        found = module._scaled(unit, g, dtype)
+        assert torch.equal(found, wanted)
+        assert (found.data_ptr() == unit.data_ptr()) == module.use_triton(unit)
+        bits = torch.full(shape, float("nan"), device=device, dtype=dtype)
+        assert torch.equal(module._scaled(bits.clone(), torch.ones(rows, device=device), dtype).isnan(), bits.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("share", [0.0, 100.0], ids=["chunks", "two chunks"])
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(share, reduction, dtype, device, monkeypatch):
+    """Whether they are scaled or not; the last time in the place of what was kept."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", share)
+    for g in (1.0, 0.3):
+        h, w, b, y = inputs(dtype, device, tokens=40)
+        loss = linear_cross_entropy(h, w, b, y, reduction=reduction)
+        g = torch.tensor(g, device=device)
+        kept = loss.grad_fn.saved_tensors
+        first = torch.autograd.grad(loss, [h, w, b], g, retain_graph=True)
+        assert not {x.data_ptr() for x in first} & {x.data_ptr() for x in kept}
+        copies = [x.clone() for x in first]
+        again = torch.autograd.grad(loss, [h, w, b], g)
+        assert all(map(torch.equal, first, copies)) and all(map(torch.equal, again, copies))
+        if module.use_triton(h):
+            assert again[0].data_ptr() in {x.data_ptr() for x in kept}
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("ignored", [0, 1, 13, 40])
+@pytest.mark.parametrize("share", [0.0, 100.0], ids=["chunks", "two chunks"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mean_is_in_what_the_forward_keeps(dtype, share, ignored, recorded, device, monkeypatch):
+    """Where the number of labels is known and 1 / n is no danger; else it is left to the backward."""
+    monkeypatch.setattr(chunks, "TRAINED_SHARE", share)
+    h, w, b, y = inputs(dtype, device, tokens=40)
+    y = y.clamp(min=0)
+    y[:ignored] = -100
+    n = max(40 - ignored, 1)
+    maths = (-100, None, 1.0, 1.0, 0.0, 0.0, dtype, "chunks")
+    wanted = [False] * 4 + [True] * 3
+    with monkeypatch.context() as patched:
+        patched.setattr(calls, "capturing", lambda x: recorded)
+        with torch.no_grad():
+            *_, dh, dw, db, left = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, *wanted, True)
+            *_, h1, w1, b1, nothing = torch.ops.fastft.linear_log_prob(h, w, b, y, *maths, *wanted)
+    later = recorded or dtype == torch.float16
+    assert nothing.shape == (0,) and left.tolist() == pytest.approx([-1 / n if later else 1.0])
+    for found, unit in zip((dh, dw, db), (h1, w1, b1), strict=True):
+        assert found.dtype == unit.dtype
+        bound = 2e-2 if found.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found.float() * left, unit.float() / -n, rtol=bound, atol=bound * 1e-2)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -831,6 +896,20 @@ def test_kernels_compile_for_an_h100(vocab, softcap):
         # 16 bytes a thread and load, at an odd vocabulary too.
         for access in ("ld", "st"):
             assert re.search(rf"{access}\.global\S*\.v4\.b32", kernel.asm["ptx"])
+
+
+@pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="compiles with Triton's compiler")
+def test_the_scaling_compiles_for_an_h100(monkeypatch):
+    """With one branch around all of it, and 16 bytes a thread and load."""
+    from tests.kernels._hopper import compiling
+
+    monkeypatch.setattr(compat, "graph_is_retained", lambda: False)
+    with compiling(module) as kernels, torch.no_grad():
+        module._scaled(torch.zeros(1024, 4096, dtype=torch.bfloat16), torch.zeros(()), torch.bfloat16)
+    (kernel,) = kernels
+    assert kernel.metadata.name == "_scale_in_place_kernel"
+    for access in ("ld", "st"):
+        assert re.search(rf"{access}\.global\S*\.v4\.b32", kernel.asm["ptx"])
 
 
 @pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="compiles with Triton's compiler")
@@ -1322,8 +1401,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: no gradient of the scale",
         "kernels/linear_cross_entropy.py",
-        "    if _untraced(unit) and not torch.is_grad_enabled():",
-        "    if _untraced(unit):",
+        "    if not _untraced(unit) or torch.is_grad_enabled():",
+        "    if not _untraced(unit):",
         "tests/kernels/test_linear_cross_entropy.py -k test_the_gradient_of_the_scale",
         interpret=True,
     ),
@@ -1425,14 +1504,14 @@ MUTANTS = (
     Mutant(
         "cross-entropy: a trained head's logits only where hidden states have a gradient",
         "kernels/_linear_cross_entropy_chunks.py",
-        "targets, parts, maths, any(wanted[4:])",
-        "targets, parts, maths, wanted.unit_gradient",
+        "targets, parts, maths, wanted.gradient)",
+        "targets, parts, maths, wanted.unit_gradient)",
         "tests/kernels/test_linear_cross_entropy.py -k under_a_sum",
     ),
     Mutant(
         "cross-entropy: a trained head's logits only where hidden states have a gradient, in the kernel",
         "kernels/_linear_cross_entropy_chunks.py",
-        "GRADIENT=any(wanted[4:])",
+        "GRADIENT=wanted.gradient",
         "GRADIENT=wanted.unit_gradient",
         "tests/kernels/test_linear_cross_entropy.py -k under_a_sum",
         interpret=True,
@@ -1447,8 +1526,8 @@ MUTANTS = (
     Mutant(
         "cross-entropy: the last tokens of an odd number left to cuBLAS",
         "kernels/_linear_cross_entropy_chunks.py",
-        "self.weight = products.mm(",
-        "self.weight = torch.mm(",
+        "self.weight = products.mm_into(self._empty(), alpha, logits.t(), states)",
+        "self.weight = alpha * torch.mm(logits.t(), states)",
         "tests/kernels/test_linear_cross_entropy.py -k odd_sizes",
     ),
     Mutant(
@@ -1849,6 +1928,48 @@ MUTANTS = (
                 "all_logits_never",
             ),
             (
+                "a mean's share of the weight's gradient is forgotten in the second chunk",
+                "_linear_cross_entropy_chunks",
+                "beta=products.beta_for(total), alpha=alpha)",
+                "beta=products.beta_for(total))",
+                "keeps",
+            ),
+            (
+                "a mean's share of the weight's gradient, summed up in fp32, is forgotten",
+                "_linear_cross_entropy_chunks",
+                "            elif alpha == 1 or (part is self.weight and self.narrow):\n",
+                "            elif part is self.weight:\n",
+                "keeps",
+            ),
+            (
+                "a mean's share of the hidden states' gradient is forgotten",
+                "_linear_cross_entropy_chunks",
+                "products.mm_into(gradient[at], alpha, logits, self.weight)",
+                "products.mm_into(gradient[at], 1, logits, self.weight)",
+                "keeps",
+            ),
+            (
+                "a mean's share is said to be there where nobody knew it",
+                "linear_cross_entropy",
+                "torch.ones_like(left) if known else",
+                "torch.ones_like(left) if True else",
+                "keeps",
+            ),
+            (
+                "what the backward still has to multiply by is left out",
+                "linear_cross_entropy",
+                "g = g * left.reshape(()) if ctx.mean else -g",
+                "g = g if ctx.mean else -g",
+                "one_pass_under_a_sum",
+            ),
+            (
+                "a mean's share is rounded into fp16",
+                "linear_cross_entropy",
+                " and maths.dtype != torch.float16",
+                "",
+                "keeps",
+            ),
+            (
                 "a large chunk is multiplied as one",
                 "_linear_cross_entropy_chunks",
                 "return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]",
@@ -1858,8 +1979,8 @@ MUTANTS = (
             (
                 "a piece in the place of another",
                 "_linear_cross_entropy_chunks",
-                "products.matmul_into(gradient[at], logits, self.weight)",
-                "products.matmul_into(gradient[at], chunk.logits[: len(logits)], self.weight)",
+                "products.mm_into(gradient[at], alpha, logits, self.weight)",
+                "products.mm_into(gradient[at], alpha, chunk.logits[: len(logits)], self.weight)",
                 "in_pieces",
             ),
             (
@@ -1892,6 +2013,32 @@ MUTANTS = (
             ),
         )
     ),
+    *(
+        Mutant(f"cross-entropy: {name}", f"kernels/{file}.py", old, new, tests, True)
+        for name, file, old, new, tests in (
+            (
+                "a graph that is kept is written to",
+                "linear_cross_entropy",
+                " and not compat().graph_is_retained()",
+                "",
+                "tests/kernels/test_linear_cross_entropy.py -k gradients_again",
+            ),
+            (
+                "units are scaled in one step of several",
+                "_linear_cross_entropy_triton",
+                "for block in range(first, blocks, programs):",
+                "for block in range(first, programs, programs):",
+                "tests/kernels/test_linear_cross_entropy.py -k in_their_place",
+            ),
+            (
+                "units are scaled by another row's gradient",
+                "_linear_cross_entropy_triton",
+                "    g = tl.load(g_ptr + row)\n    if g != 1.0:",
+                "    g = tl.load(g_ptr)\n    if g != 1.0:",
+                "tests/kernels/test_linear_cross_entropy.py -k in_their_place",
+            ),
+        )
+    ),
     Mutant(
         "cross-entropy: views are made after the wait",
         "kernels/_linear_cross_entropy_chunks.py",
@@ -1902,16 +2049,16 @@ MUTANTS = (
     Mutant(
         "cross-entropy: all labels count",
         "kernels/_linear_cross_entropy_call.py",
-        "        self.all = number == self.counts.shape[0]\n",
+        "        self.all = self.number == self.counts.shape[0]\n",
         "        self.all = True\n",
         "tests/kernels/test_linear_cross_entropy.py -k copied_where",
     ),
     Mutant(
         "cross-entropy, fused: ignored tokens are computed too",
         "kernels/linear_cross_entropy.py",
-        "_prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)(True)\n",
-        "_prepared(hidden, weight, bias, labels, maths, wanted)(True)\n"
-        "    found = [x[keep] if len(x) else x for x in found]\n",
+        "_prepared(hidden[keep], weight, bias, labels[keep], maths, wanted)(True, alpha)\n",
+        "_prepared(hidden, weight, bias, labels, maths, wanted)(True, alpha)\n"
+        "        found = [x[keep] if len(x) else x for x in found]\n",
         "tests/kernels/test_linear_cross_entropy.py -k left_out_of_every_gemm",
     ),
 )

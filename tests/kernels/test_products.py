@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastft.kernels._op import INTERPRET
-from fastft.kernels._products import BLOCK, matmul_into, mm, mm_single
+from fastft.kernels._products import BLOCK, matmul_into, mm, mm_into, mm_single
 from tests.mutation._mutant import Mutant
 
 HALF = torch.float16 if INTERPRET else torch.bfloat16
@@ -32,7 +32,13 @@ def into(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return out[:, :-3]
 
 
-@pytest.mark.parametrize("product", [mm_single, mm, into])
+def halved(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Half of the product, twice."""
+    out = torch.full((left.shape[0], right.shape[1]), torch.nan, dtype=left.dtype, device=left.device)
+    return 2 * mm_into(out, 0.5, left, right)
+
+
+@pytest.mark.parametrize("product", [mm_single, mm, into, halved])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("m, n, k", SIZES, ids=str)
 def test_every_term_is_in_the_sum(m, n, k, strided, product, device):
@@ -54,6 +60,8 @@ def test_a_product_is_rounded_once(k, device):
     single = mm_single(left, right)
     torch.testing.assert_close(single.double(), exact, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(mm(left, right).double(), exact, rtol=torch.finfo(HALF).eps, atol=1e-3)
+    third = mm_into(torch.empty(16, 48, dtype=HALF, device=device), 1 / 3, left, right)
+    torch.testing.assert_close(third.double(), exact / 3, rtol=torch.finfo(HALF).eps / 2 * 1.01, atol=1e-3)
 
 
 def test_other_dtypes_are_pytorchs(device):
@@ -86,6 +94,13 @@ MUTANTS = (
         "kernels/_products.py",
         "else mm_single(left, right).to(left.dtype)",
         "else torch.mm(left[:, :-1], right[:-1]) + torch.mm(left[:, -1:], right[-1:])",
+        "tests/kernels/test_products.py -k rounded_once",
+    ),
+    Mutant(
+        "products: multiplied after they are rounded",
+        "kernels/_products.py",
+        "out.copy_(mm_single(left, right).mul_(alpha))",
+        "out.copy_(mm_single(left, right).to(out.dtype).mul_(alpha))",
         "tests/kernels/test_products.py -k rounded_once",
     ),
     Mutant(
