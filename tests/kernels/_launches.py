@@ -150,7 +150,7 @@ def _linear_cross_entropy(s: Shape, dtype: torch.dtype) -> None:
     wanted = Wanted(True, False, False, False, True)
     for way in ("chunks", "fused"):
         maths = Maths(-100, s["softcap"], 1.0, 1.0, 0.0, 0.0, dtype, way)
-        _, top, *_ = linear_cross_entropy._prepared(hidden, weight, None, labels, maths, wanted)(True)
+        _, top, *_ = linear_cross_entropy._prepared(hidden, weight, None, labels, maths, wanted)(True, 1)
     grads, saved = (top, None, None, None), (top, top, top)
     linear_cross_entropy._backward_all(grads, hidden, weight, None, labels, saved, maths, True, True, True, False)
 
