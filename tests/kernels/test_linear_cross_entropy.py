@@ -703,7 +703,8 @@ class Largest(TorchDispatchMode):
         if func._opname == "masked_fill":
             self.filled.add(out.shape)
         if func._opname in ("mm", "addmm"):
-            self.products.append(tuple(tuple(x.shape) for x in args[-2:]))
+            tensors = [x for x in args if isinstance(x, torch.Tensor)]  # another argument may be a dtype
+            self.products.append(tuple(tuple(x.shape) for x in tensors[-2:]))
         given = {x.data_ptr() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)}
         for x in torch.utils._pytree.tree_leaves(out):
             if isinstance(x, torch.Tensor):
