@@ -101,7 +101,7 @@ def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
             try:
                 return run(*args)
             except Exception as error:
-                if not (first is not None and use_triton(first) and _rescued(name, error)):
+                if not (first is not None and use_triton(first) and rescued(name, error)):
                     raise
         # An op is functional: what a kernel left half done is in tensors that nobody has seen.
         token = _PLAIN.set(True)
@@ -117,7 +117,12 @@ def raw_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
     return getattr(torch.ops.fastft, name).default
 
 
-def _rescued(name: str, error: Exception) -> bool:
+def failed(name: str) -> bool:
+    """Whether an op's kernel does not run in this process."""
+    return name in FAILED
+
+
+def rescued(name: str, error: Exception) -> bool:
     """Note that an op's kernel failed; False where its exception is to be raised."""
     from fastft.fallback import is_ours, said
 

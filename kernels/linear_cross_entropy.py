@@ -80,7 +80,19 @@ from fastft.kernels._linear_cross_entropy_call import (
     wide_dtype,
 )
 from fastft.kernels._linear_cross_entropy_triton import _scale_in_place_kernel, _scale_kernel
-from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, compat, raw_op, register, use_triton
+from fastft.kernels._op import (
+    Cost,
+    Op,
+    Reason,
+    Recompute,
+    check_dtypes,
+    compat,
+    failed,
+    raw_op,
+    register,
+    rescued,
+    use_triton,
+)
 from fastft.kernels._rows import processors
 from fastft.kernels._triton import cdiv
 
@@ -428,13 +440,21 @@ def _in_triton(unit: torch.Tensor, dtype: torch.dtype) -> bool:
     return use_triton(unit) and torch.float64 not in (unit.dtype, dtype) and unit.is_contiguous() and unit.numel() > 0
 
 
-def _scale_in_place(unit: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def _scale_in_place(unit: torch.Tensor, g: torch.Tensor) -> bool:
+    """Whether it could be done. No op of the dispatcher: those write to nothing that they are given."""
+    if failed("linear_log_prob_scale"):
+        return False
     blocks = cdiv(unit.numel() // g.shape[0], SCALED)
     programs = min(blocks, cdiv(PROGRAMS * processors(unit.device), g.shape[0]))
-    _scale_in_place_kernel[(g.shape[0] * programs,)](
-        unit, g.float(), unit.numel() // g.shape[0], blocks, programs, BLOCK=SCALED, num_warps=4
-    )
-    return unit
+    try:
+        _scale_in_place_kernel[(g.shape[0] * programs,)](
+            unit, g.float(), unit.numel() // g.shape[0], blocks, programs, BLOCK=SCALED, num_warps=4
+        )
+    except Exception as error:  # nothing was launched
+        if not rescued("linear_log_prob_scale", error):
+            raise
+        return False
+    return True
 
 
 def _scale(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -468,9 +488,9 @@ def _scaled(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Te
     g = g.reshape(-1)
     if not _untraced(unit) or torch.is_grad_enabled():
         return _times(unit, g, dtype)
-    if unit.dtype == dtype and _in_triton(unit, dtype) and not compat().graph_is_retained():
-        return _scale_in_place(unit, g)
-    return _scale_op(unit, g, dtype)
+    # A backward runs on the device of its tensors.
+    in_place = unit.dtype == dtype and _in_triton(unit, dtype) and not compat().graph_is_retained()
+    return unit if in_place and _scale_in_place(unit, g) else _scale_op(unit, g, dtype)
 
 
 # ----------------------------------------------------------------------------------------------- autograd and functions

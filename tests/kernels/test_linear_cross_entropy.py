@@ -27,6 +27,7 @@ from fastft.judging import Wide
 from fastft.kernels import _linear_cross_entropy_call as calls
 from fastft.kernels import _linear_cross_entropy_chunks as chunks
 from fastft.kernels import _linear_cross_entropy_fused as fused
+from fastft.kernels import _op
 from fastft.kernels import linear_cross_entropy as module
 from fastft.kernels._linear_cross_entropy_call import WAYS as NAMES
 from fastft.kernels._linear_cross_entropy_call import Scored
@@ -541,6 +542,35 @@ def test_units_are_scaled_in_their_place(shape, rows, dtype, device, monkeypatch
         assert (found.data_ptr() == unit.data_ptr()) == module.use_triton(unit)
         bits = torch.full(shape, float("nan"), device=device, dtype=dtype)
         assert torch.equal(module._scaled(bits.clone(), torch.ones(rows, device=device), dtype).isnan(), bits.isnan())
+
+
+def test_what_cannot_be_scaled_in_its_place(device, monkeypatch, caplog):
+    """Under the backend PyTorch does it, from then on, and the report says so; an op by itself raises."""
+    monkeypatch.setattr(compat, "graph_is_retained", lambda: False)
+    monkeypatch.setattr(module, "_in_triton", lambda *_: True)
+    failed, tried = {}, []
+    monkeypatch.setattr(_op, "FAILED", failed)
+
+    class Fails:
+        def __getitem__(self, grid):
+            def launch(*_, **__):
+                tried.append(grid)
+                raise OSError("no C compiler")
+
+            return launch
+
+    monkeypatch.setattr(module, "_scale_in_place_kernel", Fails())
+    unit, g = torch.randn(5, 7, device=device), torch.rand(1, device=device)
+    with torch.no_grad():
+        monkeypatch.setattr(_op, "_RESCUE", False)
+        with pytest.raises(OSError, match="no C compiler"):
+            module._scaled(unit, g, torch.float32)
+        assert not failed
+        monkeypatch.setattr(_op, "_RESCUE", True)
+        monkeypatch.setattr(module, "_scale_op", lambda unit, g, dtype: module._times(unit, g, dtype))
+        for _ in range(2):
+            assert torch.equal(module._scaled(unit, g, torch.float32), unit * g)
+    assert "no C compiler" in failed["linear_log_prob_scale"] and len(tried) == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -2023,6 +2053,13 @@ MUTANTS = (
                 " and not compat().graph_is_retained()",
                 "",
                 "tests/kernels/test_linear_cross_entropy.py -k gradients_again",
+            ),
+            (
+                "what cannot be scaled in its place is tried again each time",
+                "linear_cross_entropy",
+                '    if failed("linear_log_prob_scale"):\n',
+                "    if False:\n",
+                "tests/kernels/test_linear_cross_entropy.py -k cannot_be_scaled",
             ),
             (
                 "units are scaled in one step of several",
