@@ -441,7 +441,8 @@ def _in_triton(unit: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _scale_in_place(unit: torch.Tensor, g: torch.Tensor) -> bool:
-    """Whether it could be done. No op of the dispatcher: those write to nothing that they are given."""
+    """unit *= g; False if that could not be done. No op of the dispatcher: those write to nothing that they are given.
+    """
     if failed("linear_log_prob_scale"):
         return False
     blocks = cdiv(unit.numel() // g.shape[0], SCALED)
