@@ -34,7 +34,8 @@ class Derivation:
     ``shapes``: of the operands, by name. ``call``: the op (or its reference) as first argument, and the operands by
     name; gives the outputs. ``formula``: the same outputs as arrays of expressions of the operands' symbols.
     ``frozen``: operands without a gradient. ``outputs``: how many outputs, the first ones, have a gradient.
-    ``simplify``: bodies whose difference to sympy's derivative simplifies to 0 (powers of two do not).
+    ``simplify``: bodies whose difference to sympy's derivative simplifies to 0 (powers of two do not). ``kept``: the
+    graph is there after the backward.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Derivation:
     frozen: tuple[str, ...] = ()
     outputs: int = 1
     simplify: tuple[str, ...] = ()
+    kept: bool = False
 
     def __str__(self) -> str:
         return self.name

@@ -104,6 +104,7 @@ def differentiate(
             outs[: d.outputs],
             [leaves[name] for name in d.wanted],
             [Exact.of(dy, out.dtype) for dy, out in zip(cotangents, outs, strict=False)],
+            retain_graph=d.kept,
         )
     return [out.values for out in outs], [grad.values for grad in grads]
 

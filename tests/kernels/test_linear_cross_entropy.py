@@ -1332,6 +1332,7 @@ def _log_prob_derivations() -> list[Derivation]:
             functools.partial(formula, **capped),
             frozen=("w",),
             outputs=1,
+            kept=True,
         ),
     ]
 
@@ -1369,7 +1370,7 @@ def _cross_entropy_derivations() -> list[Derivation]:
         derive("mean", "mean"),
         derive("each token, softcap", "none", 2),
         derive("sum, frozen head", "sum", frozen=("w", "b"), simplify=BOTH),
-        derive("label smoothing", "mean", smoothing=0.25),
+        derive("label smoothing", "mean", smoothing=0.25, kept=True),
         derive("label smoothing and z-loss, frozen head", "sum", smoothing=0.25, z_loss=0.5, frozen=("w", "b")),
         derive("without a buffer of logits", "sum", smoothing=0.25, z_loss=0.5, ours=fused_cross_entropy),
     ]
