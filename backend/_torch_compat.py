@@ -28,7 +28,7 @@ __all__ = [
     "MUST_SAVE", "PREFER_RECOMPUTE", "SPIN", "Call", "Half", "Moment", "allow_compilations", "autocast_nodes",
     "backend_in_trace", "cache_stamp", "compile_seconds", "compile_with_aot_eager", "compile_with_inductor",
     "control_flow", "copy_graph", "copy_joint", "current_device", "current_stream", "dynamo_counters", "fake_mode",
-    "fake_mode_of", "forget_loaded_code", "grad_mode_at", "gradients", "graph_is_retained", "holders",
+    "fake_mode_of", "forget_loaded_code", "grad_mode_at", "gradients", "graph_is_retained", "has_storage", "holders",
     "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source", "is_checkpoint", "is_recompile",
     "no_side_effect_calls", "numbers_are_inputs", "on_one_gpu", "partition", "plain_tensors", "process_group_store",
     "qualified_name", "registered_backend", "size_expression", "size_hint", "spin", "static_inputs", "storage_of",
@@ -45,6 +45,8 @@ current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", torch.cuda.current_stream)
 #: Whether the backward that runs was asked to keep its graph for another one (``retain_graph``).
 graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph
+#: Whether a tensor lies in memory: a gradient under ``is_grads_batched`` stands for several.
+has_storage = torch._C._has_storage
 #: (flat, tensors) → views of ``flat``, one after the other, of the tensors' shapes.
 views_like = torch._C._nn.unflatten_dense_tensors
 #: Cuts a joint graph into forward and backward: ``(graph, number of the forward's outputs, positions of inputs that

@@ -490,8 +490,9 @@ def _scaled(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Te
     if not _untraced(unit) or torch.is_grad_enabled():
         return _times(unit, g, dtype)
     # A backward runs on the device of its tensors.
-    in_place = unit.dtype == dtype and _in_triton(unit, dtype) and not compat().graph_is_retained()
-    return unit if in_place and _scale_in_place(unit, g) else _scale_op(unit, g, dtype)
+    last = not compat().graph_is_retained() and compat().has_storage(g)
+    in_place = last and unit.dtype == dtype and _in_triton(unit, dtype) and _scale_in_place(unit, g)
+    return unit if in_place else _scale_op(unit, g, dtype)
 
 
 # ----------------------------------------------------------------------------------------------- autograd and functions
