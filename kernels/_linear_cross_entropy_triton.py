@@ -290,32 +290,20 @@ def _scale_kernel(
     out_ptr,  # [rows, columns]
     columns,
     blocks,
-    BLOCK: tl.constexpr,
-):
-    """out = unit · g, rounded once."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(unit_ptr + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)
-    x *= tl.load(g_ptr + row)
-    tl.store(out_ptr + row * columns + at, x.to(out_ptr.dtype.element_ty), mask=at < columns)
-
-
-@jit
-def _scale_in_place_kernel(
-    unit_ptr,  # [rows, columns]
-    g_ptr,  # fp32 [rows]
-    columns,
-    blocks,
     programs,
+    IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """unit = unit · g, rounded once; a row whose g is 1 is not touched. ``programs``: of each row."""
+    """out = unit · g, rounded once. ``programs``: of each row. ``IN_PLACE``: out is unit, of which a row whose g is 1
+    is not touched.
+    """
     row = (tl.program_id(0) // programs).to(tl.int64)
     g = tl.load(g_ptr + row)
-    if g != 1.0:
+    if (g != 1.0) | (not IN_PLACE):
         unit_ptr += row * columns
+        out_ptr += row * columns
         first = (tl.program_id(0) % programs).to(tl.int64)
         for block in range(first, blocks, programs):
             at = block * BLOCK + tl.arange(0, BLOCK)
             x = tl.load(unit_ptr + at, mask=at < columns, other=0.0).to(tl.float32) * g
-            tl.store(unit_ptr + at, x.to(unit_ptr.dtype.element_ty), mask=at < columns)
+            tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=at < columns)

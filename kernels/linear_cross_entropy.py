@@ -79,7 +79,7 @@ from fastft.kernels._linear_cross_entropy_call import (
     transform,
     wide_dtype,
 )
-from fastft.kernels._linear_cross_entropy_triton import _scale_in_place_kernel, _scale_kernel
+from fastft.kernels._linear_cross_entropy_triton import _scale_kernel
 from fastft.kernels._op import (
     Cost,
     Op,
@@ -440,17 +440,22 @@ def _in_triton(unit: torch.Tensor, dtype: torch.dtype) -> bool:
     return use_triton(unit) and torch.float64 not in (unit.dtype, dtype) and unit.is_contiguous() and unit.numel() > 0
 
 
+def _launch_scale(unit: torch.Tensor, g: torch.Tensor, out: torch.Tensor) -> None:
+    columns = unit.numel() // g.shape[0]
+    blocks = cdiv(columns, SCALED)
+    programs = min(blocks, cdiv(PROGRAMS * processors(unit.device), g.shape[0]))
+    _scale_kernel[(g.shape[0] * programs,)](
+        unit, g.float(), out, columns, blocks, programs, IN_PLACE=out is unit, BLOCK=SCALED, num_warps=4
+    )
+
+
 def _scale_in_place(unit: torch.Tensor, g: torch.Tensor) -> bool:
     """unit *= g; False if that could not be done. No op of the dispatcher: those write to nothing that they are given.
     """
     if failed("linear_log_prob_scale"):
         return False
-    blocks = cdiv(unit.numel() // g.shape[0], SCALED)
-    programs = min(blocks, cdiv(PROGRAMS * processors(unit.device), g.shape[0]))
     try:
-        _scale_in_place_kernel[(g.shape[0] * programs,)](
-            unit, g.float(), unit.numel() // g.shape[0], blocks, programs, BLOCK=SCALED, num_warps=4
-        )
+        _launch_scale(unit, g, unit)
     except Exception as error:  # nothing was launched
         if not rescued("linear_log_prob_scale", error):
             raise
@@ -462,9 +467,7 @@ def _scale(unit: torch.Tensor, g: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     if not _in_triton(unit, dtype):
         return _times(unit, g, dtype)
     out = torch.empty_like(unit, dtype=dtype)
-    columns = unit.numel() // g.shape[0]
-    blocks = cdiv(columns, SCALED)
-    _scale_kernel[(g.shape[0] * blocks,)](unit, g.float(), out, columns, blocks, BLOCK=SCALED, num_warps=4)
+    _launch_scale(unit, g, out)
     return out
 
 

@@ -520,8 +520,9 @@ def test_no_tokens(share, device, way, monkeypatch):
     "shape, rows", [((5, 9001), 5), ((5, 9001), 1), ((4097,), 1), ((0, 7), 1), ((3, 0), 3)], ids=str
 )
 def test_scaled_units(shape, rows, dtypes, device):
-    """One rounding, of the product with an fp32 number."""
+    """One rounding, of the product with an fp32 number, which may be 1."""
     unit, g = torch.randn(shape, device=device).to(dtypes[0]), torch.rand(rows, device=device)
+    g[1:2] = 1
     with torch.no_grad():
         found = module._scaled(unit, g if rows > 1 else g[0], dtypes[1])
     assert torch.equal(found, (unit.float() * g.view(-1, *[1] * (len(shape) - 1))).to(dtypes[1]))
@@ -574,7 +575,7 @@ def test_what_cannot_be_scaled_in_its_place(device, monkeypatch):
 
             return launch
 
-    monkeypatch.setattr(module, "_scale_in_place_kernel", Fails())
+    monkeypatch.setattr(module, "_scale_kernel", Fails())
     unit, g = torch.randn(5, 7, device=device), torch.rand(1, device=device)
     with torch.no_grad():
         monkeypatch.setattr(_op, "_RESCUE", False)
@@ -953,7 +954,7 @@ def test_the_scaling_compiles_for_an_h100(monkeypatch):
     with compiling(module) as kernels, torch.no_grad():
         module._scaled(torch.zeros(1024, 4096, dtype=torch.bfloat16), torch.zeros(()), torch.bfloat16)
     (kernel,) = kernels
-    assert kernel.metadata.name == "_scale_in_place_kernel"
+    assert kernel.metadata.name == "_scale_kernel"
     for access in ("ld", "st"):
         assert re.search(rf"{access}\.global\S*\.v4\.b32", kernel.asm["ptx"])
 
@@ -1430,18 +1431,10 @@ MUTANTS = (
         "tests/kernels/test_linear_cross_entropy.py -k begins_before",
     ),
     Mutant(
-        "cross-entropy: a unit's gradient by the scale of the first token",
-        "kernels/_linear_cross_entropy_triton.py",
-        "x *= tl.load(g_ptr + row)",
-        "x *= tl.load(g_ptr)",
-        "tests/kernels/test_linear_cross_entropy.py -k test_scaled_units",
-        interpret=True,
-    ),
-    Mutant(
         "cross-entropy: a unit is scaled by a number of its dtype",
         "kernels/linear_cross_entropy.py",
-        "_scale_kernel[(g.shape[0] * blocks,)](unit, g.float(),",
-        "_scale_kernel[(g.shape[0] * blocks,)](unit, g.to(unit.dtype).float(),",
+        "unit, g.float(), out, columns,",
+        "unit, g.to(unit.dtype).float(), out, columns,",
         "tests/kernels/test_linear_cross_entropy.py -k test_scaled_units",
         interpret=True,
     ),
@@ -2094,8 +2087,22 @@ MUTANTS = (
             (
                 "units are scaled by another row's gradient",
                 "_linear_cross_entropy_triton",
-                "    g = tl.load(g_ptr + row)\n    if g != 1.0:",
-                "    g = tl.load(g_ptr)\n    if g != 1.0:",
+                "    g = tl.load(g_ptr + row)\n",
+                "    g = tl.load(g_ptr)\n",
+                "tests/kernels/test_linear_cross_entropy.py -k test_scaled_units",
+            ),
+            (
+                "units that are multiplied by 1 are not written where they were asked for",
+                "_linear_cross_entropy_triton",
+                "    if (g != 1.0) | (not IN_PLACE):",
+                "    if g != 1.0:",
+                "tests/kernels/test_linear_cross_entropy.py -k test_scaled_units",
+            ),
+            (
+                "units that are multiplied by 1 are written",
+                "_linear_cross_entropy_triton",
+                "    if (g != 1.0) | (not IN_PLACE):",
+                "    if True:",
                 "tests/kernels/test_linear_cross_entropy.py -k in_their_place",
             ),
         )
