@@ -17,13 +17,13 @@ from typing import Any
 from bench.files import LEAST, Result, noise_band, spread
 from bench.tables import (
     COPY_TARGET,
-    INDUCTOR,
     OURS,
     PHASES,
     Grid,
     Miss,
     beside_inductor,
     bound_by_memory,
+    inductor_of,
     loss_misses,
     of_copy,
     slower_than_inductor,
@@ -215,7 +215,7 @@ def judge(result: Result) -> Judged:
     slower, far, losses, failed, unknown, notes = [], [], [], [], [], []
     for row in result.rows:
         name, ours = f"{row['op']} {row['shape']}", row["implementations"].get(OURS, {})
-        theirs = row["implementations"].get(INDUCTOR, {})
+        theirs = inductor_of(row)
         if not time_of(ours):
             failed.append(f"{name}: {ours.get('error', 'no time of fastft')}")
             continue

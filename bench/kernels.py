@@ -32,7 +32,7 @@ import fastft.kernels
 from bench import measure
 from bench.shapes import SHAPES, Shape, shapes
 from bench.specialists import plainly_causal, specialists
-from bench.tables import EVERY, PRODUCTS
+from bench.tables import EVERY, PRODUCTS, RECOMPUTED
 from fastft import _torch_compat as compat
 from fastft.kernels._attention_mask import attention_mask
 from fastft.kernels._inputs import Inputs, New
@@ -193,6 +193,15 @@ def lora_stack_nf4(s: Shape) -> Case:
     return _lora_stack(s, nf4_weight=True)
 
 
+def _recomputed(eager: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """The equal of what keeps its inputs alone: Inductor's program of ``eager`` that computes all else again."""
+
+    def recomputed(x: Any, *args: Any, **more: Any) -> Any:
+        return checkpoint(lambda x: eager(x, *args, **more), x, use_reentrant=False)
+
+    return {RECOMPUTED: torch.compile(recomputed, dynamic=False)} if CUDA else {}
+
+
 def _lora_mlp(s: Shape, nf4_weight: bool) -> Case:
     """Beside the same layers' own ops and what Inductor makes of stock code, which take all tokens at once, and keep
     what is as wide as the MLP for the backward, where one by slices computes gate and up again. And beside Inductor
@@ -215,12 +224,7 @@ def _lora_mlp(s: Shape, nf4_weight: bool) -> Case:
     # Stock code has another form of NF4 weights.
     eager = OPS["lora_mlp"].reference if nf4_weight else OPS["lora_mlp"].stock or OPS["lora_mlp"].reference
 
-    def recomputed(x: Any, *args: Any, **more: Any) -> Any:
-        return checkpoint(lambda x: eager(x, *args, **more), x, use_reentrant=False)
-
-    others = {"(all tokens at once)": whole}
-    if CUDA:
-        others["inductor, checkpointed"] = torch.compile(recomputed, dynamic=False)
+    others = {"(all tokens at once)": whole, **_recomputed(eager)}
     return Case(made.args, made.wanted, dict(made.kwargs), **costs, eager=eager, others=others)
 
 
@@ -336,7 +340,8 @@ def linear_log_prob(s: Shape) -> Case:
         return -F.cross_entropy(logits, labels, reduction="none")
 
     case = linear_cross_entropy(s)
-    case.eager, case.others = eager, {}
+    # Without its logits, which a head that is trained needs for its gradient.
+    case.eager, case.others = eager, _recomputed(eager) if s.get("trained") else {}
     return case
 
 

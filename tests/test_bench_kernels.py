@@ -5,6 +5,7 @@ and what is asked of ``torch.cuda`` is answered by a stand-in that counts µs.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -236,6 +237,33 @@ def test_device_times_are_of_the_call_alone(device):
     assert found["a"]["kept_bytes"] == 96
     assert found["a"]["extra_bytes"] == 96 + 500  # at a time, besides the output and the gradient
     assert device.flushed == 2 * 2 * (1 + 3)  # before every forward and every backward
+
+
+def test_memory_is_of_the_call_alone(device):
+    """Whatever a cycle of references holds of what ran before, which Python frees at some time."""
+
+    class Before:
+        def __init__(self) -> None:
+            self.cycle = self
+            device.allocates(1000)
+
+        def __del__(self) -> None:
+            device.allocates(-1000)
+
+    call, calls = doubling(device, 30.0, 50.0), itertools.count()
+
+    def collected(x: torch.Tensor) -> Any:
+        if next(calls):
+            gc.collect()
+        return call(x)
+
+    gc.disable()
+    try:
+        Before()
+        _, found, failed, _ = on_device({"a": collected})
+    finally:
+        gc.enable()
+    assert not failed and (found["a"]["kept_bytes"], found["a"]["extra_bytes"]) == (96, 96 + 500)
 
 
 def test_what_waits_for_the_device_or_takes_long_is_launched_not_replayed(device):

@@ -287,6 +287,17 @@ def test_target_none_slower_than_inductor(targets, ours, inductor, spread, statu
     assert ("Slower than Inductor" in said) == (counts == "1 of 1")
 
 
+@pytest.mark.parametrize(("recomputed", "status"), [(101.0, 0), (90.0, 1)])
+def test_what_keeps_its_inputs_alone_is_judged_beside_inductor_that_does(targets, recomputed, status):
+    data = kernels({"lora_mlp a fastft": 100.0, "lora_mlp a inductor": 80.0})
+    (row,) = data["rows"]
+    row["copy_us"] = {"forward": 40.0, "backward": 60.0, "full": 100.0}
+    assert targets(data)[0] == 1
+    row["implementations"][tables.RECOMPUTED] = {**row["implementations"]["inductor"], "full_us": figure(recomputed)}
+    found, said = targets(data)
+    assert found == status and ("1 slower than Inductor" in said) == bool(status)
+
+
 def test_targets_show_the_phases_of_what_misses_them(targets):
     """Inductor takes 40 µs forward and 60 back, ours 30 and 90, of which copies of the bytes take 36 and 54."""
     data = kernels({"rms_norm a fastft": 120.0, "rms_norm a inductor": 100.0, "glu b fastft": 80.0})
