@@ -37,6 +37,7 @@ from fastft.autotune.store import Store, StoreError, integer, listing, number, o
 from fastft.autotune.timing import said
 from fastft.kernels import _config
 from fastft.kernels._config import Config, Space
+from fastft.kernels._op import OPS
 
 log = logging.getLogger("fastft")
 
@@ -133,7 +134,7 @@ def key_of(kernel: str, tokens: Iterable[str], sizes: Iterable[str], /, **argume
         raise ValueError(f"not in the key of {kernel}: {', '.join(left)}")
     key = f"{device}/{kernel}/{str(dtype).removeprefix('torch.')}/{' '.join(parts)}/{versions()}/{source[:12]}"
     # A store's keys are short. Sizes that make it long (many tensors) are hashed.
-    return key if len(key) <= 200 else f"{key[:150]}…{hashlib.sha256(key.encode()).hexdigest()[:40]}"
+    return key if len(key) <= 200 else f"{key[:140]}…{hashlib.sha256(key.encode()).hexdigest()[:40]}/{source[:12]}"
 
 
 def config_key(space: Space, key: tuple[Any, ...], device: str) -> str:
@@ -141,6 +142,16 @@ def config_key(space: Space, key: tuple[Any, ...], device: str) -> str:
     _, dtype, *values = key
     named = dict(zip((*space.tokens, *space.sizes), values, strict=True))
     return key_of(space.kernel, space.tokens, space.sizes, device=device, dtype=dtype, source=space.source, **named)
+
+
+def void(key: str) -> bool:
+    """Whether what a record of this key was measured with was edited since, or is gone: nobody will find it."""
+    from fastft.autotune import variants  # which needs the keys
+
+    kernel, source = key.split("/")[1], key.rpartition("/")[2]
+    op = OPS.get(kernel.removeprefix("variant of "))
+    now = variants.source_of_op(op) if op else _config.SPACES[kernel].source if kernel in _config.SPACES else ""
+    return not now or source != now[:12]
 
 
 # ---------------------------------------------------------------------------------------------------------- the records
@@ -315,6 +326,20 @@ def _shared(device: str, group: Any, rank: int) -> Table:
     except Exception as error:
         store.refuse("rank 0's tuned configurations", str(error) if isinstance(error, StoreError) else said(error))
         return Table(device, {})
+
+
+def prune(folder: Path | None = None) -> int:
+    """Take out of the files that come with the package (or of ``folder``) what is :func:`void`: after an edit of a
+    kernel that cannot be measured again at once. The number of records that went.
+    """
+    gone = 0
+    for path in sorted((folder or SHIPPED).glob("*.json")):
+        records = read_file(path, path.stem)
+        left = {key: value for key, value in records.items() if not void(key)}
+        if len(left) < len(records):
+            write_file(path, path.stem, left)
+        gone += len(records) - len(left)
+    return gone
 
 
 # ------------------------------------------------------------------------------------------------------------ selection

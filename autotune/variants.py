@@ -393,9 +393,14 @@ def site_key(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[st
         sizes,
         device=device,
         dtype=dtype,
-        source=_own(op)[op.default].source,
+        source=source_of_op(op),
         **named,
     )
+
+
+def source_of_op(op: Op) -> str:
+    """The hash of what an op's own variants are: an edit makes what was measured of them void."""
+    return _own(op)[op.default].source
 
 
 def _leaves(found: Any) -> list[Any]:

@@ -444,14 +444,18 @@ def _show_tuned(kind: str, export: Path | None) -> None:
         raise _fail("--export needs --device (h100, say): there is no GPU here to ask")
     records = {key: r for key, r in database.user_store().items().items() if not kind or key.startswith(f"{kind}/")}
     if export is not None:
+        every = len(records)
+        records = {key: r for key, r in records.items() if not database.void(key)}
+        void = every - len(records)
+        left_out = f"; {void} are left out: their kernels were edited since" if void else ""
         if not records:
-            raise _fail(f"nothing is tuned for {kind}: run `fastft tune --model ...` on one first")
+            raise _fail(f"nothing is tuned for {kind}{left_out}: run `fastft tune --model ...` on one first")
         _writable(export)
         try:
             database.write_file(export, kind, records)
         except OSError as error:
             raise _cannot_write(export, error) from None
-        typer.echo(f"{len(records)} records of {kind} are in {export}")
+        typer.echo(f"{len(records)} records of {kind} are in {export}{left_out}")
         return
     for key, found in sorted(records.items()):
         best = shown(found["config"]) or found["variant"] or "the heuristic"

@@ -1498,6 +1498,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/patterns/test_residual_norm.py -k regions",
     ),
     Mutant(
+        "database: what was edited since is exported",
+        "backend/cli.py",
+        "if not database.void(key)}",
+        "}",
+        "tests/autotune/test_search.py -k list_and_export",
+    ),
+    Mutant(
+        "database: no record is void",
+        "autotune/database.py",
+        "    return not now or source != now[:12]",
+        "    return not now",
+        "tests/autotune/test_database.py -k taken_out",
+    ),
+    Mutant(
+        "database: a long key does not say which source it is about",
+        "autotune/database.py",
+        "[:40]}/{source[:12]}",
+        "[:40]}",
+        "tests/autotune/test_database.py -k taken_out",
+    ),
+    Mutant(
         "database: the shipped record goes before the user's",
         "autotune/database.py",
         """        if (value := self.store.get(key)) is not None:
