@@ -146,8 +146,10 @@ def config_key(space: Space, key: tuple[Any, ...], device: str) -> str:
 
 def void(key: str) -> bool:
     """Whether what a record of this key was measured with was edited since, or is gone: nobody will find it."""
+    from fastft import kernels
     from fastft.autotune import variants  # which needs the keys
 
+    kernels.load()
     kernel, source = key.split("/")[1], key.rpartition("/")[2]
     op = OPS.get(kernel.removeprefix("variant of "))
     now = variants.source_of_op(op) if op else _config.SPACES[kernel].source if kernel in _config.SPACES else ""

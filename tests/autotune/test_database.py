@@ -301,6 +301,18 @@ def test_the_files_that_come_with_the_package() -> None:
         )
 
 
+def test_a_fresh_process_takes_nothing_out() -> None:
+    """Which has no kernel in it, until it asks for them."""
+    path = ship({name(): of(), name(space=rms_norm.BACKWARD): of()})
+    code = f"""
+from pathlib import Path
+from fastft.autotune import database
+print(database.prune(Path({str(path.parent)!r})))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout.split() == ["0"] and len(database.read_file(path, "h100")) == 2
+
+
 def test_records_of_a_kernel_that_was_edited_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key says which source it is about, however many sizes are in it."""
     attention = _config.SPACES["attention.forward"]
