@@ -37,7 +37,7 @@ from fastft.autotune.store import Store, StoreError, integer, listing, number, o
 from fastft.autotune.timing import said
 from fastft.kernels import _config
 from fastft.kernels._config import Config, Space
-from fastft.kernels._op import OPS
+from fastft.kernels._op import Op
 
 log = logging.getLogger("fastft")
 
@@ -144,14 +144,20 @@ def config_key(space: Space, key: tuple[Any, ...], device: str) -> str:
     return key_of(space.kernel, space.tokens, space.sizes, device=device, dtype=dtype, source=space.source, **named)
 
 
+@functools.cache
+def _ops() -> dict[str, Op]:
+    """Every op by name, when all that there is has been imported: a command may have imported none."""
+    from fastft import kernels
+
+    return kernels.load()
+
+
 def void(key: str) -> bool:
     """Whether what a record of this key was measured with was edited since, or is gone: nobody will find it."""
-    from fastft import kernels
     from fastft.autotune import variants  # which needs the keys
 
-    kernels.load()
     kernel, source = key.split("/")[1], key.rpartition("/")[2]
-    op = OPS.get(kernel.removeprefix("variant of "))
+    op = _ops().get(kernel.removeprefix("variant of "))
     now = variants.source_of_op(op) if op else _config.SPACES[kernel].source if kernel in _config.SPACES else ""
     return not now or source != now[:12]
 
