@@ -21,7 +21,7 @@ SCHEMA = 1
 #: Differences smaller than this share are none, however quiet the machine was; the tuner's too.
 LEAST = 0.01
 #: The part of a training step's setting that there was no choice of when the first files were written.
-DEFAULTS = {"data": "full", "document": 512, "trainer": "loop"}
+DEFAULTS = {"data": "full", "document": 512, "trainer": "loop", "lengths": "fixed", "optimizer": "adamw"}
 
 
 class NotAResult(ValueError):

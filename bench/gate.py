@@ -33,7 +33,10 @@ from bench.tables import (
 SLOWER, FASTER, SAME, GONE, NEW = "slower", "faster", "same", "gone", "new"
 MORE, LESS = "more memory", "less memory"
 #: Two runs whose settings differ in one of these measured different things.
-SETTING = ("model", "quant", "train", "trainer", "rank", "batch", "seq", "data", "document", "checkpointing")
+SETTING = (
+    "model", "quant", "train", "trainer", "rank", "batch", "seq", "data", "document", "lengths", "optimizer",
+    "checkpointing",
+)  # fmt: skip
 GIB = 2**30
 PEAK = "peak"
 

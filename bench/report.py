@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.files import Result, relative_spread, spread
 from bench.tables import OURS, Grid, best_other, by_op, implementations, kernel_tables, time_of
-from bench.train import input_of, tokens_of
+from bench.train import graphs_of, input_of, optimizer_of, tokens_of
 
 GIB = 2**30
 #: What the legend calls the times of ``copy_us``.
@@ -112,7 +112,7 @@ def title_of(result: Result) -> str:
     trained = f"LoRA r={s['rank']}" if s["train"] == "lora" else "all weights trained"
     checkpointing = "checkpointing" if s["checkpointing"] else "no checkpointing"
     loop = ", SFTTrainer" if s.get("trainer") == "sft" else ""
-    setting = f"{s['model']}, {s['quant']}, {trained}, {checkpointing}{loop}"
+    setting = f"{s['model']}, {s['quant']}, {trained}, {checkpointing}{optimizer_of(s)}{loop}"
     return f"{setting}, {tokens_of(s)}, {result.device}"
 
 
@@ -130,7 +130,7 @@ def tables(result: Result) -> Iterator[Grid]:
 def step_table(result: Result) -> Grid:
     baseline = result.data["baseline"]
     columns = ["implementation", "input", "tokens/s", "step ms", "± %", "peak GiB", "first step s"]
-    columns += ["loss first", "last", f"speed / {baseline}", f"peak / {baseline}"]
+    columns += ["loss first", "last", "graphs", f"speed / {baseline}", f"peak / {baseline}"]
     grid = Grid(f"Beside {baseline}", columns, [], left=frozenset({"implementation", "input"}))
     notes = []
     for row in result.rows:
@@ -152,6 +152,7 @@ def step_table(result: Result) -> Grid:
             f"{row['first_step_s']:.1f}",
             f"{row['loss_first']:.4f}",
             f"{row['loss_last']:.4f}",
+            graphs_of(row),
             *(f"{row[k]:.3f}" if row.get(k) else "" for k in ("speed_ratio", "peak_ratio")),
         ])  # fmt: skip
     grid.notes = notes

@@ -9,7 +9,8 @@ What a row means: an architecture of ``bench/shapes.py`` with random weights, re
 checkpoint folder. NF4 is bitsandbytes' nf4 with double quantisation and bf16 compute. LoRA sits on every linear of the
 decoder layers (alpha 16, dropout 0, PEFT's fp32 adapters). A step is
 ``loss = model(input_ids=x, labels=x).loss; loss.backward(); optimizer.step()`` on fresh random tokens, with fused AdamW
-on what is trained and the forward under bf16 autocast (what ``Trainer(bf16=True)`` does). Checkpointing is
+(``--optimizer adamw8bit``: bitsandbytes', its state in 8 bits) on what is trained and the forward under bf16 autocast
+(what ``Trainer(bf16=True)`` does). Checkpointing is
 ``gradient_checkpointing_enable(use_reentrant=False)``; for Unsloth its own, ``use_gradient_checkpointing="unsloth"``.
 ``--train full`` trains bf16 weights with bf16 optimizer state.
 
@@ -18,6 +19,8 @@ many tokens, which see nothing of each other, in the form ``packed``, rows of th
 again at each, as TRL packs them, or ``padded``, a row for each with an ``attention_mask``. A seed gives the same
 documents in both forms and the same real tokens in all three: tokens/s are of real tokens, and losses are comparable.
 Shapes stay as they are from step to step: a row's documents come in another order, with fresh tokens.
+``--lengths random``: full rows of another length in each step, drawn by the seed from a quarter of ``--seq`` to all of
+it; tokens/s are those of all measured steps over their time, and a result says how many graphs there were after each.
 ``--tokens``: ``uniform``, where there is nothing to learn; ``zipf``, where the n-th id is n times as rare as the first,
 and a loss falls.
 
@@ -83,6 +86,10 @@ PACKAGES = (
 TOKENS = ("uniform", "zipf")
 #: Forms of the data.
 DATA = ("full", "packed", "padded")
+#: How long rows are from step to step.
+LENGTHS = ("fixed", "random")
+#: Name → what transformers' ``optim`` calls it.
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw8bit": "adamw_bnb_8bit"}
 #: The tokenizer's <pad>, and the label of what is no target.
 PAD, IGNORED = 2, -100
 #: Environment of every run: no network, nothing sent anywhere, no unasked threads of the tokenizer.
@@ -114,6 +121,8 @@ class Setup:
     data: str = "full"
     document: int = 512
     tokens: str = "uniform"
+    lengths: str = "fixed"
+    optimizer: str = "adamw"
     checkpointing: bool = True
     steps: int = 5
     warmup: int = 3
@@ -130,6 +139,8 @@ class Setup:
         _one_of("--train", self.train, ("lora", "full"))
         _one_of("--data", self.data, DATA)
         _one_of("--tokens", self.tokens, TOKENS)
+        _one_of("--lengths", self.lengths, LENGTHS)
+        _one_of("--optimizer", self.optimizer, OPTIMIZERS)
         _one_of("--trainer", self.trainer, ("loop", "sft"))
         if self.trainer == "sft":
             _one_of("--impl with --trainer sft", self.impl, SFT_BACKENDS)
@@ -137,6 +148,8 @@ class Setup:
                 raise ValueError(f"--data is {self.data!r}; with --trainer sft it is full")
             if self.options:
                 raise ValueError("--options go to torch.compile, to which SFTConfig passes none")
+        if self.lengths == "random" and (self.data != "full" or self.trainer == "sft"):
+            raise ValueError("--lengths random is of --data full in the --trainer loop alone")
         if self.quant == "nf4" and self.train == "full":
             raise ValueError(
                 "--quant nf4 with --train full: NF4 weights have no gradient; use --train lora or --quant bf16"
@@ -178,7 +191,7 @@ def documents(setup: Setup) -> list[list[int]]:
 
 def batches(setup: Setup, device: Any) -> Iterator[dict[str, Any]]:
     """What the model gets in one step after another, on ``device``: ``full`` and ``packed`` are ``[batch, seq]``,
-    ``padded`` is ``[documents, longest]``, padded on the right.
+    ``padded`` is ``[documents, longest]``, padded on the right. Where lengths are random, ``[batch, length]``.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -197,6 +210,8 @@ def batches(setup: Setup, device: Any) -> Iterator[dict[str, Any]]:
         else:
             x = torch.randint(4, vocabulary, (setup.batch, setup.seq), generator=generator)
         if setup.data == "full":
+            if setup.lengths == "random":
+                x = x[:, : order.randint(max(setup.seq // 4, 1), setup.seq)].contiguous()
             x = x.to(device)
             yield {"input_ids": x, "labels": x}
             continue
@@ -228,7 +243,8 @@ def in_one_row(batch: dict[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
 
 
 def described(setup: Setup, batch: dict[str, Any]) -> dict[str, Any]:
-    """What a result says of its data: form, shape, tokens that are not padding, targets of the loss, documents."""
+    """What a result says of its (first) data: form, shape, tokens that are not padding, targets of the loss, documents.
+    """
     real = batch.get("attention_mask", batch["input_ids"].new_ones(batch["input_ids"].shape))
     return {
         "form": setup.data,
@@ -497,8 +513,10 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
         model = implementation.load(setup, folder)
     if implementation.compile is not None:
         implementation.compile(model, setup.options)
+    # A peer's packages have no fastft beside them, which knows where torch keeps such figures.
+    compiles = implementation.compile is not None and not implementation.peer
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=setup.lr, weight_decay=0.0, fused=True)
+    optimizer = _optimizer(setup, trained)
     result["trained_parameters"] = sum(p.numel() for p in trained)
     result["weights_bytes"] = torch.cuda.memory_allocated() if cuda else None
     result["data"] = described(setup, next(batches(setup, "cpu")))
@@ -521,6 +539,8 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
             torch.cuda.synchronize()
 
     losses: list[torch.Tensor] = []
+    lengths: list[int] = []
+    graphs: list[int] = []
 
     def timed_step() -> float:
         batch = next(data)
@@ -528,22 +548,30 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
         start = time.perf_counter()
         losses.append(step(batch))
         synchronize()
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        lengths.append(batch["input_ids"].shape[1])
+        if compiles:
+            graphs.append(_graphs())
+        return seconds
 
     with _timed(result, "first_step_s"):
         timed_step()
     result["first_step_peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
-    if implementation.compile is not None:
+    if compiles:
         result["compile_s"] = _compile_seconds()
     if cuda:  # the second step is as the others; in it CUDA graphs are recorded, whose replays allocate nothing
         torch.cuda.reset_peak_memory_stats()
     result["warmup_ms"] = [round(timed_step() * 1e3, 3) for _ in range(setup.warmup - 1)]
     times = [timed_step() * 1e3 for _ in range(setup.steps)]
     result["step_ms"] = _spread(times)
-    result["tokens_per_s"] = round(result["data"]["real_tokens"] / (statistics.median(times) / 1e3), 2)
+    if setup.lengths == "random":
+        result["lengths"] = lengths.copy()
+    result["tokens_per_s"] = _speed([result], result["data"]["real_tokens"])
     result["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
     result["peak_reserved_bytes"] = torch.cuda.max_memory_reserved() if cuda else None
     result["loss"] = [round(float(x), 6) for x in losses]
+    if compiles:
+        result["graphs"] = graphs.copy()
     say(f"{result['tokens_per_s']:.0f} tokens/s, step {result['step_ms']['median']:.1f} ms, losses {result['loss']}")
     if setup.impl == "fastft":
         import fastft
@@ -558,6 +586,23 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
     elif timeline:
         result["timeline_note"] = "no memory timeline: PyTorch keeps no memory history of a CPU"
         say(result["timeline_note"])
+
+
+def _optimizer(setup: Setup, trained: list[Any]) -> Any:
+    import torch
+
+    if setup.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(trained, lr=setup.lr, weight_decay=0.0)
+    return torch.optim.AdamW(trained, lr=setup.lr, weight_decay=0.0, fused=True)
+
+
+def _graphs() -> int:
+    """How many graphs Dynamo has handed to a backend in this process."""
+    from fastft import _torch_compat as compat
+
+    return compat.dynamo_counters().get("stats", {}).get("unique_graphs", 0)
 
 
 def _compile_seconds() -> dict[str, float]:
@@ -615,6 +660,7 @@ def measure_sft(setup: Setup, folder: Path, result: dict[str, Any]) -> None:
             per_device_train_batch_size=setup.batch,
             max_length=setup.seq,
             learning_rate=setup.lr,
+            optim=OPTIMIZERS[setup.optimizer],
             lr_scheduler_type="constant",
             gradient_checkpointing=setup.checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -641,7 +687,7 @@ def measure_sft(setup: Setup, folder: Path, result: dict[str, Any]) -> None:
     result["first_step_s"] = round(first / 1e3, 3)
     result["warmup_ms"] = [round(ms, 3) for ms in warmup]
     result["step_ms"] = _spread(times[setup.warmup :])
-    result["tokens_per_s"] = round(result["data"]["real_tokens"] / (result["step_ms"]["median"] / 1e3), 2)
+    result["tokens_per_s"] = _speed([result], result["data"]["real_tokens"])
     result["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
     result["peak_reserved_bytes"] = torch.cuda.max_memory_reserved() if cuda else None
     result["loss"] = [round(float(row["loss"]), 6) for row in trainer.state.log_history if "loss" in row]
@@ -651,6 +697,15 @@ def measure_sft(setup: Setup, folder: Path, result: dict[str, Any]) -> None:
 
         result["report"] = fastft.report().to_dict()
         print(fastft.report(), file=sys.stderr, flush=True)
+
+
+def _speed(runs: Sequence[dict[str, Any]], tokens: int) -> float:
+    """Tokens per second of a step of ``tokens`` in the median time; where each step has other lengths, of all."""
+    times = [t for run in runs for t in run["step_ms"]["all"]]
+    if "lengths" not in runs[0]:
+        return round(tokens / (statistics.median(times) / 1e3), 2)
+    done = sum(n for run in runs for n in run["lengths"][-len(run["step_ms"]["all"]) :])
+    return round(runs[0]["setup"]["batch"] * done / (sum(times) / 1e3), 2)
 
 
 def _spread(times: Sequence[float]) -> dict[str, Any]:
@@ -1035,7 +1090,8 @@ def merge(impl: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         setup = good[0]["setup"]
         row["data"] = good[0].get("data")
         row["step_ms"] = _spread([t for r in good for t in r["step_ms"]["all"]])
-        row["tokens_per_s"] = round(setup["batch"] * setup["seq"] / (row["step_ms"]["median"] / 1e3), 2)
+        row["tokens_per_s"] = _speed(good, setup["batch"] * setup["seq"])
+        row["graphs"] = good[0].get("graphs")
         peaks = [r["peak_bytes"] for r in good if r["peak_bytes"] is not None]
         row["peak_bytes"] = max(peaks) if peaks else None
         row["first_step_s"] = good[0]["first_step_s"]
@@ -1053,12 +1109,17 @@ def _gib(size: int | None) -> str:
 
 
 def tokens_of(setup: dict[str, Any]) -> str:
-    """``4×2048 tokens``; and of what documents, if any."""
-    size = f"{setup['batch']}×{setup['seq']}"
+    """``4×2048 tokens`` (random lengths: ``4×512 to 2048 tokens``); and of what documents, if any."""
     if setup["data"] == "full":
-        return f"{size} tokens"
+        least = f"{max(setup['seq'] // 4, 1)} to " if setup["lengths"] == "random" else ""
+        return f"{setup['batch']}×{least}{setup['seq']} tokens"
     mean, half = setup["document"], setup["document"] // 2
-    return f"{size} real tokens in documents of {mean} ± {half}"
+    return f"{setup['batch']}×{setup['seq']} real tokens in documents of {mean} ± {half}"
+
+
+def optimizer_of(setup: dict[str, Any]) -> str:
+    """``, AdamW in 8 bits``; empty where it is the usual one."""
+    return ", AdamW in 8 bits" if setup["optimizer"] == "adamw8bit" else ""
 
 
 def input_of(row: dict[str, Any]) -> str:
@@ -1069,6 +1130,14 @@ def input_of(row: dict[str, Any]) -> str:
     return f"{data['form']} {'×'.join(map(str, data['shape']))}"
 
 
+def graphs_of(row: dict[str, Any]) -> str:
+    """``2, from step 2 on``: where lengths are random, how many graphs there are in the end and since when, else
+    empty.
+    """
+    found = row.get("graphs") if any("lengths" in run for run in row["runs"]) else None
+    return f"{found[-1]}, from step {found.index(found[-1]) + 1} on" if found else ""
+
+
 def table(compared: dict[str, Any], title: str) -> Any:
     """A ``rich`` table of what :func:`compare` returned, with the errors of failed runs under it."""
     from rich.markup import escape
@@ -1076,6 +1145,7 @@ def table(compared: dict[str, Any], title: str) -> Any:
 
     errors = [f"{r['impl']}: {' '.join(str(r['error']).split())[:300]}" for r in compared["rows"] if r["error"]]
     told = any(input_of(row) for row in compared["rows"])
+    counted = any(graphs_of(row) for row in compared["rows"])
     shown = Table(title=title, title_justify="left", caption=escape("\n".join(errors)) or None, caption_justify="left")
     ratios = (f"speed / {compared['baseline']}", f"peak / {compared['baseline']}")
     for column in (
@@ -1088,6 +1158,7 @@ def table(compared: dict[str, Any], title: str) -> Any:
         "first step s",
         "loss first",
         "last",
+        *(["graphs"] if counted else []),
         *ratios,
     ):
         shown.add_column(column, justify="left" if column in ("implementation", "input") else "right")
@@ -1106,6 +1177,7 @@ def table(compared: dict[str, Any], title: str) -> Any:
             f"{row['first_step_s']:.1f}",
             f"{row['loss_first']:.4f}",
             f"{row['loss_last']:.4f}",
+            *([graphs_of(row)] if counted else []),
             f"{row['speed_ratio']:.3f}" if row["speed_ratio"] else "–",
             f"{row['peak_ratio']:.3f}" if row["peak_ratio"] else "–",
         )
@@ -1153,6 +1225,12 @@ def _parser() -> argparse.ArgumentParser:
         "--document", type=int, default=512, help="tokens in a document, up to half as many more or less (default 512)"
     )
     setting.add_argument("--tokens", default="uniform", help="uniform or zipf (default uniform): what ids are drawn")
+    setting.add_argument(
+        "--lengths", default="fixed", help="fixed or random (default fixed): rows of --seq tokens, or from a quarter"
+    )
+    setting.add_argument(
+        "--optimizer", default="adamw", help="adamw or adamw8bit: bitsandbytes' (default adamw, fused)"
+    )
     setting.add_argument("--lr", type=float, default=1e-4, help="learning rate (default 1e-4)")
     setting.add_argument(
         "--checkpointing", choices=("on", "off"), default="on", help="gradient checkpointing (default on)"
@@ -1214,7 +1292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_checkpoint(a.model, root / a.model)
         return 0
     sizes = ("rank", "batch", "seq", "document", "steps", "warmup", "seed")
-    common = {k: getattr(a, k) for k in ("model", "quant", "train", "trainer", "data", "tokens", "lr", *sizes)}
+    words = ("model", "quant", "train", "trainer", "data", "tokens", "lengths", "optimizer", "lr")
+    common = {k: getattr(a, k) for k in (*words, *sizes)}
     if a.trainer == "sft" and (a.profile or a.timeline):
         parser.error("--profile and --timeline are of one step more, which --trainer sft does not take")
     if a.command == "run":
@@ -1256,7 +1335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         adapters = f"LoRA r={a.rank}" if a.train == "lora" else "full"
         device = (result["device"] or {}).get("name", "no device")
         loop = ", SFTTrainer" if a.trainer == "sft" else ""
-        title = f"{a.model}, {a.quant}, {adapters}, {checkpointing}{loop}, {tokens_of(common)}, {device}"
+        setting = f"{a.model}, {a.quant}, {adapters}, {checkpointing}{optimizer_of(common)}{loop}"
+        title = f"{setting}, {tokens_of(common)}, {device}"
         from rich.console import Console
 
         Console(width=150).print(table(result, title))

@@ -164,6 +164,20 @@ def test_steps_differ_and_shapes_do_not():
             assert not all(torch.equal(step[name], value) for step in found[1:])
 
 
+def test_random_lengths():
+    """From a quarter of --seq to all of it, each as likely, by the seed; the same for every implementation."""
+    def found(impl: str, count: int = 400, **changes) -> list[int]:
+        steps = train.batches(setup(impl, seq=16, lengths="random", **changes), "cpu")
+        shapes = [next(steps)["input_ids"].shape for _ in range(count)]
+        assert {batch for batch, _ in shapes} == {2}
+        return [seq for _, seq in shapes]
+
+    lengths = found("eager")
+    assert set(lengths) == set(range(4, 17)) and statistics.mean(lengths) == pytest.approx(10, abs=0.7)
+    assert lengths == found("unsloth") and lengths != found("eager", seed=1)
+    assert set(found("eager", 3, data="full")) != {16}
+
+
 def test_ids_that_are_rarer_the_higher_they_are():
     """One of n ids is n times as rare as the first: of 508 in a vocabulary of 512 the first is 1 of 6.8."""
     ids = first_batch(tokens="zipf", batch=64, seq=512)["input_ids"]
@@ -225,6 +239,41 @@ def test_a_run_says_what_compiling_took(checkpoints):
     assert "compile_s" not in train.run(setup("eager"), checkpoints)
 
 
+def test_run_of_random_lengths(checkpoints):
+    """Tokens/s are of all measured steps; graphs are counted after each: one, one of any length, and no more."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    changes = {"lengths": "random", "seq": 24, "steps": 6, "warmup": 2, "options": {"residual": "eager"}}
+    result = train.run(setup("fastft", **changes), checkpoints)
+    assert result["status"] == "ok", result["error"]
+    lengths = result["lengths"]
+    assert len(lengths) == len(result["graphs"]) == 8 and len(set(lengths)) > 2
+    assert result["graphs"] == [1] + [2] * 7
+    seconds = sum(result["step_ms"]["all"]) / 1e3
+    assert result["tokens_per_s"] == pytest.approx(2 * sum(lengths[2:]) / seconds, rel=1e-3)
+    eager = train.run(setup("eager", **{**changes, "options": {}}), checkpoints)
+    assert eager["lengths"] == lengths and "graphs" not in eager
+    assert result["loss"] == pytest.approx(eager["loss"], abs=5e-3)
+
+    compared = train.compared({"fastft": [result, result], "eager": [eager]}, 2, "eager")
+    row, other = compared["rows"]
+    assert row["tokens_per_s"] == result["tokens_per_s"]
+    assert [train.graphs_of(row), train.graphs_of(other)] == ["2, from step 2 on", ""]
+    assert [c.header for c in train.table(compared, "").columns][-3] == "graphs"
+    assert train.tokens_of(result["setup"]) == "2×6 to 24 tokens"
+
+
+def test_adam_in_8_bits(checkpoints):
+    pytest.importorskip("bitsandbytes")
+    changes = {"train": "full", "optimizer": "adamw8bit", "lr": 1e-2, "steps": 4}
+    of = {bits: train.run(setup("eager", **{**changes, "optimizer": bits}), checkpoints) for bits in train.OPTIMIZERS}
+    assert of["adamw"]["loss"][:2] == of["adamw8bit"]["loss"][:2] and of["adamw"]["loss"] != of["adamw8bit"]["loss"]
+    made = train._optimizer(setup("eager", **changes), [torch.zeros(4096, requires_grad=True)])
+    assert type(made).__name__ == "AdamW8bit"
+    assert train.optimizer_of(of["adamw8bit"]["setup"]) == ", AdamW in 8 bits"
+    assert train.optimizer_of(of["adamw"]["setup"]) == ""
+
+
 def test_implementations_see_the_same_data_and_weights(checkpoints):
     eager, fast = (
         train.run(setup(i, options=o), checkpoints) for i, o in (("eager", {}), ("fastft", {"residual": "eager"}))
@@ -263,8 +312,8 @@ def test_full_training_trains_every_parameter(checkpoints):
     assert adapters["trained_parameters"] == 2 * 4 * sum(o + i for _, o, i in linears("tiny"))
 
 
-@pytest.mark.parametrize("trained", ["lora", "full"])
-def test_steps_of_sft_trainer(trained, checkpoints, monkeypatch):
+@pytest.mark.parametrize(("trained", "optimizer"), [("lora", "adamw"), ("full", "adamw8bit")])
+def test_steps_of_sft_trainer(trained, optimizer, checkpoints, monkeypatch):
     """The same data, weights and figures as stock TRL's; fastft is in the steps, TRL's head among them."""
     pytest.importorskip("trl", minversion="1.16")
     from torch._dynamo.backends.registry import _COMPILER_FNS
@@ -273,7 +322,7 @@ def test_steps_of_sft_trainer(trained, checkpoints, monkeypatch):
     reporting.reset()
     quick = functools.partial(compiler.fastft, options={"residual": "eager"})
     monkeypatch.setitem(_COMPILER_FNS, "fastft", quick)  # Inductor would take half a minute
-    changes = {"trainer": "sft", "train": trained, "rank": 4, "warmup": 2}
+    changes = {"trainer": "sft", "train": trained, "optimizer": optimizer, "rank": 4, "warmup": 2}
     eager, fast = (train.run(setup(impl, **changes), checkpoints) for impl in ("eager", "fastft"))
     for result in (eager, fast):
         assert result["status"] == "ok", result["error"]
@@ -368,6 +417,10 @@ def test_cuda_12_is_taken_from_where_pip_puts_it(tmp_path, monkeypatch):
         ({"data": "packt"}, "--data is 'packt'; it is one of full, packed, padded"),
         ({"document": 0}, "--document is 0; it is 1 or more"),
         ({"tokens": "text"}, "--tokens is 'text'; it is one of uniform, zipf"),
+        ({"lengths": "short"}, "--lengths is 'short'; it is one of fixed, random"),
+        ({"lengths": "random", "data": "packed"}, "--lengths random is of --data full"),
+        ({"lengths": "random", "trainer": "sft"}, "--lengths random is of --data full"),
+        ({"optimizer": "sgd"}, "--optimizer is 'sgd'; it is one of adamw, adamw8bit"),
         ({"lr": 0.0}, "--lr is 0.0; it is above 0"),
         ({"options": {"a": 1}}, "--impl eager does not call"),
         ({"trainer": "dpo"}, "--trainer is 'dpo'; it is one of loop, sft"),
