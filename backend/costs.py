@@ -291,6 +291,11 @@ def raw_work(node: fx.Node, size: Callable[[Any], int], memo: Memo) -> Work:
 Size = Callable[[Any], int]
 
 
+def nothing(size: Size) -> int:
+    """What calls have that take no buffers for themselves: most of a graph's, so that who adds up can tell."""
+    return 0
+
+
 def scratch(node: fx.Node) -> Callable[[Size], int]:
     """Bytes of the largest buffers that a call in AOTAutograd's graph makes for itself and that its results are not,
     for any sizes: the logits of one chunk, a head's gradient summed up in fp32, a dequantised weight, what cuDNN's
@@ -298,7 +303,7 @@ def scratch(node: fx.Node) -> Callable[[Size], int]:
     """
     name = getattr(getattr(node.target, "_schema", None), "name", "")
     if not name.startswith("fastft::"):
-        return lambda size: 0
+        return nothing
     given = fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"])
     if name.startswith("fastft::linear_log_prob"):
         (tokens, width), vocab, item = given["hidden"].shape, given["weight"].shape[0], given["dtype"].itemsize
@@ -352,7 +357,7 @@ def lasting(node: fx.Node) -> Callable[[Size], int] | None:
     if name.startswith("fastft::lora_mlp"):
         return None
     if not name.startswith("fastft::"):
-        return lambda size: 0
+        return nothing
     return _products(name, fx.map_arg(_named(node.target, node.args, node.kwargs), lambda n: n.meta["val"]))[1]
 
 
@@ -379,7 +384,7 @@ def rounded(graph: fx.Graph) -> int:
 def _products(name: str, given: Mapping[str, Any]) -> tuple[Callable[[Size], int], Callable[[Size], int]]:
     """What products with weights in 4 bits take, and of it their dense copies."""
     if not name.startswith(("fastft::lora_linear", "fastft::lora_stack")) or not given.get("quant"):
-        return (lambda size: 0), lambda size: 0
+        return nothing, nothing
     widths, k = given["shape"][::2], given["shape"][1]
     below, rows = [] if name == "fastft::lora_linear" else [down.shape[0] for down in given["a"]], 0
     if name == "fastft::lora_linear_backward":
@@ -407,7 +412,7 @@ def _attention_scratch(given: Mapping[str, Any]) -> Callable[[Size], int]:
         given[of] for of in ("window", "chunk", "softcap", "dropout_p")
     )
     if q.device.type == "cpu" or q.element_size() != 2 or masked or not given["causal"]:
-        return lambda size: 0
+        return nothing
     item, shape, wide = q.element_size(), q.shape, v.shape[-1]
 
     def number(size: Size) -> int:

@@ -13,6 +13,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
-from fastft.costs import Memo, Rates, Size, in_one_piece, lasting, raw_work, rounded, scratch
+from fastft.costs import Memo, Rates, Size, in_one_piece, lasting, nothing, raw_work, rounded, scratch
 from fastft.kernels._op import OPS, Recompute
 from fastft.offload import OFFLOAD, OFFLOAD_WAIT, RELOAD, RELOAD_WAIT, can_move
 from fastft.planner import ALL, ATTENTION, CHEAP, MLP
@@ -239,6 +240,11 @@ def _numel(t: torch.Tensor, sizes: Sizes) -> int:
     return math.prod(number_at(n, sizes) for n in t.shape)
 
 
+def _measures(t: torch.Tensor) -> tuple[Any, ...]:
+    """What a tensor's bytes are computed of."""
+    return *(n if isinstance(n, int) else compat.size_expression(n) for n in t.shape), t.element_size()
+
+
 def bytes_made(node: fx.Node, sizes: Sizes) -> int:
     """Bytes of what a call makes, and does not show of an operand."""
     if _is_alias(node) or node.target is operator.getitem:
@@ -281,6 +287,9 @@ class Walk:
     ``saved``: tensor → region that keeps it for its backward, None for what belongs to no region. ``recorded``: as CUDA
     graphs, in whose memory what is kept stays in its place until the next step, and to which the gradients that the
     backward begins with are copied.
+
+    Every new batch size asks for the peak, and layers are alike: what does not depend on sizes is worked out once, and
+    an expression is evaluated once for sizes, since sympy takes longer for one than all else does for a layer.
     """
 
     def __init__(
@@ -296,6 +305,10 @@ class Walk:
         #: Bytes of adapters in half precision, as long as either half runs.
         self.rounded = max(rounded(half.graph) for half in (forward, backward))
         self.tensors: dict[str, torch.Tensor] = {}
+        #: The sizes that were asked for last, and the numbers that expressions are for them.
+        self._known: tuple[Sizes, dict[sympy.Expr, int]] = {}, {}
+        #: What :meth:`_order` found.
+        self._orders: dict[frozenset[str], tuple[list[int], list[int]]] = {}
         results = results_of(forward)
         saved = {n.name: _root(n) for n in results[outputs:] if _tensor(n) is not None}
         self.host = [n.meta["val"] for n in results[outputs:] if isinstance(n, fx.Node) and n.target is OFFLOAD_WAIT]
@@ -391,9 +404,37 @@ class Walk:
 
     # -------------------------------------------------------------------------------------------------- for given sizes
 
+    def _size(self, sizes: Sizes) -> Size:
+        """:func:`number_at`, which evaluates each expression once."""
+        of, known = self._known
+        if of != sizes:
+            self._known = of, known = dict(sizes), {}
+
+        def size(n: Any) -> int:
+            if isinstance(n, int):
+                return n
+            e = compat.size_expression(n)
+            if e not in known:
+                known[e] = number_at(n, sizes)
+            return known[e]
+
+        return size
+
+    @cached_property
+    def _kinds(self) -> tuple[list[torch.Tensor], dict[str, int]]:
+        """Tensors of one kind take the same bytes for any sizes: one of each kind, and every tensor's kind."""
+        number: dict[Any, int] = {}
+        kind = {name: number.setdefault(_measures(t), len(number)) for name, t in self.tensors.items()}
+        one = {k: self.tensors[name] for name, k in kind.items()}
+        return [one[k] for k in number.values()], kind
+
+    def _bytes_of_kinds(self, size: Size) -> list[int]:
+        return [math.prod(map(size, t.shape)) * t.element_size() for t in self._kinds[0]]
+
     def bytes_of(self, sizes: Sizes) -> dict[str, int]:
         """Every tensor's bytes."""
-        return {name: _numel(t, sizes) * t.element_size() for name, t in self.tensors.items()}
+        number = self._bytes_of_kinds(self._size(sizes))
+        return {name: number[kind] for name, kind in self._kinds[1].items()}
 
     def given(self, sizes: Sizes) -> int:
         """Bytes of the graph's inputs."""
@@ -447,23 +488,34 @@ class Walk:
     ) -> Iterator[tuple[_Step, int]]:
         """Every step, with the bytes that live while it runs. ``stay``: tensors that nobody frees."""
 
-        def size(n: Any) -> int:
-            return number_at(n, sizes)
-
-        number, there, live, stays = self.bytes_of(sizes), set[str](), self.rounded, 0
-        for step in self.steps:  # as a step leaves it to the next one
-            stays = 0 if step.lasting is None else max(stays, step.lasting(size))
-        for step in self.steps:
-            new = [t for t in step.makes if t not in there]
-            there.update(new)
-            live += sum(number[t] for t in new)
-            own = 0 if step.lasting is None else step.lasting(size)
-            stays = 0 if step.lasting is None else max(stays, own)
+        size, (order, there) = self._size(sizes), self._order(stay)
+        number = self._bytes_of_kinds(size)
+        number += [-n for n in reversed(number)]  # ``~kind`` is where the kind's stands
+        live, stays = list(accumulate((number[kind] for kind in order), initial=self.rounded)), 0
+        own = [0 if step.lasting in (None, nothing) else step.lasting(size) for step in self.steps]
+        for step, lasts in zip(self.steps, own, strict=True):  # as a step leaves it to the next one
+            stays = 0 if step.lasting is None else max(stays, lasts)
+        for step, lasts, at in zip(self.steps, own, there, strict=True):
+            stays = 0 if step.lasting is None else max(stays, lasts)
             scratch = step.scratch if sliced or step.in_one_piece is None else step.in_one_piece
-            yield step, live + scratch(size) - own + stays
-            gone = [t for t in step.frees if t in there and t not in stay]
-            there.difference_update(gone)
-            live -= sum(number[t] for t in gone)
+            yield step, live[at] + (0 if scratch is nothing else scratch(size)) - lasts + stays
+
+    def _order(self, stay: frozenset[str]) -> tuple[list[int], list[int]]:
+        """The kinds of tensors in the order that they come, and ``~kind`` where one goes; for each step, how many of
+        that have been when it runs.
+        """
+        if stay not in self._orders:
+            kind, order, there, live = self._kinds[1], list[int](), list[int](), set[str]()
+            for step in self.steps:
+                new = [t for t in step.makes if t not in live]
+                live.update(new)
+                order += [kind[t] for t in new]
+                there.append(len(order))
+                gone = [t for t in step.frees if t in live and t not in stay]
+                live.difference_update(gone)
+                order += [~kind[t] for t in gone]
+            self._orders[stay] = order, there
+        return self._orders[stay]
 
     def offloaded(self, sizes: Sizes) -> int:
         """Bytes on the host."""
@@ -497,7 +549,7 @@ class Walk:
 
     def _seconds(self, nodes: Iterable[tuple[fx.Node, int]], sizes: Sizes, rates: Rates) -> list[float]:
         """By region, and, last, of none."""
-        found, memo = [0.0] * (self.count + 1), Memo()
+        found, memo, size = [0.0] * (self.count + 1), Memo(), self._size(sizes)
         for node, region in nodes:
-            found[region] += rates.seconds(raw_work(node, lambda n: number_at(n, sizes), memo))
+            found[region] += rates.seconds(raw_work(node, size, memo))
         return found

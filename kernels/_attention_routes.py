@@ -5,7 +5,7 @@ for by name. ``attention.py`` has the maths, ``_attention_pytorch.py`` the calls
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -238,13 +238,58 @@ class Route(NamedTuple):
     why: str
 
 
+class Plans:
+    """Whether cuDNN's plan for a size is worth making.
+
+    cuDNN compiles a plan for every new size, forward and backward, before it computes anything, and keeps it for this
+    process alone. Where every batch has another length that is at every step, and may take longer than the step. So a
+    size without a plan is computed by our kernel, which loses less, and gets one as soon as what was lost so is what
+    the plan takes: in all at most twice what had to be lost. The first sizes of a kind (heads, dtype, causality) have
+    theirs at once, since most runs have no others. What is decided depends on which sizes there were, and how often,
+    never on a clock.
+    """
+
+    #: Seconds that a plan takes, both directions together, in a step of training; seconds that our kernel needs more
+    #: than cuDNN's in either direction, for each FLOP of the forward (H100: 1.6 to 2.5e-15 at 4 x 1,290 to 1 x 7,777
+    #: tokens of 32 heads of 128).
+    PLAN, LOST = 0.2, 2e-15
+    #: Sizes of a kind that have a plan at once; sizes without one that are counted, before all are counted anew.
+    AT_ONCE, COUNTED = 4, 4096
+
+    def __init__(self) -> None:
+        #: Kind → the sizes that have a plan, and seconds lost so far to the others.
+        self._kinds: dict[Hashable, tuple[set[Hashable], dict[Hashable, float]]] = {}
+
+    def worth(self, call: Call, q: torch.Tensor) -> bool:
+        """Whether cuDNN computes this call, which counts."""
+        kind = q.device, q.dtype, call.heads, call.group, call.d, call.d_v, call.causal
+        planned, lost = self._kinds.setdefault(kind, (set(), {}))
+        size = call.batch, call.q_length, call.k_length
+        if size in planned:
+            return True
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():  # where nothing can be compiled
+            return False
+        seen = call.q_length * call.k_length / (2 if call.causal else 1)
+        so_far = lost.pop(size, 0.0) + self.LOST * 2 * call.batch * call.heads * seen * (call.d + call.d_v)
+        if so_far >= self.PLAN or len(planned) < self.AT_ONCE:
+            planned.add(size)
+            return True
+        if len(lost) >= self.COUNTED:
+            lost.clear()
+        lost[size] = so_far
+        return False
+
+
+PLANS = Plans()
+
 #: Who computes what by default: the first that takes a call. What is not measured to be faster on an H100 is a variant
 #: (``varlen``, ``sdpa``), and becomes a default by a row here: ``Route("varlen", lambda call, q, k, v: ..., "...")``.
 ROUTES = (
     Route(
         "cudnn",
-        lambda call, q, k, v: call.bare and _on_gpu(q) and _cudnn_takes(q, k, v, call.causal),
-        "nothing is hidden but by causality: 520 to 620 TFLOP/s forward, which plain Triton does not reach on Hopper",
+        lambda call, q, k, v: call.bare and _on_gpu(q) and _cudnn_takes(q, k, v, call.causal) and PLANS.worth(call, q),
+        "nothing is hidden but by causality: 520 to 620 TFLOP/s forward, which plain Triton does not reach on Hopper; "
+        "for sizes that come often enough to pay for its plan",
     ),
     Route("triton", lambda *_: True, "skips what the mask hides, tile by tile, and knows every mask, cap and sink"),
 )

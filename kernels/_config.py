@@ -19,8 +19,9 @@ import hashlib
 import itertools
 import logging
 import math
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,21 +148,54 @@ class Space:
 
     @functools.cached_property
     def source(self) -> str:
-        """:func:`source_of` the kernel's file: an edit makes what was measured before void."""
-        return source_of(self.file)
+        """sha256 of :func:`launching`, hex: an edit makes what was measured before void."""
+        return _sha256(launching(self.file))
 
 
-#: Files that decide what is launched, and how, beside a kernel's own.
-HELPERS = tuple(
-    Path(__file__).parent / f"_{name}.py"
-    for name in ("config", "dense_weights", "maths", "products", "rows", "side_by_side", "triton")
-)
+#: An import of other kernels' files: ``from fastft.kernels import nf4`` and ``from fastft.kernels._rows import size``.
+_IMPORT = re.compile(r"^ *from fastft\.kernels(?:\.(\w+))? import (\([^)]*\)|.+)$", re.MULTILINE)
+
+
+def _folder(file: Path) -> Path:
+    """Where the kernels' files are that a file imports: beside it, or, of a user's file, here."""
+    return file.parent if (file.parent / Path(__file__).name).exists() else Path(__file__).parent
 
 
 @functools.cache
-def _helpers() -> bytes:
-    """sha256 of the helpers, which all kernels share: read once for a process."""
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in HELPERS)).digest()
+def _read(file: Path) -> tuple[bytes, dict[Path, set[str]]]:
+    """A file's sha256; and the kernels' files that it imports, and which names of each. Read once for a process."""
+    text, folder = file.read_bytes(), _folder(file)
+    found: dict[Path, set[str]] = {}
+    for module, listed in _IMPORT.findall(text.decode()):
+        names = {words.split()[0] for words in listed.strip("()").split(",") if words.strip()}
+        for of, taken in {module: names}.items() if module else {name: {name} for name in names}.items():
+            if (path := folder / f"{of}.py").exists():
+                found.setdefault(path, set()).update(taken)
+    return hashlib.sha256(text).digest(), found
+
+
+def _reached(file: Path, follow: Callable[[dict[Path, set[str]]], bool]) -> list[Path]:
+    """A file, its parts, and what they import, and that imports, as far as ``follow`` takes it by its imports."""
+    found, waiting = {file}, [file]
+    while waiting:
+        at = waiting.pop()
+        new = {p for p in (*parts_of(at), *_read(at)[1]) if p not in found and follow(_read(p)[1])}
+        found |= new
+        waiting += new
+    return sorted(found, key=lambda path: path.name)  # wherever they are
+
+
+def launching(file: Path) -> list[Path]:
+    """The files that decide what a kernel's file launches: itself, this one, and, of its parts and of what it imports,
+    those with device code or with configurations. What else is called beside a kernel does not change its time.
+    """
+
+    def launches(imports: dict[Path, set[str]]) -> bool:
+        names = {path.stem: names for path, names in imports.items()}
+        return "_config" in names or "jit" in names.get("_triton", ())
+
+    found = {*_reached(file, launches), _folder(file) / Path(__file__).name}
+    return sorted(found, key=lambda path: path.name)
 
 
 def parts_of(file: Path) -> list[Path]:
@@ -170,8 +204,12 @@ def parts_of(file: Path) -> list[Path]:
 
 
 def source_of(file: Path) -> str:
-    """sha256 of a kernel's file, its parts and the helpers that it launches with, hex."""
-    return hashlib.sha256(b"".join(part.read_bytes() for part in parts_of(file)) + _helpers()).hexdigest()
+    """sha256 of all that an op's file computes with, hex: itself, its parts, and the kernels' files they import."""
+    return _sha256(_reached(file, lambda imports: True))
+
+
+def _sha256(files: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(_read(file)[0] for file in files)).hexdigest()
 
 
 SPACES: dict[str, Space] = {}

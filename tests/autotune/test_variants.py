@@ -230,14 +230,23 @@ def test_a_mask_that_sdpa_does_not_know(autocast: bool) -> None:
 
 def test_triton_is_not_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     class CUDA:
-        is_cuda, shape, dtype = True, (1, 2, 5, 4), torch.bfloat16
+        is_cuda, device, shape, dtype = True, torch.device("cuda", 0), (1, 2, 5, 4), torch.bfloat16
 
     monkeypatch.setattr(routes, "_cudnn_takes", lambda *a: True)
     monkeypatch.setattr(routes, "use_triton", lambda q: True)
+    monkeypatch.setattr(routes, "PLANS", routes.Plans())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
+    recording = False
     q: Any = CUDA()
     arguments = (q, q, q, *(None,) * 8, True, 0, 0, 1.0, 0.0)
     assert routes.Call(*arguments).backend == "cudnn"
     assert routes.Call(*arguments, route="triton").backend == "triton"
+    recording = True  # a CUDA graph, where no plan can be made
+    assert routes.Call(*arguments).backend == "cudnn"
+    q.shape = (1, 2, 7, 4)
+    assert routes.Call(*arguments).backend == "triton"
+    recording = False
+    assert routes.Call(*arguments).backend == "cudnn"
 
 
 def test_every_sample_of_attention_by_the_other_routes() -> None:

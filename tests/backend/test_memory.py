@@ -4,17 +4,22 @@ for batches of any size, and out of memory is no end.
 
 from __future__ import annotations
 
+import math
 import operator
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 
 import fastft
 from fastft import _torch_compat as compat
-from fastft import memory, offload, partitioner, reporting
+from fastft import costs, memory, offload, partitioner, reporting
+from fastft.kernels import lora_mlp
 from fastft.memory import MEASURED, Memory, Planned, layouts
 from fastft.options import OptionError, Options, bytes_of
 from fastft.partitioner import Walk, drop_views
@@ -819,6 +824,92 @@ def test_plans_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
         check_equal(step(network, batch(seq), call=call), step(network, batch(seq)))
     assert len(fastft.report().memory) == 1
     assert "no plan is made after 1" in fastft.report().plan["memory"]
+
+
+@pytest.fixture
+def any_size(at: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Walk, list[sympy.Symbol]]:
+    """The walk of a graph whose batch and length are symbols, and these: one layer is kept, one has its MLP by slices
+    and leaves something behind before and after it.
+    """
+
+    def lasting(node: torch.fx.Node) -> Any:
+        if node.target is not torch.ops.fastft.attention.default:
+            return costs.lasting(node)
+        rows = node.args[0].meta["val"].shape[2]
+        return lambda size: 1000 * size(rows)
+
+    monkeypatch.setattr(partitioner, "lasting", lasting)
+    monkeypatch.setattr(lora_mlp, "FEWEST", 8)
+    monkeypatch.setattr(lora_mlp, "SLICES", 3)
+    made = planned_calls(monkeypatch)
+    at(KEEP, ALL)
+    torch._dynamo.reset()
+    reporting.reset()
+    options = {"residual": "eager", "strict": True, "memory": "fast"}
+    torch.compile(model(checkpointing=True, lora=0.0), backend="fastft", dynamic=True, options=options)(**batch())
+    (planned,) = made
+    (plan,) = planned.memory.plans
+    assert the_plan()["sliced"] == 1 and any(step.in_one_piece for step in plan.walk.steps)
+    return plan.walk, list(planned.memory.symbols.values())
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_an_expression_is_evaluated_once_for_each_batch_size(
+    any_size: Any, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each tensor: batches of random lengths have a new size at every step."""
+    walk, symbols = any_size
+    walk.recorded = recorded
+    walk.peak({symbol: 16 for symbol in symbols})
+    found, subs = Counter[sympy.Basic](), sympy.Basic.subs
+
+    def counted(e: sympy.Basic, *args: Any, **kwargs: Any) -> Any:
+        found[e] += 1
+        return subs(e, *args, **kwargs)
+
+    monkeypatch.setattr(sympy.Basic, "subs", counted)
+    walk.peak(sizes := {symbol: 20 for symbol in symbols})
+    assert set(symbols) <= set(found) and set(found.values()) == {1}
+    walk.held(sizes)
+    assert set(found.values()) == {1}
+
+
+def test_what_lives_is_what_a_plain_count_says(any_size: Any) -> None:
+    """At every step, for any sizes, one after the other; a symbol that they lack is what it was when traced."""
+    walk, symbols = any_size
+
+    def counted(sizes: dict[sympy.Symbol, int], sliced: bool, stay: set[str]) -> list[int]:
+        def size(n: Any) -> int:
+            e = compat.size_expression(n).subs(sizes)
+            return compat.size_hint(n) or 0 if e.free_symbols else int(e)
+
+        number = {name: math.prod(map(size, t.shape)) * t.element_size() for name, t in walk.tensors.items()}
+        assert walk.bytes_of(sizes) == number
+        stays = 0
+        for _ in range(2):  # the first step leaves something to the second
+            found, there = [], set()
+            for one in walk.steps:
+                there.update(one.makes)
+                own = one.lasting(size) if one.lasting else 0
+                stays = max(stays, own) if one.lasting else 0
+                scratch = (not sliced and one.in_one_piece) or one.scratch
+                found.append(walk.rounded + sum(number[t] for t in there) + scratch(size) - own + stays)
+                there -= {*one.frees} - stay
+        return found
+
+    draw, kept = random.Random(0), {*walk.saved, *walk.incoming}
+    batches = [{symbol: draw.randint(2, 3000) for symbol in symbols} for _ in range(3)]
+    peaks = set()
+    for sizes in (*batches, batches[0], {symbols[-1]: 99}, {}):
+        incoming = sum(n for name, n in walk.bytes_of(sizes).items() if name in walk.incoming)
+        for sliced in (True, False):
+            lives = [counted(sizes, sliced, stay) for stay in (set[str](), kept)]
+            assert [live for _, live in walk._lives(sizes, sliced)] == lives[0]
+            assert [live for _, live in walk._lives(sizes, sliced, frozenset(kept))] == lives[1]
+            for walk.recorded, peak in ((False, max(lives[0])), (True, max(lives[1]) + incoming)):
+                assert walk.peak(sizes, sliced) == peak
+                peaks.add(peak)
+    assert len(peaks) == 5 * 4  # each of these is another
 
 
 # ------------------------------------------------------------------------------------------------------- out of memory

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastft.kernels import _attention_routes as routes
 from fastft.kernels._op import INTERPRET
 from fastft.kernels._triton import HAS_TRITON
 
@@ -38,3 +39,9 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test is computed by another kernel for what tests before it called."""
+    monkeypatch.setattr(routes, "PLANS", routes.Plans())

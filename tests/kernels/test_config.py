@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import timeit
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,54 +141,70 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rms_norm.FORWARD._kept) <= 3
 
 
-HELPERS = ("config", "dense_weights", "maths", "products", "rows", "side_by_side", "triton")
+#: File of a kernel → the files that decide what it launches: device code, configurations. And files that it computes
+#: with beside these, which are in an op's source, not in its launches'.
+LAUNCHES = {
+    "rms_norm": (["_config", "_rows", "rms_norm"], ["_op"]),
+    "nf4": (["_config", "nf4"], ["_op"]),
+    "lora_glu": (["_config", "_rows", "glu", "lora_glu"], ["_products", "_dense_weights", "lora_linear", "nf4"]),
+    "norm_rotary": (["_config", "_rows", "norm_rotary", "rms_norm", "rotary"], ["_op"]),
+    "attention": (
+        ["_attention_triton", "_config", "_maths", "_rows", "attention"],
+        ["_attention_mask", "_attention_pytorch", "_attention_routes"],
+    ),
+    "linear_cross_entropy": (
+        ["_config", *(f"_linear_cross_entropy_{part}" for part in ("chunks", "fused", "triton")), "_maths", "_rows",
+         "linear_cross_entropy"],
+        ["_linear_cross_entropy_call", "_products"],
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("edited", ["rms_norm.py", *(f"_{name}.py" for name in HELPERS)])
-def test_an_edit_of_what_decides_a_launch_is_another_source(
-    edited: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The kernel's own file, and the helpers that it launches with."""
-    for file in (rms_norm.FORWARD.file, *_config.HELPERS):
+@pytest.fixture
+def copied(tmp_path: Path) -> Iterator[Path]:
+    """A folder with a copy of the kernels' files, which may be edited."""
+    for file in Path(_config.__file__).parent.glob("*.py"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(_config, "HELPERS", tuple(tmp_path / file.name for file in _config.HELPERS))
-
-    def source() -> str:
-        _config._helpers.cache_clear()
-        return _config.source_of(tmp_path / "rms_norm.py")
-
-    try:
-        before = source()
-        assert before == rms_norm.FORWARD.source
-        with (tmp_path / edited).open("a", encoding="utf-8") as file:
-            file.write("# edited\n")
-        assert source() != before
-    finally:
-        _config._helpers.cache_clear()
+    yield tmp_path
+    _config._read.cache_clear()
 
 
-PARTS = {
-    "attention": ("mask", "pytorch", "routes", "triton"),
-    "linear_cross_entropy": ("call", "chunks", "fused", "triton"),
-}
-
-
-@pytest.mark.parametrize("home", PARTS)
-def test_an_edit_of_a_part_is_another_source(home: str, tmp_path: Path) -> None:
-    """A file's kernels and spaces may stand in another one: ``_attention_triton.py``."""
+@pytest.mark.parametrize("kernel", LAUNCHES)
+def test_an_edit_of_what_decides_a_launch_is_another_source(kernel: str, copied: Path) -> None:
+    """The kernel's own file, its parts, and the device code and configurations that it imports; and nothing else, or
+    what was tuned would be void for an edit of what a kernel never loads.
+    """
     fastft.kernels.load()
-    (file,) = {space.file for space in SPACES.values() if space.kernel.partition(".")[0] == home}
-    parts = _config.parts_of(file)
-    assert [part.name for part in parts] == [f"{home}.py", *(f"_{home}_{name}.py" for name in PARTS[home])]
-    for part in parts:
-        (tmp_path / part.name).write_bytes(part.read_bytes())
-    source = _config.source_of(file)
-    assert _config.source_of(tmp_path / file.name) == source
-    for part in parts[1:]:
-        with (tmp_path / part.name).open("a", encoding="utf-8") as edited:
-            edited.write("# edited\n")
-        assert _config.source_of(tmp_path / file.name) != source
-        (tmp_path / part.name).write_bytes(part.read_bytes())
+    launches, others = LAUNCHES[kernel]
+    (file,) = {space.file for space in SPACES.values() if space.file.stem == kernel}
+    assert [path.stem for path in _config.launching(file)] == launches
+    mine = copied / file.name
+
+    def sources() -> tuple[str, str]:
+        _config._read.cache_clear()
+        return _config._sha256(_config.launching(mine)), _config.source_of(mine)
+
+    before = sources()
+    assert before == (next(s.source for s in SPACES.values() if s.file == file), _config.source_of(file))
+    for path in sorted(copied.glob("*.py")):
+        text = path.read_text()
+        path.write_text(f"{text}# edited\n")
+        launched, whole = (now != then for now, then in zip(sources(), before, strict=True))
+        assert launched == (path.stem in launches), path.name
+        assert whole or path.stem not in (*launches, *others), path.name
+        path.write_text(text)
+
+
+def test_a_users_file_has_what_it_imports_in_its_source(copied: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    mine = tmp_path_factory.mktemp("user") / "mine.py"
+    imports = "from fastft.kernels import (\n    glu,\n    rotary as other,\n)\nfrom fastft.kernels._rows import size\n"
+    mine.write_text(f"import torch\n{imports}")
+    assert [path.stem for path in _config.launching(mine)] == ["_config", "_rows", "glu", "mine", "rotary"]
+    assert {"_op", "_triton"} < {path.stem for path in _config._reached(mine, lambda _: True)}
+    before = _config.source_of(mine)
+    mine.write_text(f"{mine.read_text()}# edited\n")
+    _config._read.cache_clear()
+    assert _config.source_of(mine) != before
 
 
 def test_a_name_is_taken_once() -> None:

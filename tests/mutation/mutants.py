@@ -62,8 +62,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "adapters: their half-precision copies are not in the predicted peak",
         "backend/partitioner.py",
-        "set[str](), self.rounded, 0",
-        "set[str](), 0, 0",
+        "initial=self.rounded",
+        "initial=0",
         "tests/backend/test_rounding.py -k in_the_predicted",
     ),
     Mutant(
@@ -147,15 +147,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "planner: the scratch is gone after its op",
         "backend/partitioner.py",
-        "            stays = 0 if step.lasting is None else max(stays, own)\n",
-        "            stays = own\n",
+        "            stays = 0 if step.lasting is None else max(stays, lasts)\n            scratch =",
+        "            stays = lasts\n            scratch =",
         "tests/backend/test_memory.py -k leaves_behind",
     ),
     Mutant(
         "planner: the scratch of the step before is gone",
         "backend/partitioner.py",
-        "            stays = 0 if step.lasting is None else max(stays, step.lasting(size))\n",
-        "            stays = 0\n",
+        "  # as a step leaves it to the next one\n            stays = 0 if step.lasting is None else max(stays, lasts)\n",
+        "\n            stays = 0\n",
         "tests/backend/test_memory.py -k leaves_behind",
     ),
     Mutant(
@@ -1621,6 +1621,17 @@ MUTANTS: tuple[Mutant, ...] = (
         "{**self.heuristic(*key), **(self._look_up(key) or {})}",
         "{**(self._look_up(key) or {}), **self.heuristic(*key)}",
         "tests/kernels/test_config.py -k looks_up_once",
+    ),
+    *(
+        Mutant(f"config: {name}", "kernels/_config.py", old, new, "tests/kernels/test_config.py -k source")
+        for name, old, new in (
+            ("a file's imports are not in its source", "(*parts_of(at), *_read(at)[1])", "parts_of(at)"),
+            ("a file's parts are not in its source", "(*parts_of(at), *_read(at)[1])", "_read(at)[1]"),
+            ("what is imported over several lines is overlooked", "import (\\([^)]*\\)|.+)$", "import (.+)$"),
+            ("device code decides no launch", ' or "jit" in names', ' or "git" in names'),
+            ("configurations decide no launch", 'return "_config" in names or', "return"),
+            ("a source depends on where files are", "sorted(found, key=lambda path: path.name)  #", "sorted(found)  #"),
+        )
     ),
     Mutant(
         "config: a launch changes what is kept for the next",
