@@ -292,7 +292,7 @@ Size = Callable[[Any], int]
 
 
 def nothing(size: Size) -> int:
-    """What calls have that take no buffers for themselves: most of a graph's, so that who adds up can tell."""
+    """Of a call that takes no buffers for itself. Most take none: who adds up knows this one, and leaves it out."""
     return 0
 
 

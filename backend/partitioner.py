@@ -289,7 +289,7 @@ class Walk:
     backward begins with are copied.
 
     Every new batch size asks for the peak, and layers are alike: what does not depend on sizes is worked out once, and
-    an expression is evaluated once for sizes, since sympy takes longer for one than all else does for a layer.
+    each expression is evaluated once for given sizes: sympy takes longer for one than the rest of a layer does.
     """
 
     def __init__(
@@ -490,7 +490,7 @@ class Walk:
 
         size, (order, there) = self._size(sizes), self._order(stay)
         number = self._bytes_of_kinds(size)
-        number += [-n for n in reversed(number)]  # ``~kind`` is where the kind's stands
+        number += [-n for n in reversed(number)]  # at ``~kind``: what goes
         live, stays = list(accumulate((number[kind] for kind in order), initial=self.rounded)), 0
         own = [0 if step.lasting in (None, nothing) else step.lasting(size) for step in self.steps]
         for step, lasts in zip(self.steps, own, strict=True):  # as a step leaves it to the next one
@@ -501,8 +501,8 @@ class Walk:
             yield step, live[at] + (0 if scratch is nothing else scratch(size)) - lasts + stays
 
     def _order(self, stay: frozenset[str]) -> tuple[list[int], list[int]]:
-        """The kinds of tensors in the order that they come, and ``~kind`` where one goes; for each step, how many of
-        that have been when it runs.
+        """The kinds of tensors in the order that these are made, with ``~kind`` where one is freed, and, for each step,
+        how many of both have been when it runs. Sizes change nothing of it.
         """
         if stay not in self._orders:
             kind, order, there, live = self._kinds[1], list[int](), list[int](), set[str]()

@@ -49,6 +49,12 @@ def _softcap(s, scale, SOFTCAP: tl.constexpr, ROUNDED: tl.constexpr):
 
 
 @jit
+def _in_twos(lse):
+    """A natural logarithm, which all that compute attention leave and take, in units of log₂e, as scores are here."""
+    return lse * 1.4426950408889634
+
+
+@jit
 def _load(at, mask, MASKED: tl.constexpr):
     """A tile, zero where ``mask`` is False; without looking at the mask where it is known to be True everywhere."""
     if MASKED:
@@ -221,7 +227,7 @@ def _forward_kernel(
     # A query that saw no key: out = 0, and L = +∞ makes its p, and so its gradients, 0 in the backward.
     blind = l_i == 0.0
     acc = acc / tl.where(blind, 1.0, l_i)[:, None] * KEPT
-    lse = tl.where(blind, float("inf"), m_i + tl.log2(tl.where(blind, 1.0, l_i)))
+    lse = tl.where(blind, float("inf"), (m_i + tl.log2(tl.where(blind, 1.0, l_i))) * 0.6931471805599453)
     tl.store(lse_ptr + head.to(tl.int64) * Sq + rows, lse, mask=valid)
     out_at = out_ptr + b * o_b + h * o_h + at[:, None] * o_s + dv[None, :]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (dv < DV)[None, :])
@@ -259,7 +265,7 @@ def _delta_kernel(
         asked = tl.sum((do != 0.0).to(tl.int32), 1) > 0
         tl.store(asked_ptr + tl.program_id(0), tl.max(tl.where(asked, rows + 1, 0), 0))
     if HAS_SINKS:
-        p = exp2(tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634 - lse)
+        p = exp2(_in_twos(tl.load(sinks_ptr + h).to(tl.float32)) - _in_twos(lse))
         tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(p * delta, 0))
 
 
@@ -341,7 +347,7 @@ def _dq_kernel(
         mask=valid[:, None] & (dv < DV)[None, :],
         other=0.0,
     )
-    lse = tl.load(lse_ptr + head.to(tl.int64) * Sq + rows, mask=valid, other=float("inf"))
+    lse = _in_twos(tl.load(lse_ptr + head.to(tl.int64) * Sq + rows, mask=valid, other=float("inf")))
     delta = tl.load(delta_ptr + head.to(tl.int64) * Sq + rows, mask=valid, other=0.0)
     dense_rows = dense_ptr + b * dense_b + h * dense_h + tl.minimum(at, Sq - 1) * dense_m
 
@@ -420,7 +426,7 @@ def _dkdv_tiles(
             if CAUSAL:
                 seen = seen & (cols[:, None] <= rows[None, :])
             s = tl.where(seen, s, float("-inf"))
-        p = _weights(s, lse[None, :], Sk, DENSE)
+        p = _weights(s, _in_twos(lse)[None, :], Sk, DENSE)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if DROP > 0:
             dropped = _kept(p, seed, rows[None, :], cols[:, None], head, DROP)

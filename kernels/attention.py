@@ -34,7 +34,8 @@ all layers. Of packed documents that is all: the CPU needs to know nothing about
 padding mask it says on the CPU which kind it is. That answer is on its way while the CPU launches what comes before the
 first attention, which waits for it: an event of the step's very beginning, no synchronisation of what was launched
 since. When padding hides nothing, attention is plainly causal and goes to cuDNN, which plain Triton does not match on
-Hopper; everything else goes to the Triton kernels here. ``bench/kernels.py`` times both.
+Hopper, unless sizes change so often that its plans for them are not worth their time; everything else goes to the
+Triton kernels here. ``bench/kernels.py`` times both.
 
 Backward, from the saved out and logsumexp L, with do the gradient of out (FlashAttention 2,
 https://arxiv.org/abs/2307.08691, section 3.1)::
@@ -50,7 +51,8 @@ owns a tile of keys for all query heads of the group: no atomics.
 
 Shapes: q ``[B, Hq, Sq, D]``, k ``[B, Hk, Sk, D]``, v ``[B, Hk, Sk, Dv]``, out ``[B, Hq, Sq, Dv]``, of any strides; out
 and the gradients lie in memory as ``[B, S, H, D]``, which is what the projections around attention read and write.
-Saved: q, k, v, out, and one fp32 number for each query and head.
+Saved: q, k, v, out, and L, one fp32 number for each query and head. Whoever computes a forward, anyone can compute its
+backward: who is taken may have changed (a size that now has a plan, a user's switches of PyTorch's attention).
 
 Beside the op, its reference and its launches, which are here: ``_attention_mask.py`` has the mask and dropout's draw,
 ``_attention_routes.py`` what is supported and who computes a call, ``_attention_triton.py`` the Triton kernels, and

@@ -786,6 +786,45 @@ def test_no_more_sizes_are_counted_than_there_is_room_for(monkeypatch: pytest.Mo
     assert plans.worth(sized(16), x), "what has a plan keeps it"
 
 
+@pytest.mark.parametrize("case", [Case(), Case(padding="right", hq=4, hk=2), Case(softcap=3.0, sinks=True)], ids=str)
+def test_what_is_saved_is_the_natural_logsumexp(case: Case) -> None:
+    """Of whoever computes the forward; so that another one may compute the backward."""
+    tensors, mask = inputs(case, HALF)
+    saved: list[torch.Tensor] = []
+    forward = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    q, k, _, *sinks = (t.detach().double() for t in tensors)
+    s = q @ k.repeat_interleave(case.hq // case.hk, 1).transpose(-1, -2) * case.d**-0.5
+    s = torch.tanh(s / case.softcap) * case.softcap if case.softcap else s
+    shown = visible(case.sq, case.sk, torch.device(DEVICE), causal=True, padding=mask["padding"])
+    s = s.masked_fill(~shown, -torch.inf)
+    s = torch.cat((s, sinks[0][None, :, None, None].expand(*s.shape[:-1], 1)), -1) if sinks else s
+    for route in ("auto", "triton"):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        with forward:
+            module._attend(route, *leaves[:3], routes.Options(**mask, sinks=leaves[3] if sinks else None))
+        (found,) = (t for t in saved if t.shape == (case.b, case.hq, case.sq) and t.is_floating_point())
+        seen = shown.any(-1).expand_as(found)
+        torch.testing.assert_close(found[seen].double(), s.logsumexp(-1)[seen], rtol=1e-2, atol=2e-2)
+        saved.clear()
+
+
+@pytest.mark.skipif(not INTERPRET, reason="where there is a GPU, test_sizes_that_change_are_ours_on_cuda")
+@pytest.mark.parametrize("case", [Case(), Case(padding="right", hq=4, hk=2), Case(softcap=3.0, sinks=True)], ids=str)
+def test_another_one_may_compute_the_backward(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch after a forward of Triton's kernel, and the other way round."""
+    tensors, mask = inputs(case, torch.float32)
+    do = torch.randn(case.b, case.hq, case.sq, case.dv)
+    plain, exact = run(called(sdpa, mask), tensors, do), run(called(reference, mask), [t.double() for t in tensors], do)
+    for ours in ((True, False), (False, True)):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        monkeypatch.setattr(routes, "use_triton", lambda q, first=ours[0]: first)
+        out = called(attention, mask)(*leaves)
+        monkeypatch.setattr(routes, "use_triton", lambda q, then=ours[1]: then)
+        grads = torch.autograd.grad(out, leaves, do)
+        for name, a, b, e in zip(("dq", "dk", "dv"), grads, plain[1:], exact[1:], strict=False):
+            assert_within(f"{name} ({case}, {ours})", a, b, e, length=case.sk)
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_sizes_that_change_are_ours_on_cuda() -> None:
     """Beyond the first four; and what the forward of one computed is what the backward of the other takes."""
@@ -1188,6 +1227,21 @@ MUTANTS = (
             ("kinds share their first sizes", "kind = q.device, q.dtype, call.heads", "kind = q.device, call.heads"),
             ("all sizes that there ever were are counted", "            lost.clear()", "            pass"),
             ("a plan is made in a recording", "if q.is_cuda and torch.cuda.is_current_stream_capturing()", "if False"),
+        )
+    ),
+    *(
+        Mutant(
+            f"attention: {name}",
+            "kernels/_attention_triton.py",
+            old,
+            new,
+            "tests/kernels/test_attention.py -k 'natural or another_one or (forward_and_gradients and sinks)'",
+            interpret=True,
+        )
+        for name, old, new in (
+            ("the logsumexp is left in units of log₂e", " * 0.6931471805599453)", ")"),
+            ("the logsumexp is taken in units of log₂e", "return lse * 1.4426950408889634", "return lse"),
+            ("the logsumexp of a sink's weight is taken so", "- _in_twos(lse))", "- lse)"),
         )
     ),
     Mutant(

@@ -66,6 +66,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "initial=0",
         "tests/backend/test_rounding.py -k in_the_predicted",
     ),
+    *(
+        Mutant(f"peak: {name}", "backend/partitioner.py", old, new, f"tests/backend/test_memory.py -k {test}")
+        for name, old, new, test in (
+            ("expressions are evaluated again", "if e not in known:", "if True:", "evaluated_once"),
+            ("a size is what it was for the first batch", "if of != sizes:", "if not of:", "plain_count"),
+            ("what stays is what stayed before", "if stay not in self._orders:", "if not self._orders:", "plain_count"),
+        )
+    ),
     Mutant(
         "launches: a tensor's alignment is not asked for",
         "kernels/_triton.py",
