@@ -74,8 +74,8 @@ def _space(kernel: str, alive: int, tile: int) -> Space:
     """``alive``: values of the tile that are in registers at once; ``tile``: its elements, as far as there are so many.
 
     A program holds ``TILE`` elements of a token's heads at a time. One warp needs nobody for a head's sum: of twelve
-    launches of six models on an H100 ten were up to 37 % faster so than with four warps and four times the elements
-    (`fastft tune`). ``PROGRAMS``: programs for each processor, where they write partial rows of dweight.
+    launches of six models on an H100 nine were fastest by one, by up to 37 % (`fastft tune`). ``PROGRAMS``: programs
+    for each processor, where they write partial rows of dweight.
     """
 
     def heuristic(
