@@ -30,7 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Run as a script, Python puts bench/ first on the path, where kernels.py would pass for the Hub's package of that name.
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-from bench import train  # noqa: E402
+from bench.implementations import IMPLEMENTATIONS, checkpoint, checkpoint_root, say  # noqa: E402
+from bench.running import SCHEMA, device_info, measured_commit, package_versions, timed  # noqa: E402
+from bench.setting import Setup  # noqa: E402
+from bench.shapes import MODELS  # noqa: E402
+from bench.train import gib, option, write  # noqa: E402
 
 if __name__ == "__main__":
     del sys.path[0]
@@ -59,8 +63,8 @@ def lengths(asked: Sequence[int], bisect: int, fits: Callable[[int], bool]) -> i
 class Context:
     """A model that is loaded once, and steps of any length. ``result`` gets the rows as they come."""
 
-    def __init__(self, setup: train.Setup, root: Path, cap: int | None, result: dict[str, Any]) -> None:
-        self.implementation = train.IMPLEMENTATIONS[setup.impl]
+    def __init__(self, setup: Setup, root: Path, cap: int | None, result: dict[str, Any]) -> None:
+        self.implementation = IMPLEMENTATIONS[setup.impl]
         if self.implementation.first is not None:
             self.implementation.first()
         import torch
@@ -68,10 +72,10 @@ class Context:
         self.setup, self.result = setup, result
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if self.cuda else "cpu")
-        result |= {"device": train._device(), "versions": train._versions()}
+        result |= {"device": device_info(), "versions": package_versions()}
         torch.manual_seed(setup.seed)
-        with train._timed(result, "load_s"):
-            self.model = self.implementation.load(setup, train.checkpoint(setup.model, root))
+        with timed(result, "load_s"):
+            self.model = self.implementation.load(setup, checkpoint(setup.model, root))
         self.free()
         if cap is not None and self.cuda:
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
@@ -114,7 +118,7 @@ class Context:
         ]
         self.optimizer.zero_grad(set_to_none=True)
         self.free()
-        train.say(f"{tokens:,} tokens: {row['status']}, {row['step_s']} s, peak {train._gib(row['peak_bytes'])} GiB")
+        say(f"{tokens:,} tokens: {row['status']}, {row['step_s']} s, peak {gib(row['peak_bytes'])} GiB")
         return bool(row["status"] == "ok")
 
     def _reports(self) -> list[Any]:
@@ -128,7 +132,7 @@ class Context:
         import torch
 
         generator = torch.Generator().manual_seed(self.setup.seed + 1)
-        vocabulary = train.MODELS[self.setup.model]["vocab_size"]
+        vocabulary = MODELS[self.setup.model]["vocab_size"]
         for _ in range(self.setup.steps):
             # Ids 0 to 3 are the tokenizer's special tokens.
             x = torch.randint(4, vocabulary, (1, tokens), generator=generator).to(self.device)
@@ -149,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastft bench context", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--impl", default="fastft", help=", ".join(train.IMPLEMENTATIONS))
-    parser.add_argument("--model", default="llama-3.1-8b", help=f"one of {', '.join(train.MODELS)}")
+    parser.add_argument("--impl", default="fastft", help=", ".join(IMPLEMENTATIONS))
+    parser.add_argument("--model", default="llama-3.1-8b", help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--quant", default="nf4", help="nf4 or bf16 (default nf4)")
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank, on all linears (default 32)")
     parser.add_argument("--tokens", required=True, help="lengths to try, shortest first: 131072,262144,400000")
@@ -159,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cap", default=None, help="bytes that PyTorch's allocator may take: 24GiB, 24GB")
     parser.add_argument("--host", default=None, help="bytes of host memory for offloading (fastft)")
     parser.add_argument("--memory", default="lean", help='fastft\'s option: "lean" (default), "auto", "16GiB"')
-    parser.add_argument("--options", type=train._option, action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--options", type=option, action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--checkpoints", type=Path, default=None, help="folder of checkpoints")
     parser.add_argument("--out", type=Path, default=None, help="JSON file, written anew after every length")
     return parser
@@ -177,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = dict(a.options)
         if a.impl == "fastft":
             options = {"memory": a.memory, **({} if a.host is None else {"host_memory": a.host}), **options}
-        setup = train.Setup(
+        setup = Setup(
             impl=a.impl, model=a.model, quant=a.quant, rank=a.rank, batch=1, seq=max(asked), steps=a.steps,
             warmup=1, options=options,
         )  # fmt: skip
@@ -187,18 +191,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OptionError) as error:
         parser.error(str(error))
     result: dict[str, Any] = {
-        "schema": train.SCHEMA, "kind": "context", "impl": a.impl, "model": a.model, "quant": a.quant, "rank": a.rank,
-        "cap_bytes": cap, "options": options, "commit": train._commit(), "argv": sys.argv, "rows": [],
+        "schema": SCHEMA, "kind": "context", "impl": a.impl, "model": a.model, "quant": a.quant, "rank": a.rank,
+        "cap_bytes": cap, "options": options, "commit": measured_commit(), "argv": sys.argv, "rows": [],
     }  # fmt: skip
-    context = Context(setup, a.checkpoints or train.checkpoint_root(), cap, result)
+    context = Context(setup, a.checkpoints or checkpoint_root(), cap, result)
 
     def fits(tokens: int) -> bool:
         found = context.fits(tokens)
-        train.write(result, a.out)
+        write(result, a.out)
         return found
 
     result["longest"] = lengths(asked, a.bisect, fits)
-    train.write(result, a.out)
+    write(result, a.out)
     if a.out is None:
         print(json.dumps(result, indent=1))
     return 0 if result["longest"] else 1

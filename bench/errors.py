@@ -36,8 +36,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Run as a script, Python puts bench/ first on the path, where kernels.py would pass for the Hub's package of that name.
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-from bench import train  # noqa: E402
+from bench.implementations import QUIET, load_stock, say  # noqa: E402
+from bench.running import device_info, measured_commit, package_versions  # noqa: E402
+from bench.setting import Setup, one_of  # noqa: E402
 from bench.shapes import MODELS  # noqa: E402
+from bench.train import option, write  # noqa: E402
 
 if __name__ == "__main__":
     del sys.path[0]
@@ -79,11 +82,11 @@ def load(setting: str, fields: dict[str, Any]) -> Any:
         fields.pop("model_type"), **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, **fields}
     )
     torch.manual_seed(0)
-    setup = train.Setup(impl="eager", model=MODEL, quant=quant, train=trained, checkpointing=False)
+    setup = Setup(impl="eager", model=MODEL, quant=quant, train=trained, checkpointing=False)
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-        return train.load_stock(setup, Path(folder))
+        return load_stock(setup, Path(folder))
 
 
 def draw(model: Any, seed: int, batch: int, seq: int) -> dict[str, Any]:
@@ -155,7 +158,7 @@ def measure(setting: str, a: argparse.Namespace, result: dict[str, Any]) -> None
                 else:
                     errors.setdefault(value, {}).setdefault(name, []).append(error)
             del found
-            train.say(f"{setting}, seed {seed}, {name}: {time.perf_counter() - start:.1f} s")
+            say(f"{setting}, seed {seed}, {name}: {time.perf_counter() - start:.1f} s")
     result["trained"] = {"tensors": len(one.trained), "parameters": sum(p.numel() for p in one.trained.values())}
     result["exact"] = str(one.wide).removeprefix("torch.")
     result["replaced"] = {k: v for report in reporting.reports() for k, v in report.counts.items()}
@@ -223,7 +226,7 @@ def run_models(a: argparse.Namespace) -> dict[str, Any]:
                 if files[setting].exists():
                     rows[setting] = json.loads(files[setting].read_text())["rows"][0]
                 result["rows"] = list(rows.values())
-                train.write(result, a.out)
+                write(result, a.out)
             time.sleep(0.2)
     return result
 
@@ -256,9 +259,9 @@ def _head(command: str, a: argparse.Namespace) -> dict[str, Any]:
         "command": command,
         "setup": setup,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": train._commit(),
-        "device": train._device(),
-        "versions": train._versions(),
+        "commit": measured_commit(),
+        "device": device_info(),
+        "versions": package_versions(),
     }
 
 
@@ -413,7 +416,7 @@ def run_ops(a: argparse.Namespace) -> dict[str, Any]:
             start = time.perf_counter()
             for what, values in op_rows(name, case, getattr(torch, dtype)):
                 found.setdefault((name, dtype, what), []).extend({"shape": str(shape), **v} for v in values)
-            train.say(f"{name}, {shape}, {dtype}: {time.perf_counter() - start:.1f} s")
+            say(f"{name}, {shape}, {dtype}: {time.perf_counter() - start:.1f} s")
     rows = []
     for (name, dtype, what), values in found.items():
         worst = max(values, key=lambda v: v["ratio"])
@@ -453,9 +456,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes = {"layers": 4, "hidden": 2048, "vocab": 32000, "batch": 2, "seq": 512, "seeds": 16}
     for name, default in sizes.items():
         model.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    model.add_argument(
-        "--options", type=train._option, action="append", default=[], metavar="KEY=VALUE", help="for fastft"
-    )
+    model.add_argument("--options", type=option, action="append", default=[], metavar="KEY=VALUE", help="for fastft")
     ops = commands.add_parser("ops", help="outputs and gradients of every op")
     ops.add_argument("--dtypes", type=_words, default=["bfloat16", "float16"], help="default bfloat16,float16")
     ops.add_argument("--seq", type=int, default=1024, help="tokens on a GPU (default 1024)")
@@ -475,16 +476,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--device is {a.device!r}; it is cpu or cuda")
         for name, known in (("settings", SETTINGS), ("impls", IMPLS)) if a.command == "model" else ():
             for word in getattr(a, name):
-                train._one_of(f"--{name}", word, known)
+                one_of(f"--{name}", word, known)
         for word in a.dtypes if a.command == "ops" else ():
-            train._one_of("--dtypes", word, ("bfloat16", "float16", "float32"))
+            one_of("--dtypes", word, ("bfloat16", "float16", "float32"))
     except ValueError as error:
         parser.error(str(error))
-    os.environ.update(train.QUIET)
+    os.environ.update(QUIET)
     if a.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     result = run_models(a) if a.command == "model" else run_ops(a)
-    train.write(result, a.out)
+    write(result, a.out)
     from rich.console import Console
 
     console = Console(width=150)

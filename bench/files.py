@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import train
+from bench import running
+from bench.running import device_info, measured_commit, package_versions
+from bench.train import compared
 
 SCHEMA = 1
 #: Differences smaller than this share are none, however quiet the machine was; the tuner's too.
@@ -79,9 +81,9 @@ def head(kind: str, argv: Sequence[str]) -> dict[str, Any]:
         "kind": kind,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "argv": list(argv),
-        "commit": train._commit(),
-        "device": train._device(),
-        "versions": train._versions(),
+        "commit": measured_commit(),
+        "device": device_info(),
+        "versions": package_versions(),
     }
 
 
@@ -115,10 +117,10 @@ def load(path: Path) -> Result:
         if "baseline" in data and isinstance(data.get("rows"), list):
             kind = "train"
         elif "impl" in data and "status" in data:  # one run: a comparison of one
-            kind, data = "train", train.compared({data["impl"]: [data]}, 1, data["impl"], data)
+            kind, data = "train", compared({data["impl"]: [data]}, 1, data["impl"], data)
     if kind not in ("kernels", "train") or not isinstance(data.get("rows"), list):
         raise NotAResult(f"{path} is a result file, but of neither `bench kernels` nor `bench train`")
-    known = SCHEMA if kind == "kernels" else train.SCHEMA
+    known = SCHEMA if kind == "kernels" else running.SCHEMA
     if data["schema"] != known:
         raise NotAResult(f"{path} has schema {data['schema']!r}; this version reads schema {known}")
     return Result(path, kind, data)

@@ -18,7 +18,7 @@ import torch
 
 import fastft
 import fastft.kernels
-from bench import context, train
+from bench import context, implementations, running, setting, train
 from bench.shapes import MODELS, PRIMARY, SHAPES, linears, shapes
 from fastft import compiler, reporting
 
@@ -34,7 +34,7 @@ FIGURES = {"load_s", "first_step_s", "step_ms", "tokens_per_s", "peak_bytes", "l
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
-    train.write_checkpoint("tiny", root / "tiny")
+    implementations.write_checkpoint("tiny", root / "tiny")
     return root
 
 
@@ -44,8 +44,8 @@ def _environment():
         yield
 
 
-def setup(impl: str, **changes) -> train.Setup:
-    return train.Setup(
+def setup(impl: str, **changes) -> setting.Setup:
+    return setting.Setup(
         impl=impl, **{"model": "tiny", "quant": "bf16", "batch": 2, "seq": 16, "steps": 2, "warmup": 1, **changes}
     )
 
@@ -124,26 +124,26 @@ DOCUMENTS = {"batch": 2, "seq": 20, "document": 4}
 
 
 def first_batch(impl: str = "eager", **changes) -> dict[str, torch.Tensor]:
-    return next(train.batches(setup(impl, **{**DOCUMENTS, **changes}), "cpu"))
+    return next(setting.batches(setup(impl, **{**DOCUMENTS, **changes}), "cpu"))
 
 
 def test_documents_fill_every_row():
-    rows = train.documents(setup("eager", batch=64, seq=8192, document=512))
+    rows = setting.documents(setup("eager", batch=64, seq=8192, document=512))
     lengths = [n for row in rows for n in row]
     assert all(sum(row) == 8192 for row in rows) and len(lengths) == 64 * 16
     assert 256 <= min(lengths) < 262 and 762 < max(lengths) <= 768
     assert statistics.pstdev(lengths) == pytest.approx(512 / 12**0.5, rel=0.05)  # each length as likely
-    assert rows == train.documents(setup("unsloth", batch=64, seq=8192, document=512, data="padded"))
-    assert rows != train.documents(setup("eager", batch=64, seq=8192, document=512, seed=1))
-    assert [sum(row) for row in train.documents(setup("eager", seq=7, document=4))] == [7, 7]
-    assert [row[-1] for row in train.documents(setup("eager", **DOCUMENTS))] == [4, 4]
+    assert rows == setting.documents(setup("unsloth", batch=64, seq=8192, document=512, data="padded"))
+    assert rows != setting.documents(setup("eager", batch=64, seq=8192, document=512, seed=1))
+    assert [sum(row) for row in setting.documents(setup("eager", seq=7, document=4))] == [7, 7]
+    assert [row[-1] for row in setting.documents(setup("eager", **DOCUMENTS))] == [4, 4]
 
 
 def test_forms_hold_the_same_documents():
     """Full: the same tokens. Packed: positions begin again at each document, whose first token is no target. Padded:
     on the right, masked, no target.
     """
-    full, packed, padded = (first_batch(data=data) for data in train.DATA)
+    full, packed, padded = (first_batch(data=data) for data in setting.DATA)
     assert torch.equal(packed["input_ids"], full["input_ids"]) and full["labels"] is full["input_ids"]
     begins = packed["position_ids"] == 0
     assert begins[:, 0].all() and torch.equal(packed["labels"] == -100, begins)
@@ -152,12 +152,12 @@ def test_forms_hold_the_same_documents():
     assert torch.equal(real, padded["attention_mask"].cummin(1).values.bool())
     assert torch.equal(padded["input_ids"][real], packed["input_ids"].flatten())
     assert torch.equal(real.sum(1), torch.diff(begins.flatten().nonzero().flatten(), append=torch.tensor([40])))
-    assert torch.equal(padded["labels"] == -100, ~real) and (padded["input_ids"][~real] == train.PAD).all()
+    assert torch.equal(padded["labels"] == -100, ~real) and (padded["input_ids"][~real] == setting.PAD).all()
 
 
 def test_steps_differ_and_shapes_do_not():
     for data in ("packed", "padded"):
-        steps = train.batches(setup("eager", **DOCUMENTS, data=data), "cpu")
+        steps = setting.batches(setup("eager", **DOCUMENTS, data=data), "cpu")
         found = [next(steps) for _ in range(4)]
         for name, value in found[0].items():
             assert len({tuple(step[name].shape) for step in found}) == 1
@@ -167,7 +167,7 @@ def test_steps_differ_and_shapes_do_not():
 def test_random_lengths():
     """From a quarter of --seq to all of it, each as likely, by the seed; the same for every implementation."""
     def found(impl: str, count: int = 400, **changes) -> list[int]:
-        steps = train.batches(setup(impl, seq=16, lengths="random", **changes), "cpu")
+        steps = setting.batches(setup(impl, seq=16, lengths="random", **changes), "cpu")
         shapes = [next(steps)["input_ids"].shape for _ in range(count)]
         assert {batch for batch, _ in shapes} == {2}
         return [seq for _, seq in shapes]
@@ -215,7 +215,7 @@ def test_loss_of_packed_and_padded_is_the_same(checkpoints):
 
 @pytest.mark.parametrize(("impl", "options"), [("eager", {}), ("fastft", {"residual": "eager", "strict": True})])
 def test_run(impl, options, checkpoints):
-    result = train.run(setup(impl, options=options), checkpoints)
+    result = running.run(setup(impl, options=options), checkpoints)
     assert result["status"] == "ok", result["error"]
     assert set(result) >= ALWAYS | FIGURES
     assert json.loads(json.dumps(result)) == result
@@ -231,12 +231,12 @@ def test_run(impl, options, checkpoints):
 def test_a_run_says_what_compiling_took(checkpoints):
     """By torch's phases; Dynamo alone is what no backend's first step can take less than. Eager compiles nothing."""
     torch._dynamo.reset()
-    result = train.run(setup("dynamo"), checkpoints)
+    result = running.run(setup("dynamo"), checkpoints)
     assert result["status"] == "ok", result["error"]
     seconds = list(result["compile_s"].values())
     assert seconds == sorted(seconds, reverse=True) and min(seconds) >= 0.1
     assert max(seconds) == result["compile_s"]["_compile.compile_inner"] < result["first_step_s"] + 0.01
-    assert "compile_s" not in train.run(setup("eager"), checkpoints)
+    assert "compile_s" not in running.run(setup("eager"), checkpoints)
 
 
 def test_run_of_random_lengths(checkpoints):
@@ -244,14 +244,14 @@ def test_run_of_random_lengths(checkpoints):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     changes = {"lengths": "random", "seq": 24, "steps": 6, "warmup": 2, "options": {"residual": "eager"}}
-    result = train.run(setup("fastft", **changes), checkpoints)
+    result = running.run(setup("fastft", **changes), checkpoints)
     assert result["status"] == "ok", result["error"]
     lengths = result["lengths"]
     assert len(lengths) == len(result["graphs"]) == 8 and len(set(lengths)) > 2
     assert result["graphs"] == [1] + [2] * 7
     seconds = sum(result["step_ms"]["all"]) / 1e3
     assert result["tokens_per_s"] == pytest.approx(2 * sum(lengths[2:]) / seconds, rel=1e-3)
-    eager = train.run(setup("eager", **{**changes, "options": {}}), checkpoints)
+    eager = running.run(setup("eager", **{**changes, "options": {}}), checkpoints)
     assert eager["lengths"] == lengths and "graphs" not in eager
     assert result["loss"] == pytest.approx(eager["loss"], abs=5e-3)
 
@@ -266,9 +266,11 @@ def test_run_of_random_lengths(checkpoints):
 def test_adam_in_8_bits(checkpoints):
     pytest.importorskip("bitsandbytes")
     changes = {"train": "full", "optimizer": "adamw8bit", "lr": 1e-2, "steps": 4}
-    of = {bits: train.run(setup("eager", **{**changes, "optimizer": bits}), checkpoints) for bits in train.OPTIMIZERS}
+    of = {
+        name: running.run(setup("eager", **{**changes, "optimizer": name}), checkpoints) for name in setting.OPTIMIZERS
+    }
     assert of["adamw"]["loss"][:2] == of["adamw8bit"]["loss"][:2] and of["adamw"]["loss"] != of["adamw8bit"]["loss"]
-    made = train._optimizer(setup("eager", **changes), [torch.zeros(4096, requires_grad=True)])
+    made = running._optimizer(setup("eager", **changes), [torch.zeros(4096, requires_grad=True)])
     assert type(made).__name__ == "AdamW8bit"
     assert train.optimizer_of(of["adamw8bit"]["setup"]) == ", AdamW in 8 bits"
     assert train.optimizer_of(of["adamw"]["setup"]) == ""
@@ -276,7 +278,7 @@ def test_adam_in_8_bits(checkpoints):
 
 def test_implementations_see_the_same_data_and_weights(checkpoints):
     eager, fast = (
-        train.run(setup(i, options=o), checkpoints) for i, o in (("eager", {}), ("fastft", {"residual": "eager"}))
+        running.run(setup(i, options=o), checkpoints) for i, o in (("eager", {}), ("fastft", {"residual": "eager"}))
     )
     assert fast["loss"][0] == pytest.approx(eager["loss"][0], abs=5e-3)
 
@@ -284,9 +286,9 @@ def test_implementations_see_the_same_data_and_weights(checkpoints):
 @pytest.mark.parametrize("data", ["packed", "padded"])
 def test_documents_in_every_form(data, checkpoints):
     """One loss whatever the form and the implementation; fastft knows the form and builds no mask of it."""
-    packed = train.run(setup("eager", **DOCUMENTS, data="packed"), checkpoints)
+    packed = running.run(setup("eager", **DOCUMENTS, data="packed"), checkpoints)
     torch._dynamo.reset()
-    fast = train.run(setup("fastft", **DOCUMENTS, data=data, options={"residual": "eager"}), checkpoints)
+    fast = running.run(setup("fastft", **DOCUMENTS, data=data, options={"residual": "eager"}), checkpoints)
     assert packed["status"] == fast["status"] == "ok"
     assert fast["loss"] == pytest.approx(packed["loss"], abs=1e-3)
     shape = list(first_batch(data=data)["input_ids"].shape)
@@ -304,8 +306,8 @@ def test_documents_in_every_form(data, checkpoints):
 
 
 def test_full_training_trains_every_parameter(checkpoints):
-    full = train.run(setup("eager", train="full", checkpointing=False), checkpoints)
-    adapters = train.run(setup("eager", rank=4, checkpointing=False), checkpoints)
+    full = running.run(setup("eager", train="full", checkpointing=False), checkpoints)
+    adapters = running.run(setup("eager", rank=4, checkpointing=False), checkpoints)
     assert full["status"] == adapters["status"] == "ok"
     # 2 layers: attention 2 · 64 · 64 + 2 · 64 · 32, MLP 3 · 64 · 176, two norms; embeddings, head, last norm.
     assert full["trained_parameters"] == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176 + 2 * 64) + 2 * 512 * 64 + 64
@@ -323,7 +325,7 @@ def test_steps_of_sft_trainer(trained, optimizer, checkpoints, monkeypatch):
     quick = functools.partial(compiler.fastft, options={"residual": "eager"})
     monkeypatch.setitem(_COMPILER_FNS, "fastft", quick)  # Inductor would take half a minute
     changes = {"trainer": "sft", "train": trained, "optimizer": optimizer, "rank": 4, "warmup": 2}
-    eager, fast = (train.run(setup(impl, **changes), checkpoints) for impl in ("eager", "fastft"))
+    eager, fast = (running.run(setup(impl, **changes), checkpoints) for impl in ("eager", "fastft"))
     for result in (eager, fast):
         assert result["status"] == "ok", result["error"]
         assert set(result) >= ALWAYS | FIGURES and json.loads(json.dumps(result)) == result
@@ -335,7 +337,7 @@ def test_steps_of_sft_trainer(trained, optimizer, checkpoints, monkeypatch):
 
 
 def test_profile_lists_what_took_time(checkpoints):
-    result = train.run(setup("eager"), checkpoints, profile=True, timeline=True)
+    result = running.run(setup("eager"), checkpoints, profile=True, timeline=True)
     assert result["kernels"] and {"name", "calls", "ms"} <= set(result["kernels"][0])
     if not torch.cuda.is_available():
         assert "no memory history of a CPU" in result["timeline_note"]
@@ -343,7 +345,7 @@ def test_profile_lists_what_took_time(checkpoints):
 
 def test_idle_times():
     ran = [(100.0, 400.0, "a"), (350.0, 380.0, "beside"), (410.0, 1000.0, "b"), (1500.0, 2000.0, "c")]
-    found = train.idle(ran[::-1], 2.4)
+    found = running.idle(ran[::-1], 2.4)
     assert found.pop("copying") == {"ms": 0, "largest": []}
     assert found == {
         "wall_ms": 2.4,
@@ -354,7 +356,7 @@ def test_idle_times():
         "largest": [{"ms": 0.5, "after": "b", "before": "c"}, {"ms": 0.01, "after": "a", "before": "b"}],
     }
     copies = [(390.0, 405.0, "Memcpy DtoH (Device -> Pinned)"), (900.0, 1300.0, "Memcpy HtoD (Pinned -> Device)")]
-    found = train.idle([*ran, *copies], 2.4)
+    found = running.idle([*ran, *copies], 2.4)
     assert found["busy_ms"] == 1.695 and found["copying"] == {
         "ms": 0.305,
         "largest": [
@@ -365,7 +367,7 @@ def test_idle_times():
 
 
 def test_a_failure_is_a_result(checkpoints):
-    result = train.run(setup("fastft", options={"no_such_option": 1}), checkpoints)
+    result = running.run(setup("fastft", options={"no_such_option": 1}), checkpoints)
     assert result["status"] == "failed" and "no_such_option" in result["error"]
     assert set(result) >= ALWAYS and "traceback" in result
 
@@ -376,18 +378,18 @@ def test_xformers_that_cannot_load_is_a_failure(checkpoints, monkeypatch):
     def cannot(path, mode):
         raise OSError(f"{path}: cannot open shared object file")
 
-    monkeypatch.setattr(train.ctypes, "CDLL", cannot)
-    result = train.run(setup("unsloth_xformers"), checkpoints)
+    monkeypatch.setattr(implementations.ctypes, "CDLL", cannot)
+    result = running.run(setup("unsloth_xformers"), checkpoints)
     assert result["status"] == "failed" and "pip install nvidia-cuda-runtime-cu12 (libcudart.so.12" in result["error"]
 
-    monkeypatch.setattr(train.ctypes, "CDLL", lambda path, mode: None)
+    monkeypatch.setattr(implementations.ctypes, "CDLL", lambda path, mode: None)
     modules = {
         name: types.ModuleType(name) for name in ("unsloth", "unsloth.utils", "unsloth.utils.attention_dispatch")
     }
-    monkeypatch.setattr(train, "load_unsloth", lambda *_: pytest.fail("loaded without xformers"))
+    monkeypatch.setattr(implementations, "load_unsloth", lambda *_: pytest.fail("loaded without xformers"))
     modules["unsloth.utils.attention_dispatch"].HAS_XFORMERS = False
     with mock.patch.dict(sys.modules, modules):
-        result = train.run(setup("unsloth_xformers"), checkpoints)
+        result = running.run(setup("unsloth_xformers"), checkpoints)
     assert result["status"] == "failed" and "no xformers that works here" in result["error"]
 
 
@@ -396,14 +398,14 @@ def test_cuda_12_is_taken_from_where_pip_puts_it(tmp_path, monkeypatch):
     library = tmp_path / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so.12"
     library.parent.mkdir(parents=True)
     library.touch()
-    monkeypatch.setattr(train.ctypes, "CDLL", lambda path, mode: loaded.append(path))
-    monkeypatch.setattr(train, "import_unsloth", lambda: loaded.append("unsloth"))
+    monkeypatch.setattr(implementations.ctypes, "CDLL", lambda path, mode: loaded.append(path))
+    monkeypatch.setattr(implementations, "import_unsloth", lambda: loaded.append("unsloth"))
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     dispatch = types.ModuleType("unsloth.utils.attention_dispatch")
     dispatch.HAS_XFORMERS = True
     packages = {name: types.ModuleType(name) for name in ("unsloth", "unsloth.utils")}
     with mock.patch.dict(sys.modules, {**packages, dispatch.__name__: dispatch}):
-        train.import_unsloth_with_xformers()
+        implementations.import_unsloth_with_xformers()
     assert loaded == [str(library), "unsloth"]
 
 
@@ -462,7 +464,7 @@ def test_compare_of_documents(checkpoints, tmp_path, capsys, monkeypatch):
         asked.append((parsed.impl, parsed.data, parsed.options))
         own = setup(parsed.impl, data=parsed.data, document=parsed.document, seq=parsed.seq)
         said = {"status": "ok", "error": None, "setup": dataclasses.asdict(own), "loss": [2.0], "peak_bytes": None}
-        data = train.described(own, next(train.batches(own, "cpu")))
+        data = setting.described(own, next(setting.batches(own, "cpu")))
         return {**said, "step_ms": {"all": [10.0]}, "tokens_per_s": 4000.0, "first_step_s": 1.0, "data": data}
 
     monkeypatch.setattr(train, "run_apart", apart)
@@ -470,7 +472,7 @@ def test_compare_of_documents(checkpoints, tmp_path, capsys, monkeypatch):
     given = [*SMALL, "--seq", "20", "--document", "4", "--data", "packed", "--checkpoints", str(checkpoints)]
     assert train.main(["compare", "--impls", *impls, *given, "--out", str(tmp_path / "out.json")]) == 0
     assert asked == [("unsloth", "packed", []), ("unsloth", "padded", []), ("fastft", "full", [("fuel", 3)])]
-    shown, longest = capsys.readouterr().out, max(map(max, train.documents(setup("eager", **DOCUMENTS))))
+    shown, longest = capsys.readouterr().out, max(map(max, setting.documents(setup("eager", **DOCUMENTS))))
     assert "2×20 real tokens in documents of 4 ± 2, no device" in shown
     assert "packed 1×40" in shown and f"padded 10×{longest}" in shown
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
@@ -501,7 +503,7 @@ def test_arguments(capsys):
     assert train._specs(["eager,inductor", "fastft:disable=rotary,attention;fuel=3"]) == [
         "eager", "inductor", "fastft:disable=rotary,attention;fuel=3",
     ]  # fmt: skip
-    assert train._option("fuel=3") == ("fuel", 3) and train._option("residual=eager") == ("residual", "eager")
+    assert train.option("fuel=3") == ("fuel", 3) and train.option("residual=eager") == ("residual", "eager")
     assert train.chosen("unsloth") == ("unsloth", None, [])
     assert train.chosen("fastft:fuel=3;data=padded") == ("fastft", "padded", ["fuel=3"])
     for impls, message in (

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import fastft.cli
-from bench import cli, files, gate, report, tables, train
+from bench import cli, files, gate, report, running, tables, train
 from bench.tables import OURS
 from fastft.autotune.search import LEAST
 
@@ -65,7 +65,7 @@ def steps(times: dict[str, list[float] | str], **setup: Any) -> dict[str, Any]:
         good = {"status": "ok", "error": None, "step_ms": spread, "peak_bytes": 9 * 2**30, "first_step_s": 60.0}
         more = {"loss": [5.0, 4.0], "device": {"name": "H100"}, "versions": {"torch": "2.11.0"}}
         more["kernels"] = [{"name": "nvjet_gemm", "calls": 3, "ms": 60.0}, {"name": "mystery", "calls": 1, "ms": 2.0}]
-        more["timeline"] = train.timeline_of(EVENTS, 2**30, 0.0, [("forward", 0.0), ("backward", 1500.0)])
+        more["timeline"] = running.timeline_of(EVENTS, 2**30, 0.0, [("forward", 0.0), ("backward", 1500.0)])
         return {**said, **good, **more}
 
     return train.compared({impl: [run(impl, ms)] for impl, ms in times.items()}, 1, next(iter(times)))
@@ -634,7 +634,7 @@ def test_parts_of_a_step(kernel, part):
 
 
 def test_timeline_of_events():
-    line = train.timeline_of(EVENTS, 2**30, 0.0, [("forward", 0.0), ("backward", 1500.0)], bins=3)
+    line = running.timeline_of(EVENTS, 2**30, 0.0, [("forward", 0.0), ("backward", 1500.0)], bins=3)
     assert line["peak_bytes"] == 3 * 2**30 and line["phases_ms"] == {"forward": 0.0, "backward": 1.5}
     # a bin's most and its last: the peak is kept, however short it was
     assert line["points"] == [[0.0, 2**30], [1.0, 2 * 2**30], [1.001, 3 * 2**30], [1.002, 2 * 2**30], [3.0, 2**30]]
@@ -642,7 +642,7 @@ def test_timeline_of_events():
     assert here["bytes"] == nowhere["bytes"] == 2**30 and here["count"] == 1
     name, text = here["at"].split(" ", 1)
     assert name == f"{Path(__file__).name}:1" and text and Path(__file__).read_text().startswith(text)
-    assert train.timeline_of([], 5, 0.0, [])["points"] == [[0.0, 5]]
+    assert running.timeline_of([], 5, 0.0, [])["points"] == [[0.0, 5]]
 
 
 def test_timeline_switches_the_history_off_again(monkeypatch):
@@ -658,10 +658,10 @@ def test_timeline_switches_the_history_off_again(monkeypatch):
         begins("forward")
         begins("backward")
 
-    line = train._timeline(step)
+    line = running._timeline(step)
     assert (line["start_bytes"], line["peak_bytes"]) == (3, 10) and list(line["phases_ms"]) == ["forward", "backward"]
     with pytest.raises(ZeroDivisionError):
-        train._timeline(lambda begins: 1 / 0)
+        running._timeline(lambda begins: 1 / 0)
     assert said == ["all", None, "all", None]
 
 
