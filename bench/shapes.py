@@ -2,8 +2,8 @@
 
 :data:`MODELS` holds architectures as their published ``config.json`` states them, in transformers' own field names;
 ``bench/implementations.py`` builds models from the same rows. :data:`SHAPES` is derived from it: for each model and op,
-the sizes that op meets in that model, at a few (batch, seq) working points. A shape tagged ``test`` is small and odd on purpose:
-sizes that are no multiple of a block, one row, one head.
+the sizes that op meets in that model, at a few (batch, seq) working points. A shape tagged ``test`` is small and odd on
+purpose: sizes that are no multiple of a block, one row, one head.
 
     for shape in shapes("rms_norm", tag="test"):
         x = torch.randn(shape["batch"], shape["seq"], shape["hidden"])
