@@ -57,6 +57,7 @@ def _constant(value: float, symbolic: bool) -> sympy.Expr:
         sympy.sqrt(2 * pi),
         2 * sympy.sqrt(2 / pi),
         1 / sympy.log(2),
+        sympy.log(2),
     ):
         if abs(float(c) - value) <= near:
             return c if symbolic else c.evalf(DIGITS)

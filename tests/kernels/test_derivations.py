@@ -235,6 +235,7 @@ def test_rotary_backward_turns_back(style: str, body: str) -> None:
 def test_floats_are_read_as_what_they_stand_for() -> None:
     assert exact(0.044715) == sympy.Rational(44715, 10**6)
     assert exact(math.sqrt(0.5)) == (sympy.sqrt(2) / 2).evalf(DIGITS)
+    assert exact(1.4426950408889634) * exact(0.6931471805599453) == pytest.approx(1, abs=1e-39)
     assert exact(1 / 1.25) == sympy.Rational(4, 5)
     assert exact(float("-inf")) == -sympy.oo
     assert exact(0.7071067811) != exact(math.sqrt(0.5))

@@ -274,7 +274,10 @@ def _derivations() -> list[Derivation]:
 
 DERIVATIONS = {"norm_rotary": _derivations}
 
-SMALL_TILES = {"processors": lambda device: 1, "_tile": lambda *_: {"TILE": 4, "num_warps": 1, "PROGRAMS": 2}}
+SMALL_TILES = {
+    "processors": lambda device: 1,
+    **{f"{way}.heuristic": lambda *_: {"TILE": 4, "num_warps": 1, "PROGRAMS": 2} for way in ("FORWARD", "BACKWARD")},
+}
 
 MUTANTS = (
     *(
