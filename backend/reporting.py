@@ -219,7 +219,7 @@ def report() -> Report:
     """All graphs' reports merged into one, with Dynamo's count of graph breaks and recompilations, and the bridges."""
     from fastft import bridges
     from fastft.autotune import store, variants
-    from fastft.kernels import _config
+    from fastft.kernels import _attention_routes, _config
     from fastft.kernels._op import FAILED
 
     breaks = dict(graph_breaks() - _OTHER_BREAKS)
@@ -234,6 +234,8 @@ def report() -> Report:
         merged.merge_plan(one.plan)
         merged.memory += one.memory
         merged.parts.append(one)
+    if sizes := _attention_routes.PLANS.said():
+        merged.merge_plan({"attention": sizes})
     merged.errors += [f"kernel {name} failed, PyTorch runs in its place: {why}" for name, why in FAILED.items()]
     merged.errors += [f"no tuned configuration of {name}: {why}" for name, why in _config.FAILED.items()]
     merged.errors += [f"file not used: {line}" for line in store.problems()]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import running
+from bench.running import SCHEMA as RUN_SCHEMA
 from bench.running import device_info, measured_commit, package_versions
 from bench.train import compared
 
@@ -120,7 +120,7 @@ def load(path: Path) -> Result:
             kind, data = "train", compared({data["impl"]: [data]}, 1, data["impl"], data)
     if kind not in ("kernels", "train") or not isinstance(data.get("rows"), list):
         raise NotAResult(f"{path} is a result file, but of neither `bench kernels` nor `bench train`")
-    known = SCHEMA if kind == "kernels" else running.SCHEMA
+    known = SCHEMA if kind == "kernels" else RUN_SCHEMA
     if data["schema"] != known:
         raise NotAResult(f"{path} has schema {data['schema']!r}; this version reads schema {known}")
     return Result(path, kind, data)

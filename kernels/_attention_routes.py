@@ -250,8 +250,8 @@ class Plans:
     """
 
     #: Seconds that a plan takes, both directions together, in a step of training; seconds that our kernel needs more
-    #: than cuDNN's in either direction, for each FLOP of the forward (H100: 1.6 to 2.5e-15 at 4 x 1,290 to 1 x 7,777
-    #: tokens of 32 heads of 128).
+    #: than cuDNN's in either direction, for each FLOP of the forward. By a probe on an H100 (``bench/NOTES.md``);
+    #: ``bench/plans.py`` measures them.
     PLAN, LOST = 0.2, 2e-15
     #: Sizes of a kind that have a plan at once; sizes without one that are counted, before all are counted anew.
     AT_ONCE, COUNTED = 4, 4096
@@ -278,6 +278,13 @@ class Plans:
             lost.clear()
         lost[size] = so_far
         return False
+
+    def said(self) -> str:
+        """For the report; empty where every size has a plan."""
+        planned = sum(len(sizes) for sizes, _ in self._kinds.values())
+        others = sum(len(sizes) for _, sizes in self._kinds.values())
+        said = f"cuDNN has plans for {planned} sizes; {others} did not come often enough for one, and are computed"
+        return f"{said} by Triton's kernel" if others else ""
 
 
 PLANS = Plans()

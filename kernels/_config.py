@@ -166,7 +166,7 @@ def _read(file: Path) -> tuple[bytes, dict[Path, set[str]]]:
     """A file's sha256; and the kernels' files that it imports, and which names of each. Read once for a process."""
     text, folder = file.read_bytes(), _folder(file)
     found: dict[Path, set[str]] = {}
-    for module, listed in _IMPORT.findall(text.decode()):
+    for module, listed in _IMPORT.findall(text.decode(errors="replace")):
         names = {words.split()[0] for words in listed.strip("()").split(",") if words.strip()}
         for of, taken in {module: names}.items() if module else {name: {name} for name in names}.items():
             if (path := folder / f"{of}.py").exists():

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
+import fastft
 from fastft.compare import assert_within, compare, rounding
 from fastft.kernels import _attention_mask as masks
 from fastft.kernels import _attention_pytorch as pytorch
@@ -753,12 +754,17 @@ def sized(length: int, batch: int = 4, heads: int = 32, causal: bool = True) -> 
     return SimpleNamespace(**sizes, causal=causal)
 
 
-def test_first_sizes_have_a_plan_at_once() -> None:
+def test_first_sizes_have_a_plan_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four of each kind; whoever trains on sizes that stay never leaves cuDNN."""
     plans, x = routes.Plans(), torch.empty(0, dtype=torch.bfloat16)
     for _ in range(2):
         assert [plans.worth(sized(n), x) for n in (512, 513, 514, 515)] == [True] * 4
+    assert plans.said() == ""
     assert not plans.worth(sized(516), x) and not plans.worth(sized(512, batch=3), x)
+    ours = "cuDNN has plans for 4 sizes; 2 did not come often enough for one, and are computed by Triton's kernel"
+    assert plans.said() == ours
+    monkeypatch.setattr(routes, "PLANS", plans)
+    assert fastft.report().plan["attention"] == ours
     for other in (sized(516, heads=16), sized(516, causal=False)):
         assert plans.worth(other, x)
     assert plans.worth(sized(516), x.half()) and not plans.worth(sized(516), x)
@@ -781,6 +787,7 @@ def test_no_more_sizes_are_counted_than_there_is_room_for(monkeypatch: pytest.Mo
     plans, x = routes.Plans(), torch.empty(0, dtype=torch.bfloat16)
     for n in range(100):
         plans.worth(sized(16 + n), x)
+    assert plans.said().startswith("cuDNN has plans for 4 sizes; ")
     ((planned, lost),) = plans._kinds.values()
     assert len(planned) == routes.Plans.AT_ONCE and 0 < len(lost) <= 8
     assert plans.worth(sized(16), x), "what has a plan keeps it"
