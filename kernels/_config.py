@@ -25,8 +25,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 log = logging.getLogger("fastft")
 
 Config = dict[str, int]
@@ -152,8 +150,11 @@ class Space:
         return _sha256(launching(self.file))
 
 
-#: An import of other kernels' files: ``from fastft.kernels import nf4`` and ``from fastft.kernels._rows import size``.
-_IMPORT = re.compile(r"^ *from fastft\.kernels(?:\.(\w+))? import (\([^)]*\)|.+)$", re.MULTILINE)
+#: An import of other kernels' files: ``from fastft.kernels import nf4``, ``from fastft.kernels._rows import size``, and
+#: ``import fastft.kernels.nf4``.
+_IMPORT = re.compile(
+    r"^ *(?:from fastft\.kernels(?:\.(\w+))? import (\([^)]*\)|.+)|import fastft\.kernels\.(\w+).*)$", re.MULTILINE
+)
 
 
 def _folder(file: Path) -> Path:
@@ -166,7 +167,9 @@ def _read(file: Path) -> tuple[bytes, dict[Path, set[str]]]:
     """A file's sha256; and the kernels' files that it imports, and which names of each. Read once for a process."""
     text, folder = file.read_bytes(), _folder(file)
     found: dict[Path, set[str]] = {}
-    for module, listed in _IMPORT.findall(text.decode(errors="replace")):
+    for module, listed, whole in _IMPORT.findall(text.decode(errors="replace")):
+        if whole:
+            module = listed = whole
         names = {words.split()[0] for words in listed.strip("()").split(",") if words.strip()}
         for of, taken in {module: names}.items() if module else {name: {name} for name in names}.items():
             if (path := folder / f"{of}.py").exists():
@@ -186,16 +189,16 @@ def _reached(file: Path, follow: Callable[[dict[Path, set[str]]], bool]) -> list
 
 
 def launching(file: Path) -> list[Path]:
-    """The files that decide what a kernel's file launches: itself, this one, and, of its parts and of what it imports,
-    those with device code or with configurations. What else is called beside a kernel does not change its time.
+    """The files that decide what a kernel's file launches: itself, and, of its parts and of what it imports, those with
+    device code or with configurations. What else is called beside a kernel does not change its time; nor does this
+    file, which finds configurations and chooses none.
     """
 
     def launches(imports: dict[Path, set[str]]) -> bool:
         names = {path.stem: names for path, names in imports.items()}
         return "_config" in names or "jit" in names.get("_triton", ())
 
-    found = {*_reached(file, launches), _folder(file) / Path(__file__).name}
-    return sorted(found, key=lambda path: path.name)
+    return _reached(file, launches)
 
 
 def parts_of(file: Path) -> list[Path]:
@@ -249,50 +252,3 @@ def crowded(elements: float, warps: int, most: int = REGISTERS) -> str | None:
 def padded(size: int, block: int) -> float:
     """By what factor tiles of ``block`` exceed ``size``."""
     return math.ceil(size / block) * block / size if size else 1.0
-
-
-def two_pieces(n: int) -> tuple[int, int]:
-    """A row's columns in two powers of two: 4608 = 4096 + 512, where one power of two, 8192, would be nearly half
-    empty. The second is 0 where n is a power of two."""
-    head = 1 << (n.bit_length() - 1)
-    return head, 1 << (n - head - 1).bit_length() if n > head else 0
-
-
-def row_space(
-    kernel: str,
-    heuristic: Callable[..., Config],
-    *,
-    values_per_element: int,
-    programs: bool = False,
-    pieces: bool = False,
-) -> Any:
-    """The space of a kernel that keeps tiles of whole rows (``BLOCK_M`` of them) in registers, as norms do.
-
-    ``values_per_element``: how many fp32 values of the tile are alive at once. ``programs``: with how many programs for
-    each processor share the rows where partial sums are written. ``pieces``: with rows in two pieces, each a power of
-    two, where that is less than one power of two. Sizes: rows, N.
-    """
-
-    def legal(config: Config, device: torch.device, dtype: torch.dtype, rows: int, n: int) -> str | None:
-        columns = config["BLOCK_N"]
-        if config.get("PIECES", 1) == 2:
-            columns = sum(two_pieces(n))
-            if columns >= config["BLOCK_N"]:
-                return f"two pieces of {n} are no less than {config['BLOCK_N']}"
-        tile = config["BLOCK_M"] * columns
-        if tile < 32 * config["num_warps"]:
-            return f"{tile} elements for {32 * config['num_warps']} threads"
-        return crowded(values_per_element * tile, config["num_warps"])
-
-    def waste(config: Config, device: torch.device, dtype: torch.dtype, rows: int, n: int) -> tuple[float, float]:
-        columns = sum(two_pieces(n)) if config.get("PIECES", 1) == 2 else config["BLOCK_N"]
-        return padded(rows, config["BLOCK_M"]) * columns / max(n, 1), 1.0
-
-    values: dict[str, tuple[int, ...]] = {"BLOCK_M": (1, 2, 4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8, 16)}
-    if programs:
-        values["PROGRAMS"] = (1, 2, 4, 8)
-    if pieces:
-        values["PIECES"] = (1, 2)
-    space = Space(kernel, values, heuristic, tokens=("rows",), sizes=("n",), legal=legal, waste=waste)
-    space.file = Path(sys._getframe(1).f_code.co_filename)
-    return space

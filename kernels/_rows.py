@@ -1,4 +1,5 @@
-"""How row-wise kernels (norms, gated activations) walk over a tensor ``[..., N]`` without copying it first.
+"""How row-wise kernels (norms, gated activations) walk over a tensor ``[..., N]`` without copying it first, and what
+tiles they hold.
 
 A row is the last axis, contiguous. The other axes are visited in the memory order of the first tensor and merged where
 every tensor allows it, which leaves at most two of them for everything that models make: one for a dense tensor in any
@@ -10,11 +11,16 @@ elements.
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import sympy
 import torch
 
+from fastft.kernels._config import Config, Space, crowded, padded
 from fastft.kernels._triton import cdiv, jit, next_power_of_2, tl
 
 
@@ -90,6 +96,53 @@ def row_tile(n: int, each: int, held: int | None = None) -> tuple[int, int, int]
     ):
         warps *= 2
     return 1, columns, warps
+
+
+def two_pieces(n: int) -> tuple[int, int]:
+    """A row's columns in two powers of two: 4608 = 4096 + 512, where one power of two, 8192, would be nearly half
+    empty. The second is 0 where n is a power of two."""
+    head = 1 << (n.bit_length() - 1)
+    return head, 1 << (n - head - 1).bit_length() if n > head else 0
+
+
+def row_space(
+    kernel: str,
+    heuristic: Callable[..., Config],
+    *,
+    values_per_element: int,
+    programs: bool = False,
+    pieces: bool = False,
+) -> Any:
+    """The space of a kernel that keeps tiles of whole rows (``BLOCK_M`` of them) in registers, as norms do.
+
+    ``values_per_element``: how many fp32 values of the tile are alive at once. ``programs``: with how many programs for
+    each processor share the rows where partial sums are written. ``pieces``: with rows in two pieces, each a power of
+    two, where that is less than one power of two. Sizes: rows, N.
+    """
+
+    def legal(config: Config, device: torch.device, dtype: torch.dtype, rows: int, n: int) -> str | None:
+        columns = config["BLOCK_N"]
+        if config.get("PIECES", 1) == 2:
+            columns = sum(two_pieces(n))
+            if columns >= config["BLOCK_N"]:
+                return f"two pieces of {n} are no less than {config['BLOCK_N']}"
+        tile = config["BLOCK_M"] * columns
+        if tile < 32 * config["num_warps"]:
+            return f"{tile} elements for {32 * config['num_warps']} threads"
+        return crowded(values_per_element * tile, config["num_warps"])
+
+    def waste(config: Config, device: torch.device, dtype: torch.dtype, rows: int, n: int) -> tuple[float, float]:
+        columns = sum(two_pieces(n)) if config.get("PIECES", 1) == 2 else config["BLOCK_N"]
+        return padded(rows, config["BLOCK_M"]) * columns / max(n, 1), 1.0
+
+    values: dict[str, tuple[int, ...]] = {"BLOCK_M": (1, 2, 4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8, 16)}
+    if programs:
+        values["PROGRAMS"] = (1, 2, 4, 8)
+    if pieces:
+        values["PIECES"] = (1, 2)
+    space = Space(kernel, values, heuristic, tokens=("rows",), sizes=("n",), legal=legal, waste=waste)
+    space.file = Path(sys._getframe(1).f_code.co_filename)
+    return space
 
 
 #: Elements for each thread at least, where little is held beside the row, and where its sums are (an H100's best).

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastft.kernels._config import Config, row_space, two_pieces
+from fastft.kernels._config import Config
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import (
@@ -33,11 +33,13 @@ from fastft.kernels._rows import (
     SAME_SUMS,
     processors,
     row_offset,
+    row_space,
     row_tile,
     row_values,
     rows_of,
     size,
     tile_at,
+    two_pieces,
 )
 from fastft.kernels._triton import cdiv, jit, tl
 

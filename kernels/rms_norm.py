@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from fastft.kernels._config import Config, row_space
+from fastft.kernels._config import Config
 from fastft.kernels._inputs import Inputs, Model, New
 from fastft.kernels._op import Cost, Op, Reason, Recompute, check_dtypes, raw_op, register, use_triton
 from fastft.kernels._rows import (
@@ -36,6 +36,7 @@ from fastft.kernels._rows import (
     SAME_SUMS,
     processors,
     row_offset,
+    row_space,
     row_tile,
     row_values,
     rows_of,

@@ -144,16 +144,16 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 #: File of a kernel → the files that decide what it launches: device code, configurations. And files that it computes
 #: with beside these, which are in an op's source, not in its launches'.
 LAUNCHES = {
-    "rms_norm": (["_config", "_rows", "rms_norm"], ["_op"]),
-    "nf4": (["_config", "nf4"], ["_op"]),
-    "lora_glu": (["_config", "_rows", "glu", "lora_glu"], ["_products", "_dense_weights", "lora_linear", "nf4"]),
-    "norm_rotary": (["_config", "_rows", "norm_rotary", "rms_norm", "rotary"], ["_op"]),
+    "rms_norm": (["_rows", "rms_norm"], ["_op"]),
+    "nf4": (["nf4"], ["_op"]),
+    "lora_glu": (["_rows", "glu", "lora_glu"], ["_products", "_dense_weights", "lora_linear", "nf4"]),
+    "norm_rotary": (["_rows", "norm_rotary", "rms_norm", "rotary"], ["_op"]),
     "attention": (
-        ["_attention_triton", "_config", "_maths", "_rows", "attention"],
+        ["_attention_triton", "_maths", "_rows", "attention"],
         ["_attention_mask", "_attention_pytorch", "_attention_routes"],
     ),
     "linear_cross_entropy": (
-        ["_config", *(f"_linear_cross_entropy_{part}" for part in ("chunks", "fused", "triton")), "_maths", "_rows",
+        [*(f"_linear_cross_entropy_{part}" for part in ("chunks", "fused", "triton")), "_maths", "_rows",
          "linear_cross_entropy"],
         ["_linear_cross_entropy_call", "_products"],
     ),
@@ -197,9 +197,9 @@ def test_an_edit_of_what_decides_a_launch_is_another_source(kernel: str, copied:
 
 def test_a_users_file_has_what_it_imports_in_its_source(copied: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     mine = tmp_path_factory.mktemp("user") / "mine.py"
-    imports = "from fastft.kernels import (\n    glu,\n    rotary as other,\n)\nfrom fastft.kernels._rows import size\n"
-    mine.write_text(f"import torch\n{imports}")
-    assert [path.stem for path in _config.launching(mine)] == ["_config", "_rows", "glu", "mine", "rotary"]
+    imports = "from fastft.kernels import (\n    glu,\n    rotary as r,\n)\nfrom fastft.kernels._maths import tanh\n"
+    mine.write_text(f"import torch\nimport fastft.kernels.nf4 as four\n{imports}")
+    assert [path.stem for path in _config.launching(mine)] == ["_maths", "_rows", "glu", "mine", "nf4", "rotary"]
     assert {"_op", "_triton"} < {path.stem for path in _config._reached(mine, lambda _: True)}
     before = _config.source_of(mine)
     mine.write_bytes(b"# -*- coding: latin-1 -*- caf\xe9\n" + mine.read_bytes())
