@@ -250,8 +250,8 @@ class Plans:
     """
 
     #: Seconds that a plan takes, both directions together, in a step of training; seconds that our kernel needs more
-    #: than cuDNN's in either direction, for each FLOP of the forward. By a probe on an H100 (``bench/NOTES.md``);
-    #: ``bench/plans.py`` measures them.
+    #: than cuDNN's in either direction, for each FLOP of the forward. ``bench/plans.py`` measures them; what is decided
+    #: depends on their quotient alone.
     PLAN, LOST = 0.2, 2e-15
     #: Sizes of a kind that have a plan at once; sizes without one that are counted, before all are counted anew.
     AT_ONCE, COUNTED = 4, 4096

@@ -46,6 +46,10 @@ KNOWN = ((3, 6), (3, 7))
 MOST_LAUNCHES = 4096
 #: Bytes to which Triton asks whether a tensor is aligned.
 ALIGNED = 16
+#: Parameters that count tokens, or blocks of them. For an integer that 16 divides Triton compiles a kernel of its own,
+#: which knows what is aligned. Rows are by their widths and strides, which a model fixes; of these, which differ from
+#: batch to batch, it is told nothing, or a run would stop for seconds at its first length of either sort.
+COUNTS = ("rows", "tokens", "seq", "blocks", "tiles", "Sq", "Sk", "owned", "others")
 
 
 class _Unkept(Exception):
@@ -77,7 +81,7 @@ if HAS_TRITON:
         """
 
         def __init__(self, fn: Any) -> None:
-            super().__init__(fn)
+            super().__init__(fn, do_not_specialize_on_alignment=COUNTS)
             self._launches: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
         def __getitem__(self, grid: Any) -> Any:
@@ -122,7 +126,7 @@ def jit(fn: Any) -> Any:
     """``triton.jit``; without Triton the function itself."""
     if not HAS_TRITON:
         return fn
-    stock = triton.jit(fn)
+    stock = triton.jit(fn, do_not_specialize_on_alignment=COUNTS)
     known = tuple(int(part) for part in triton.__version__.split(".")[:2]) in KNOWN and torch.version.hip is None
     # Triton's interpreter is another class.
     return Kernel(fn) if known and type(stock) is triton.JITFunction else stock

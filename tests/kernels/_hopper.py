@@ -24,7 +24,7 @@ from fastft.kernels._config import forget
 from tests.kernels._each import parts
 
 
-class _H100:
+class H100:
     """A driver that knows what it would compile for and can do nothing else."""
 
     def get_current_target(self) -> GPUTarget:
@@ -62,7 +62,7 @@ def compiling(*modules: Any) -> Iterator[list[Any]]:
         return compiled[-1]
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(driver, "_active", _H100()))
+        stack.enter_context(mock.patch.object(driver, "_active", H100()))
         stack.enter_context(mock.patch.object(JITFunction, "run", warm_up))
         for part in (part for module in modules for part in parts(module.__name__.rpartition(".")[2])):
             if hasattr(part, "use_triton"):

@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.shapes import Shape
@@ -30,6 +31,7 @@ from fastft.kernels._inputs import New
 from fastft.kernels._linear_cross_entropy_call import Maths, Wanted
 from fastft.kernels._op import OPS, Op
 from tests.kernels._each import home_of, homes, parts
+from tests.kernels._hopper import H100
 
 #: What a configuration decides, by the names that kernels give it.
 CONFIGURED = (
@@ -70,10 +72,30 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def launches(s: Shape, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """Forward's and backward's launches at one of ``bench/shapes.py``'s sizes; none for ops without Triton kernels."""
     with noting() as found:
-        if s.op in _RUN:
-            _RUN[s.op](s, dtype)
-        elif any(space.file.stem == home_of(OPS[s.op]) for space in SPACES.values()):
-            _call(OPS[s.op], s, dtype)
+        _launch(s, dtype)
+    return found
+
+
+def _launch(s: Shape, dtype: torch.dtype) -> None:
+    if s.op in _RUN:
+        _RUN[s.op](s, dtype)
+    elif any(space.file.stem == home_of(OPS[s.op]) for space in SPACES.values()):
+        _call(OPS[s.op], s, dtype)
+
+
+def compiled(s: Shape, dtype: torch.dtype = torch.bfloat16) -> set[tuple[str, ...]]:
+    """What Triton compiles kernels for at these sizes, without constants: a kernel's name, and of each argument its
+    type and what is known of it (a pointer that is aligned, an integer that 16 divides, or that is 1).
+    """
+    found: set[tuple[str, ...]] = set()
+
+    def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        *_, binder = self.create_binder()
+        _, specialization, _ = binder(*args, **kwargs)
+        found.add((self.__name__, *(str(what) for what in specialization if what[0] != "constexpr")))
+
+    with noting(), mock.patch.object(driver, "_active", H100()), mock.patch.object(JITFunction, "run", note):
+        _launch(s, dtype)
     return found
 
 

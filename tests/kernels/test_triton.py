@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
+import fastft.kernels
+from bench.shapes import MODELS, SHAPES
 from fastft.kernels import _triton
-from fastft.kernels._op import INTERPRET
+from fastft.kernels._config import SPACES
+from fastft.kernels._op import INTERPRET, OPS
 from fastft.kernels._triton import HAS_TRITON, jit, tl, triton
+from tests.kernels._each import home_of
 
 kept = pytest.mark.skipif(not HAS_TRITON or INTERPRET, reason="Triton's interpreter compiles nothing")
 
@@ -169,6 +174,26 @@ def test_an_unknown_version_looks_everything_up(monkeypatch: pytest.MonkeyPatch)
     assert type(jit(_plain.fn)) is _triton.Kernel
     monkeypatch.setattr(triton, "__version__", "4.0.0")
     assert type(jit(_plain.fn)) is triton.JITFunction
+
+
+fastft.kernels.load()
+#: A call of each op with kernels of its own, at some model's sizes.
+AT = {s.op: s for s in SHAPES if s.get("seq") and s.model in MODELS
+      and any(space.file.stem == home_of(OPS[s.op]) for space in SPACES.values())}  # fmt: skip
+
+
+@kept
+@pytest.mark.parametrize("op", AT)
+def test_batches_of_other_lengths_are_computed_by_the_same_compiled_kernels(op: str) -> None:
+    """Odd lengths, and ones that 2, 4 and 16 divide; ones of 16 tiles. A kernel that Triton compiled anew would stop a
+    run for seconds, whenever the first such batch came.
+    """
+    from tests.kernels._launches import compiled
+
+    found = {seq: compiled(replace(AT[op], dims={**AT[op].dims, "batch": 4, "seq": seq}))
+             for seq in (787, 1034, 1432, 704, 1989, 2048)}  # fmt: skip
+    for seq, kernels in found.items():
+        assert kernels and kernels == found[787], seq
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="launches")
