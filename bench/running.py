@@ -47,7 +47,29 @@ def timed(result: dict[str, Any], key: str) -> Iterator[None]:
     say(f"{key} {result[key]}")
 
 
-def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = False, timeline: bool = False) -> None:
+#: When this process began: nothing else of it was imported before.
+STARTED = time.monotonic()
+
+
+def time_is_up(setup: Setup, times: Sequence[float], seconds: float | None, result: dict[str, Any]) -> bool:
+    """Whether the next measured step may end later than ``seconds`` after the start, by the longest of the last ones
+    (``times``, ms); then ``result`` says so. One step is always taken.
+    """
+    if seconds is None or not times or time.monotonic() - STARTED + 1.5e-3 * max(times[-4:]) < seconds:
+        return False
+    result["cut_short"] = f"ended after {len(times)} of {setup.steps} steps: its time ({seconds:.0f} s) was up"
+    say(result["cut_short"])
+    return True
+
+
+def measure(
+    setup: Setup,
+    folder: Path,
+    result: dict[str, Any],
+    profile: bool = False,
+    timeline: bool = False,
+    seconds: float | None = None,
+) -> None:
     """Load, compile, warm up, measure. Figures go into ``result`` as they come, so that a failure keeps what it had."""
     implementation = IMPLEMENTATIONS[setup.impl]
     if implementation.first is not None:
@@ -113,7 +135,9 @@ def measure(setup: Setup, folder: Path, result: dict[str, Any], profile: bool = 
     if cuda:  # the second step is as the others; in it CUDA graphs are recorded, whose replays allocate nothing
         torch.cuda.reset_peak_memory_stats()
     result["warmup_ms"] = [round(timed_step() * 1e3, 3) for _ in range(setup.warmup - 1)]
-    times = [timed_step() * 1e3 for _ in range(setup.steps)]
+    times: list[float] = []
+    while len(times) < setup.steps and not time_is_up(setup, times, seconds, result):
+        times.append(timed_step() * 1e3)
     result["step_ms"] = milliseconds(times)
     if setup.lengths == "random":
         result["lengths"] = lengths.copy()
@@ -164,7 +188,7 @@ def _compile_seconds() -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def measure_sft(setup: Setup, folder: Path, result: dict[str, Any]) -> None:
+def measure_sft(setup: Setup, folder: Path, result: dict[str, Any], seconds: float | None = None) -> None:
     """As :func:`measure`, with the steps of TRL's ``SFTTrainer``."""
     import torch
     from datasets import Dataset
@@ -194,12 +218,14 @@ def measure_sft(setup: Setup, folder: Path, result: dict[str, Any]) -> None:
                     torch.cuda.reset_peak_memory_stats()
             self.start = time.perf_counter()
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if cuda:
                 torch.cuda.synchronize()
             times.append(1e3 * (time.perf_counter() - self.start))
             if len(times) == 1:
                 result["first_step_peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+            if len(times) < steps:
+                control.should_training_stop = time_is_up(setup, times[setup.warmup :], seconds, result)
 
     lora = LoraConfig(r=setup.rank, lora_alpha=16, lora_dropout=0.0, target_modules=targets_of(setup), bias="none")
     with tempfile.TemporaryDirectory(prefix="fastft-bench-") as output:
@@ -468,8 +494,12 @@ def measured_commit() -> str | None:
     return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
 
 
-def run(setup: Setup, root: Path, profile: bool = False, timeline: bool = False) -> dict[str, Any]:
-    """Measure one implementation in this process. A failure is a result too: ``status`` ``failed``, and ``error``."""
+def run(
+    setup: Setup, root: Path, profile: bool = False, timeline: bool = False, seconds: float | None = None
+) -> dict[str, Any]:
+    """Measure one implementation in this process. A failure is a result too: ``status`` ``failed``, and ``error``.
+    ``seconds``: when no more steps are begun, counted from the process's start (None: all are).
+    """
     setup.check()
     os.environ.update(QUIET)
     result: dict[str, Any] = {
@@ -485,9 +515,9 @@ def run(setup: Setup, root: Path, profile: bool = False, timeline: bool = False)
     try:
         folder = checkpoint(setup.model, root)
         if setup.trainer == "sft":
-            measure_sft(setup, folder, result)
+            measure_sft(setup, folder, result, seconds)
         else:
-            measure(setup, folder, result, profile, timeline)
+            measure(setup, folder, result, profile, timeline, seconds)
         result["status"] = "ok"
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"

@@ -59,11 +59,16 @@ if __name__ == "__main__":
 
 # -- several beside each other -----------------------------------------------------------------------------------------
 
+#: Seconds that a run has for its report and its end, of those that it was given.
+ENDING = 8.0
+
 
 def run_apart(
     arguments: Sequence[str], impl: str, *, peers: str | None, caches: Path, timeout: float, log: Any
 ) -> dict[str, Any]:
-    """One run in a process and with compiler caches of its own, killed after ``timeout`` s. A failure is a result."""
+    """One run in a process and with compiler caches of its own, which begins no step that would end after ``timeout``
+    s, and is killed then. A failure is a result.
+    """
     out = caches / "result.json"
     out.unlink(missing_ok=True)
     environment = {**os.environ, **QUIET, **{k: str(caches / v) for k, v in CACHES.items()}, "PYTHONUNBUFFERED": "1"}
@@ -74,6 +79,7 @@ def run_apart(
     if peers and IMPLEMENTATIONS[impl.partition(":")[0]].peer:
         environment["PYTHONPATH"] = peers
     command = [sys.executable, str(Path(__file__).resolve()), "run", *arguments, "--out", str(out)]
+    command += ["--seconds", str(timeout - ENDING)]
     failed = {"schema": SCHEMA, "impl": impl, "status": "failed", "argv": command}
     if timeout < 5:
         return {**failed, "error": "not started: the time of this comparison (--budget) is used up"}
@@ -198,6 +204,7 @@ def merge(impl: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     good = [r for r in runs if r["status"] == "ok"]
     row: dict[str, Any] = {"impl": impl, "status": "ok" if good else "failed", "runs": list(runs)}
     row["error"] = next((r["error"] for r in runs if r["status"] != "ok"), None)
+    row["cut_short"] = next((r["cut_short"] for r in good if "cut_short" in r), None)
     if good:
         setup = good[0]["setup"]
         row["data"] = good[0].get("data")
@@ -251,11 +258,12 @@ def graphs_of(row: dict[str, Any]) -> str:
 
 
 def table(compared: dict[str, Any], title: str) -> Any:
-    """A ``rich`` table of what :func:`compare` returned, with the errors of failed runs under it."""
+    """A ``rich`` table of what :func:`compare` returned, with what failed and what was cut short under it."""
     from rich.markup import escape
     from rich.table import Table
 
-    errors = [f"{r['impl']}: {' '.join(str(r['error']).split())[:300]}" for r in compared["rows"] if r["error"]]
+    said = ((r["impl"], r[key]) for r in compared["rows"] for key in ("error", "cut_short") if r.get(key))
+    errors = [f"{impl}: {' '.join(str(what).split())[:300]}" for impl, what in said]
     told = any(input_of(row) for row in compared["rows"])
     counted = any(graphs_of(row) for row in compared["rows"])
     shown = Table(title=title, title_justify="left", caption=escape("\n".join(errors)) or None, caption_justify="left")
@@ -372,6 +380,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--options", type=option, action="append", default=[], metavar="KEY=VALUE", help="for torch.compile"
     )
+    one.add_argument(
+        "--seconds", type=float, default=None, help="begin no step that would end later, from the start (default: all)"
+    )
     several = commands.add_parser("compare", parents=[setting], help="several beside each other, a process for each")
     several.add_argument(
         "--impls",
@@ -414,7 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             setup.check()
         except ValueError as error:
             parser.error(str(error))
-        result = run(setup, root, a.profile, a.timeline)
+        result = run(setup, root, a.profile, a.timeline, a.seconds)
         ok = result["status"] == "ok"
     else:
         specs = _specs(a.impls)

@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 import types
 from unittest import mock
 
@@ -481,11 +482,37 @@ def test_compare_of_documents(checkpoints, tmp_path, capsys, monkeypatch):
 
 def test_a_run_that_takes_too_long_is_ended(checkpoints, tmp_path):
     with open(tmp_path / "log", "w") as log:
-        arguments = ["--impl", "eager", "--checkpoints", str(checkpoints), *SMALL, "--steps", "1000000"]
+        arguments = ["--impl", "eager", "--checkpoints", str(checkpoints), *SMALL, "--warmup", "1000000"]
         result = train.run_apart(arguments, "eager", peers=None, caches=tmp_path, timeout=6, log=log)
         late = train.run_apart(arguments, "eager", peers=None, caches=tmp_path, timeout=0, log=log)
     assert result["status"] == "failed" and result["error"] == "timed out after 6 s"
+    assert result["argv"][-2:] == ["--seconds", "-2.0"], "before that it begins no step that would end too late"
     assert late["status"] == "failed" and "not started" in late["error"]
+
+
+def test_a_run_whose_time_is_up_keeps_what_it_measured(checkpoints, monkeypatch):
+    monkeypatch.setattr(running, "STARTED", time.monotonic())
+    result = running.run(setup("eager", steps=1000000, warmup=2), checkpoints, seconds=8)
+    done = len(result["step_ms"]["all"])
+    assert result["status"] == "ok" and 0 < done < 1000000
+    assert result["cut_short"] == f"ended after {done} of 1000000 steps: its time (8 s) was up"
+    assert len(result["loss"]) == 2 + done
+    found = train.compared({"eager": [result]}, 1, "eager")
+    assert result["cut_short"] in train.table(found, "a title").caption
+
+
+def test_steps_of_sft_trainer_end_when_the_time_is_up(checkpoints, monkeypatch):
+    pytest.importorskip("trl", minversion="1.16")
+    monkeypatch.setattr(running, "time_is_up", lambda setup, times, seconds, result: len(times) == 3)
+    result = running.run(setup("eager", trainer="sft", rank=4, steps=9, warmup=2), checkpoints, seconds=1)
+    assert result["status"] == "ok" and len(result["step_ms"]["all"]) == 3 and len(result["loss"]) == 5
+
+
+def test_no_step_is_begun_that_would_end_too_late(monkeypatch):
+    monkeypatch.setattr(running, "STARTED", time.monotonic() - 10.0)
+    for times, seconds, up in (([], 5.0, False), ([900.0], 12.0, False), ([900.0], 11.0, True), ([9e9], None, False)):
+        result = {}
+        assert running.time_is_up(setup("eager"), times, seconds, result) == up == bool(result)
 
 
 def test_rounds_are_merged():
