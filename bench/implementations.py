@@ -217,22 +217,28 @@ def _layers(model: Any) -> Iterator[Any]:
     yield from base.model.layers
 
 
+def _compile(module: Any, options: dict[str, Any], **more: Any) -> None:
+    """``dynamic`` is an argument of ``torch.compile``, all else are its options."""
+    dynamic, rest = options.get("dynamic"), {name: value for name, value in options.items() if name != "dynamic"}
+    module.compile(options=rest or None, dynamic=dynamic, **more)
+
+
 def compile_inductor(model: Any, options: dict[str, Any]) -> None:
-    model.compile(options=options or None)
+    _compile(model, options)
 
 
 def compile_dynamo(model: Any, options: dict[str, Any]) -> None:
     """Dynamo's graph run op by op: no backend's first step takes less than this one's."""
-    model.compile(backend="eager", options=options or None)
+    _compile(model, options, backend="eager")
 
 
 def compile_layers(model: Any, options: dict[str, Any]) -> None:
     for layer in _layers(model):
-        layer.compile(options=options or None)
+        _compile(layer, options)
 
 
 def compile_fastft(model: Any, options: dict[str, Any]) -> None:
-    model.compile(backend="fastft", options=options or None)
+    _compile(model, options, backend="fastft")
 
 
 # -- implementations ---------------------------------------------------------------------------------------------------

@@ -144,6 +144,8 @@ def measure(
     result["tokens_per_s"] = tokens_per_s([result], result["data"]["real_tokens"])
     result["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
     result["peak_reserved_bytes"] = torch.cuda.max_memory_reserved() if cuda else None
+    if cuda:
+        result["allocator"] = {"retries": torch.cuda.memory_stats()["num_alloc_retries"], "settings": _allocator()}
     result["loss"] = [round(float(x), 6) for x in losses]
     if compiles:
         result["graphs"] = graphs.copy()
@@ -171,6 +173,11 @@ def _optimizer(setup: Setup, trained: list[Any]) -> Any:
 
         return AdamW8bit(trained, lr=setup.lr, weight_decay=0.0)
     return torch.optim.AdamW(trained, lr=setup.lr, weight_decay=0.0, fused=True)
+
+
+def _allocator() -> str:
+    """What PyTorch's allocator is told by the environment, empty for nothing."""
+    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
 
 
 def _graphs() -> int:

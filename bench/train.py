@@ -378,7 +378,12 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("run", parents=[setting], help="one implementation in this process")
     one.add_argument("--impl", required=True, help=", ".join(IMPLEMENTATIONS))
     one.add_argument(
-        "--options", type=option, action="append", default=[], metavar="KEY=VALUE", help="for torch.compile"
+        "--options",
+        type=option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for torch.compile, its argument dynamic too",
     )
     one.add_argument(
         "--seconds", type=float, default=None, help="begin no step that would end later, from the start (default: all)"

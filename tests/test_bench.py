@@ -501,6 +501,17 @@ def test_a_run_whose_time_is_up_keeps_what_it_measured(checkpoints, monkeypatch)
     assert result["cut_short"] in train.table(found, "a title").caption
 
 
+@pytest.mark.parametrize("impl", ["inductor", "dynamo", "fastft"])
+def test_dynamic_is_an_argument_of_its_own(impl):
+    model, compiles = mock.Mock(), implementations.IMPLEMENTATIONS[impl].compile
+    compiles(model, {"dynamic": True, "memory": "auto"})
+    compiles(model, {})
+    first, second = (call.kwargs for call in model.compile.call_args_list)
+    assert first["dynamic"] is True and first["options"] == {"memory": "auto"}
+    assert second["dynamic"] is None and second["options"] is None
+    assert first.get("backend") == {"dynamo": "eager", "fastft": "fastft"}.get(impl)
+
+
 def test_steps_of_sft_trainer_end_when_the_time_is_up(checkpoints, monkeypatch):
     pytest.importorskip("trl", minversion="1.16")
     monkeypatch.setattr(running, "time_is_up", lambda setup, times, seconds, result: len(times) == 3)

@@ -77,6 +77,19 @@ def test_fifty_batches_of_random_sizes(kind: str, memory: str | None) -> None:
 
 
 @pytest.mark.parametrize("memory", [None, "auto"])
+def test_dynamic_sizes_are_one_graph_from_the_start(memory: str | None) -> None:
+    model = build("llama3", lora=0.0, checkpointing=True)
+    options = {"residual": "eager", "strict": True} | ({} if memory is None else {"memory": memory})
+    compiled(torch.nn.Linear(1, 1))  # forgets earlier graphs and reports
+    call = torch.compile(model, backend="fastft", dynamic=True, options=options)
+    for seed, (rows, length) in enumerate(((3, 37), (2, 48), (4, 64), (3, 51))):
+        data = batch("padding", rows=rows, length=length, seed=seed)
+        check_equal(step(model, data, call=call), step(model, data))
+    report = fastft.report()
+    assert (report.graphs, report.recompiles, report.breaks) == (1, 0, 0) and not report.errors, str(report)
+
+
+@pytest.mark.parametrize("memory", [None, "auto"])
 def test_full_fine_tuning_with_adam_in_8_bits(memory: str | None) -> None:
     """bitsandbytes' optimizer beside the compiled model: every weight is trained as it is beside the uncompiled one."""
     optimizers = pytest.importorskip("bitsandbytes.optim")
