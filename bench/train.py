@@ -210,7 +210,7 @@ def merge(impl: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         row["data"] = good[0].get("data")
         row["step_ms"] = milliseconds([t for r in good for t in r["step_ms"]["all"]])
         row["tokens_per_s"] = tokens_per_s(good, setup["batch"] * setup["seq"])
-        row["graphs"] = good[0].get("graphs")
+        row["graphs"], row["triton"] = good[0].get("graphs"), good[0].get("triton")
         peaks = [r["peak_bytes"] for r in good if r["peak_bytes"] is not None]
         row["peak_bytes"] = max(peaks) if peaks else None
         row["first_step_s"] = good[0]["first_step_s"]
@@ -257,6 +257,12 @@ def graphs_of(row: dict[str, Any]) -> str:
     return f"{found[-1]}, from step {found.index(found[-1]) + 1} on" if found else ""
 
 
+def late_of(row: dict[str, Any]) -> str:
+    """``4 in 5.0 s``: where lengths are random, what Triton compiled behind the third step, else empty."""
+    found = row.get("triton") if any("lengths" in run for run in row["runs"]) else None
+    return f"{sum(found['kernels'][3:])} in {sum(found['seconds'][3:]):.1f} s" if found else ""
+
+
 def table(compared: dict[str, Any], title: str) -> Any:
     """A ``rich`` table of what :func:`compare` returned, with what failed and what was cut short under it."""
     from rich.markup import escape
@@ -278,7 +284,7 @@ def table(compared: dict[str, Any], title: str) -> Any:
         "first step s",
         "loss first",
         "last",
-        *(["graphs"] if counted else []),
+        *(["graphs", "Triton's after step 3"] if counted else []),
         *ratios,
     ):
         shown.add_column(column, justify="left" if column in ("implementation", "input") else "right")
@@ -297,7 +303,7 @@ def table(compared: dict[str, Any], title: str) -> Any:
             f"{row['first_step_s']:.1f}",
             f"{row['loss_first']:.4f}",
             f"{row['loss_last']:.4f}",
-            *([graphs_of(row)] if counted else []),
+            *([graphs_of(row), late_of(row)] if counted else []),
             f"{row['speed_ratio']:.3f}" if row["speed_ratio"] else "–",
             f"{row['peak_ratio']:.3f}" if row["peak_ratio"] else "–",
         )

@@ -395,20 +395,22 @@ def _dq_kernel(
 def _dkdv_tiles(
     dk, dv, k, v, cols, past, lo, hi, q_ptr, do_ptr, lse_ptr, delta_ptr, dense_ptr, seed, head, scale, Sq, Sk,
     q_s, do_s, dense_m, d, e, D: tl.constexpr, DV: tl.constexpr,
-    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, DENSE: tl.constexpr, EDGE: tl.constexpr, ENDS: tl.constexpr,
     DROP: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add queries lo..hi of one head to a tile of keys; scores are kept transposed, [keys, queries]."""
+    """Add queries lo..hi of one head to a tile of keys; scores are kept transposed, [keys, queries]. ``EDGE``: some
+    pairs in there are outside the mask; ``ENDS``: some queries are, or outside the sequence.
+    """
     for m in range(lo, hi, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         inside = rows < Sq
         m64 = tl.cast(m, tl.int64)
         q_at = q_ptr + m64 * q_s + (d[:, None] + tl.arange(0, BLOCK_M)[None, :] * q_s)
         do_at = do_ptr + m64 * do_s + (e[None, :] + tl.arange(0, BLOCK_M)[:, None] * do_s)
-        q = _load(q_at, inside[None, :] & (d < D)[:, None], EDGE or BLOCK_D != D)
-        do = _load(do_at, inside[:, None] & (e < DV)[None, :], EDGE or BLOCK_DV != DV)
-        if EDGE:
+        q = _load(q_at, inside[None, :] & (d < D)[:, None], ENDS or BLOCK_D != D)
+        do = _load(do_at, inside[:, None] & (e < DV)[None, :], ENDS or BLOCK_DV != DV)
+        if ENDS:
             lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
             delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
         else:
@@ -479,7 +481,8 @@ def _dkdv_kernel(
     lo = 0
     inner = 0
     hi = Sq
-    outer = Sq // BLOCK_M * BLOCK_M
+    whole = Sq // BLOCK_M * BLOCK_M
+    outer = whole
     if EDGES:
         hi = tl.minimum(Sq, _past_query(tl.minimum(n0 + BLOCK_N, Sk) - 1, stop_ptr, Sq, WINDOW, CHUNK, HAS_START))
         outer = tl.minimum(Sq, _past_query(n0, stop_ptr, Sq, WINDOW, CHUNK, HAS_START)) // BLOCK_M * BLOCK_M
@@ -503,22 +506,23 @@ def _dkdv_kernel(
         if HAS_ASKED:
             past_last = tl.minimum(hi, tl.load(asked_ptr + b * Hq + hq))
             past_full = tl.minimum(outer, past_last // BLOCK_M * BLOCK_M)
-        # Queries in three runs, as the forward's keys: the diagonal, those that see the whole tile, the far edge.
+        # Queries in three runs, as the forward's keys: the diagonal, those that see the whole tile, the far edge, and
+        # with it the sequence's end.
         if CAUSAL:
             dk, dv = _dkdv_tiles(
-                dk, dv, k, v, cols, past, lo, tl.minimum(inner, past_last),
+                dk, dv, k, v, cols, past, lo, tl.minimum(tl.minimum(inner, whole), past_last),
                 q_at, do_at, lse_at, delta_at, dense_at, seed, b * Hq + hq, scale, Sq, Sk, q_s, do_s, dense_m, d, e,
-                D, DV, CAUSAL, SOFTCAP, DENSE, True, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+                D, DV, CAUSAL, SOFTCAP, DENSE, True, False, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
             )  # fmt: skip
         dk, dv = _dkdv_tiles(
             dk, dv, k, v, cols, past, inner, past_full,
             q_at, do_at, lse_at, delta_at, dense_at, seed, b * Hq + hq, scale, Sq, Sk, q_s, do_s, dense_m, d, e,
-            D, DV, CAUSAL, SOFTCAP, DENSE, False, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+            D, DV, CAUSAL, SOFTCAP, DENSE, False, False, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
         )  # fmt: skip
         dk, dv = _dkdv_tiles(
-            dk, dv, k, v, cols, past, tl.maximum(inner, past_full), past_last,
+            dk, dv, k, v, cols, past, tl.maximum(tl.minimum(inner, whole), past_full), past_last,
             q_at, do_at, lse_at, delta_at, dense_at, seed, b * Hq + hq, scale, Sq, Sk, q_s, do_s, dense_m, d, e,
-            D, DV, CAUSAL, SOFTCAP, DENSE, True, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+            D, DV, CAUSAL, SOFTCAP, DENSE, True, True, DROP, KEPT, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
         )  # fmt: skip
     dk *= scale
     dv *= KEPT

@@ -22,6 +22,9 @@ import fastft.kernels
 from bench import context, implementations, running, setting, train
 from bench.shapes import MODELS, PRIMARY, SHAPES, linears, shapes
 from fastft import compiler, reporting
+from fastft.kernels import rms_norm
+from fastft.kernels._op import INTERPRET
+from fastft.kernels._triton import HAS_TRITON
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -260,7 +263,11 @@ def test_run_of_random_lengths(checkpoints):
     row, other = compared["rows"]
     assert row["tokens_per_s"] == result["tokens_per_s"]
     assert [train.graphs_of(row), train.graphs_of(other)] == ["2, from step 2 on", ""]
-    assert [c.header for c in train.table(compared, "").columns][-3] == "graphs"
+    assert [train.late_of(row), train.late_of(other)] == 2 * ["0 in 0.0 s"], "on a CPU"
+    some = {"kernels": [9, 0, 3, 1, 3], "seconds": [5.0, 0.0, 1.0, 0.25, 4.7]}
+    assert train.late_of({**row, "triton": some}) == "4 in 5.0 s"
+    assert train.late_of({"runs": [{}], "triton": some}) == ""
+    assert [c.header for c in train.table(compared, "").columns][-4:-2] == ["graphs", "Triton's after step 3"]
     assert train.tokens_of(result["setup"]) == "2×6 to 24 tokens"
 
 
@@ -499,6 +506,23 @@ def test_a_run_whose_time_is_up_keeps_what_it_measured(checkpoints, monkeypatch)
     assert len(result["loss"]) == 2 + done
     found = train.compared({"eager": [result]}, 1, "eager")
     assert result["cut_short"] in train.table(found, "a title").caption
+
+
+@pytest.mark.skipif(INTERPRET or not HAS_TRITON or torch.cuda.is_available(), reason="Triton's compiler without a GPU")
+def test_what_triton_compiles_is_counted(tmp_path, monkeypatch):
+    from triton import knobs
+
+    from tests.kernels._hopper import compiling
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(knobs.compilation, "listener", None)
+    found = running.Compilations()
+    for columns in (1111, 1111, 2222):
+        with compiling(rms_norm):
+            torch.ops.fastft.rms_norm(torch.randn(4, columns), torch.randn(columns), 1e-6, 0.0, None)
+    assert [name for name, _ in found.found] == ["_forward_kernel"] * 2
+    kernels, seconds = found.since(1)
+    assert kernels == 1 and 0.0 < seconds < 60.0 and found.since(2) == (0, 0.0)
 
 
 @pytest.mark.parametrize("impl", ["inductor", "dynamo", "fastft"])

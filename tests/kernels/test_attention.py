@@ -1298,6 +1298,22 @@ MUTANTS = (
         interpret=True,
     ),
     Mutant(
+        "attention: the sequence's last queries are taken twice",
+        "kernels/_attention_triton.py",
+        "tl.minimum(tl.minimum(inner, whole), past_last)",
+        "tl.minimum(inner, past_last)",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
+        "attention: the sequence's last queries are left out",
+        "kernels/_attention_triton.py",
+        "tl.maximum(tl.minimum(inner, whole), past_full)",
+        "tl.maximum(inner, past_full)",
+        'tests/kernels/test_attention.py -k "forward_and_gradients"',
+        interpret=True,
+    ),
+    Mutant(
         "attention: dk without scale",
         "kernels/_attention_triton.py",
         "    dk *= scale\n",

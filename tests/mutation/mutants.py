@@ -75,6 +75,13 @@ MUTANTS: tuple[Mutant, ...] = (
         )
     ),
     Mutant(
+        "Triton is told what divides a batch's length",
+        "kernels/_triton.py",
+        "super().__init__(fn, do_not_specialize_on_alignment=COUNTS)",
+        "super().__init__(fn)",
+        "tests/kernels/test_triton.py",
+    ),
+    Mutant(
         "launches: a tensor's alignment is not asked for",
         "kernels/_triton.py",
         'return argument.dtype if argument.data_ptr() % ALIGNED == 0 else (argument.dtype, "unaligned")',
