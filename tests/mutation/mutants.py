@@ -1642,7 +1642,8 @@ MUTANTS: tuple[Mutant, ...] = (
         for name, old, new in (
             ("a file's imports are not in its source", "(*parts_of(at), *_read(at)[1])", "parts_of(at)"),
             ("a file's parts are not in its source", "(*parts_of(at), *_read(at)[1])", "_read(at)[1]"),
-            ("what is imported over several lines is overlooked", "import (\\([^)]*\\)|.+)$", "import (.+)$"),
+            ("what is imported over several lines is overlooked", "import (\\([^)]*\\)|.+)|", "import (.+)|"),
+            ("an import of a whole file is overlooked", "module = listed = whole", "continue"),
             ("device code decides no launch", ' or "jit" in names', ' or "git" in names'),
             ("configurations decide no launch", 'return "_config" in names or', "return"),
             ("a source depends on where files are", "sorted(found, key=lambda path: path.name)  #", "sorted(found)  #"),
