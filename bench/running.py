@@ -182,7 +182,8 @@ def _optimizer(setup: Setup, trained: list[Any]) -> Any:
 
 class Compilations:
     """What Triton compiles in this process from now on: each kernel's name and seconds, without those that its cache on
-    the disk has. Nothing is noted by a Triton that tells nobody (before 3.4), and without one.
+    the disk has, among which are Inductor's own, which other processes compile. Nothing is noted by a Triton that tells
+    nobody (before 3.4), and without one.
     """
 
     def __init__(self) -> None:

@@ -59,8 +59,8 @@ if __name__ == "__main__":
 
 # -- several beside each other -----------------------------------------------------------------------------------------
 
-#: Seconds that a run has for its report and its end, of those that it was given.
-ENDING = 8.0
+#: Seconds that a run has for its report and its end, of those that it was given; and for a step more, looked at.
+ENDING, LOOKING = 8.0, 30.0
 
 
 def run_apart(
@@ -79,7 +79,8 @@ def run_apart(
     if peers and IMPLEMENTATIONS[impl.partition(":")[0]].peer:
         environment["PYTHONPATH"] = peers
     command = [sys.executable, str(Path(__file__).resolve()), "run", *arguments, "--out", str(out)]
-    command += ["--seconds", str(timeout - ENDING)]
+    looks = LOOKING * len({"--profile", "--timeline"} & set(arguments))
+    command += ["--seconds", str(timeout - ENDING - looks)]
     failed = {"schema": SCHEMA, "impl": impl, "status": "failed", "argv": command}
     if timeout < 5:
         return {**failed, "error": "not started: the time of this comparison (--budget) is used up"}

@@ -400,7 +400,7 @@ def _dkdv_tiles(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add queries lo..hi of one head to a tile of keys; scores are kept transposed, [keys, queries]. ``EDGE``: some
-    pairs in there are outside the mask; ``ENDS``: some queries are, or outside the sequence.
+    pairs in there are outside the mask; ``ENDS``: and some queries outside the sequence.
     """
     for m in range(lo, hi, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)

@@ -48,8 +48,9 @@ MOST_LAUNCHES = 4096
 ALIGNED = 16
 #: Parameters that count tokens, or blocks of them. For an integer that 16 divides Triton compiles a kernel of its own,
 #: which knows what is aligned. Rows are by their widths and strides, which a model fixes; of these, which differ from
-#: batch to batch, it is told nothing, or a run would stop for seconds at its first length of either sort.
-COUNTS = ("rows", "tokens", "seq", "blocks", "tiles", "Sq", "Sk", "owned", "others")
+#: batch to batch, it is told nothing, or a run would stop for seconds at its first length of either sort. Attention's
+#: lengths, ``Sq`` and ``Sk``, are not among them: without it the kernel of dk and dv has too few registers.
+COUNTS = ("rows", "tokens", "seq", "blocks", "tiles", "owned", "others")
 
 
 class _Unkept(Exception):

@@ -495,6 +495,9 @@ def test_a_run_that_takes_too_long_is_ended(checkpoints, tmp_path):
     assert result["status"] == "failed" and result["error"] == "timed out after 6 s"
     assert result["argv"][-2:] == ["--seconds", "-2.0"], "before that it begins no step that would end too late"
     assert late["status"] == "failed" and "not started" in late["error"]
+    with open(tmp_path / "log", "w") as log:
+        looked = train.run_apart([*arguments, "--profile"], "eager", peers=None, caches=tmp_path, timeout=5, log=log)
+    assert looked["argv"][-1] == "-33.0", "one more step takes its time"
 
 
 def test_a_run_whose_time_is_up_keeps_what_it_measured(checkpoints, monkeypatch):

@@ -213,3 +213,18 @@ def test_the_losss_softcap_is_the_gpus_own_tanh_for_bf16(frozen):
             extra = 1 if kernel.metadata.name == "_forward_kernel" else 0  # the label's
             assert ptx.count("tanh.approx") == (logits + extra if dtype == BF16 else 0)
             assert (ptx.count("div.full.f32") > logits) == (dtype != BF16)
+
+
+@pytest.mark.parametrize("length, most", [(320, 168), (300, 232)])
+def test_dk_and_dv_keep_little_in_memory(length, most, monkeypatch):
+    """Of a causal head of 128: 152 and 232 bytes by Triton 3.6, 168 and 176 by 3.7, where 16 divides the length and
+    where not. Tiles on the diagonal that look at the sequence's end took 168 and 296, 200 and 216.
+    """
+    from tests.kernels._hopper import compiling, stack_bytes
+
+    monkeypatch.setattr(attention, "_roomy", lambda device: True)
+    q, k, v = (random(1, length, heads, 128).transpose(1, 2).requires_grad_() for heads in (4, 1, 1))
+    with compiling(attention) as kernels:
+        attention.attention(q, k, v, causal=True).sum().backward()
+    found = {kernel.metadata.name: stack_bytes(kernel) for kernel in kernels}
+    assert found.pop("_dkdv_kernel") <= most and len(found) == 3 and not any(found.values()), found
