@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -182,8 +183,8 @@ def _optimizer(setup: Setup, trained: list[Any]) -> Any:
 
 class Compilations:
     """What Triton compiles in this process from now on: each kernel's name and seconds, without those that its cache on
-    the disk has, among which are Inductor's own, which other processes compile. Nothing is noted by a Triton that tells
-    nobody (before 3.4), and without one.
+    the disk has, among which are Inductor's own, which other processes compile, and without what threads of fastft's
+    compile, for which no step waits. Nothing is noted by a Triton that tells nobody (before 3.4), and without one.
     """
 
     def __init__(self) -> None:
@@ -194,7 +195,7 @@ class Compilations:
             knobs.compilation.listener = self
 
     def __call__(self, *, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
-        if not cache_hit:
+        if not cache_hit and not threading.current_thread().name.startswith("fastft"):
             self.found.append((str(getattr(src, "name", "")), times.total / 1e6))
 
     def since(self, start: int) -> tuple[int, float]:

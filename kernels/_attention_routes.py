@@ -245,8 +245,8 @@ class Plans:
     process alone. Where every batch has another length that is at every step, and may take longer than the step. So a
     size without a plan is computed by our kernel, which loses less, and gets one as soon as what was lost so is what
     the plan takes: in all at most twice what had to be lost. The first sizes of a kind (heads, dtype, causality) have
-    theirs at once, since most runs have no others. What is decided depends on which sizes there were, and how often,
-    never on a clock.
+    theirs at once, since most runs have no others: the size that all batches have, and that of the last.
+    What is decided depends on which sizes there were, and how often, never on a clock.
     """
 
     #: Seconds that a plan takes, both directions together, in a step of training; seconds that our kernel needs more
@@ -254,7 +254,7 @@ class Plans:
     #: depends on their quotient alone.
     PLAN, LOST = 0.2, 2e-15
     #: Sizes of a kind that have a plan at once; sizes without one that are counted, before all are counted anew.
-    AT_ONCE, COUNTED = 4, 4096
+    AT_ONCE, COUNTED = 2, 4096
 
     def __init__(self) -> None:
         #: Kind → the sizes that have a plan, and seconds lost so far to the others.

@@ -11,7 +11,9 @@ was found. A small model's step, and one that offloads, waits for the host: what
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from collections.abc import Hashable
 from typing import Any
 
@@ -44,13 +46,17 @@ except ImportError:
 KNOWN = ((3, 6), (3, 7))
 #: Kinds of launches that are kept for one kernel; all are dropped beyond (a run where every batch has another length).
 MOST_LAUNCHES = 4096
+#: The name of threads that compile beside the run (``bench/running.py`` knows its beginning).
+BESIDE = "fastft-compiles"
 #: Bytes to which Triton asks whether a tensor is aligned.
 ALIGNED = 16
 #: Parameters that count tokens, or blocks of them. For an integer that 16 divides Triton compiles a kernel of its own,
 #: which knows what is aligned. Rows are by their widths and strides, which a model fixes; of these, which differ from
-#: batch to batch, it is told nothing, or a run would stop for seconds at its first length of either sort. Attention's
-#: lengths, ``Sq`` and ``Sk``, are not among them: without it the kernel of dk and dv has too few registers.
+#: batch to batch, it is told nothing, or a run would stop for seconds at its first length of either sort.
 COUNTS = ("rows", "tokens", "seq", "blocks", "tiles", "owned", "others")
+#: Attention's lengths, of which it is told: without it the kernel of dk and dv has too few registers. So such a kernel
+#: is compiled twice; beside the run, where lengths are seen to change (:class:`Kernel`).
+LENGTHS = ("Sq", "Sk")
 
 
 class _Unkept(Exception):
@@ -70,12 +76,29 @@ def _kind(argument: Any) -> Hashable:
     raise _Unkept
 
 
+def _sort(n: int, counts: bool = False) -> Hashable:
+    """All of an integer that decides which compiled kernel takes it. ``counts``: of one of :data:`COUNTS`."""
+    return n % ALIGNED == 0 and not counts, n == 1, -(2**31) <= n < 2**31
+
+
+def _blank(argument: Any) -> Any:
+    """An argument that is as good for the compiler, without a tensor's memory."""
+    if isinstance(argument, torch.Tensor) and argument.data_ptr() % ALIGNED == 0:
+        return torch.empty(0, dtype=argument.dtype, device="meta")
+    return argument
+
+
 if HAS_TRITON:
     _run = triton.JITFunction.run
 
     class Kernel(triton.JITFunction):  # type: ignore[type-arg]
         """A kernel that keeps, for each kind of launch, the compiled kernel that Triton found for it, and launches that
         one when such a launch comes again.
+
+        Of lengths (:data:`LENGTHS`) there are two sorts, those that 16 divides and the others, and Triton compiles for
+        each when it first comes, which stops a run for seconds. So once a kernel has been launched at two lengths, both
+        of one sort, a thread compiles it for the other; a launch that needs it before it is there waits for it. (Under
+        a dense mask, whose strides are lengths too, what the thread compiles is not what the launch will need.)
 
         Where another ``run`` stands in for Triton's (whoever counts launches, or compiles only), all go through it.
         Options that Triton reads from the environment (``TRITON_DEBUG``) are those of a kind's first launch.
@@ -84,6 +107,10 @@ if HAS_TRITON:
         def __init__(self, fn: Any) -> None:
             super().__init__(fn, do_not_specialize_on_alignment=COUNTS)
             self._launches: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+            #: Where the lengths are; kind of launch but for its lengths → those of the first, and who compiles it for
+            #: the other sort, once somebody does.
+            self._at = [at for at, name in enumerate(self.arg_names) if name in LENGTHS]
+            self._lengths: dict[Hashable, tuple[list[int], threading.Thread | None]] = {}
 
         def __getitem__(self, grid: Any) -> Any:
             return functools.partial(self._launch, grid)
@@ -98,6 +125,8 @@ if HAS_TRITON:
             except (_Unkept, TypeError):  # TypeError: a constant that has no hash
                 return self.run(*args, grid=grid, warmup=False, **constants)
             if kept is None:
+                if self._at:
+                    self._see(device, args, grid, constants)
                 compiled = self.run(*args, grid=grid, warmup=False, **constants)
                 if len(self._launches) >= MOST_LAUNCHES:
                     self._launches.clear()
@@ -111,6 +140,30 @@ if HAS_TRITON:
             """The values of all parameters behind the first ``count``, in the order of the signature."""
             behind = list(self.signature.parameters.values())[count:]
             return tuple(constants.get(p.name, p.default) for p in behind)
+
+        def _see(self, device: int, args: tuple[Any, ...], grid: Any, constants: dict[str, Any]) -> None:
+            """Note the lengths of a launch: compile for the other sort, or wait for it, where that is due."""
+            lengths = [args[at] for at in self._at]
+            sorts = [*map(_sort, lengths)]
+            rest = [(a, p.name in COUNTS) for p, a in zip(self.params, args, strict=False) if p.name not in LENGTHS]
+            kind = device, *[_sort(a, n) if type(a) is int else _kind(a) for a, n in rest], *constants.items()
+            if len(self._lengths) >= MOST_LAUNCHES:
+                self._lengths.clear()
+            first, thread = self._lengths.setdefault(kind, (lengths, None))
+            if sorts != [*map(_sort, first)]:
+                if thread is not None:
+                    thread.join()
+            elif thread is None and lengths != first:
+                other = ALIGNED + 1 if first[0] % ALIGNED == 0 else ALIGNED
+                given = [other if at in self._at else _blank(a) for at, a in enumerate(args)]
+                thread = threading.Thread(target=self._compile, args=(device, given, grid, constants), name=BESIDE)
+                self._lengths[kind] = first, thread
+                thread.start()
+
+        def _compile(self, device: int, args: list[Any], grid: Any, constants: dict[str, Any]) -> None:
+            # What cannot be compiled says so when it is launched.
+            with contextlib.suppress(Exception), torch.cuda.device(device):
+                self.run(*args, grid=grid, warmup=True, **constants)
 
 
 def cdiv(n: int, d: int) -> int:

@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import types
 from unittest import mock
@@ -526,6 +527,13 @@ def test_what_triton_compiles_is_counted(tmp_path, monkeypatch):
     assert [name for name, _ in found.found] == ["_forward_kernel"] * 2
     kernels, seconds = found.since(1)
     assert kernels == 1 and 0.0 < seconds < 60.0 and found.since(2) == (0, 0.0)
+    times = types.SimpleNamespace(total=1e6)
+    for name, counts in (("fastft-compiles", False), ("pt_autograd_0", True)):
+        before = len(found.found)
+        beside = threading.Thread(target=lambda: found(src=None, times=times, cache_hit=False), name=name)
+        beside.start()
+        beside.join()
+        assert len(found.found) - before == counts, "no step waits for what is compiled beside it"
 
 
 @pytest.mark.parametrize("impl", ["inductor", "dynamo", "fastft"])

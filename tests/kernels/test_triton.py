@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+import threading
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +16,7 @@ import torch
 
 import fastft.kernels
 from bench.shapes import MODELS, SHAPES
-from fastft.kernels import _triton
+from fastft.kernels import _attention_triton, _triton
 from fastft.kernels._config import SPACES
 from fastft.kernels._op import INTERPRET, OPS
 from fastft.kernels._triton import HAS_TRITON, jit, tl, triton
@@ -34,15 +37,30 @@ def _plain(x_ptr, options, n):
     pass
 
 
+@jit
+def _first(x_ptr, y_ptr, outer, Sq, Sk, tiles, BLOCK: tl.constexpr = 64):
+    """The first Sq columns, Sk of them copied."""
+    col = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) // tiles
+    tl.store(y_ptr + row * Sq + col, tl.load(x_ptr + row * outer + col, mask=col < Sk, other=0.0), mask=col < Sq)
+
+
 class _Triton:
     """Stands in for ``JITFunction.run`` and for what it compiles: both note what they are given."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
+        self.compiled: list[tuple[Any, ...]] = []
+        self.ready = threading.Event()
+        self.ready.set()
         self.launched: list[tuple[Any, ...]] = []
 
     def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> _Triton:
-        assert warmup is False
+        if warmup:
+            assert threading.current_thread() is not threading.main_thread()
+            self.ready.wait(60)
+            self.compiled.append((args, constants))
+            return self
         self.asked.append((grid, args, constants))
         return self
 
@@ -58,16 +76,27 @@ def stood_in() -> Iterator[_Triton]:
         return found.run(kernel, *args, **given)
 
     active = types.SimpleNamespace(get_current_device=lambda: 0)
-    for kernel in (_scaled, _plain):
+    for kernel in (_scaled, _plain, _first):
         kernel._launches.clear()
+    _first._lengths.clear()
     with (
         mock.patch.object(triton.JITFunction, "run", run),
         mock.patch.object(_triton, "_run", run),
         mock.patch.object(triton.runtime.driver, "_active", active),
+        mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
     ):
         yield found
-    for kernel in (_scaled, _plain):
+    beside()
+    for kernel in (_scaled, _plain, _first):
         kernel._launches.clear()
+    _first._lengths.clear()
+
+
+def beside() -> None:
+    """Wait for threads that compile."""
+    for thread in threading.enumerate():
+        if thread.name == _triton.BESIDE:
+            thread.join()
 
 
 @kept
@@ -161,6 +190,61 @@ def test_whoever_stands_in_for_triton_sees_every_launch(stood_in: _Triton) -> No
 
 
 @kept
+def test_where_lengths_change_a_thread_compiles_for_the_other_sort(stood_in: _Triton) -> None:
+    """Once, when a second length of one sort comes; by another constant, dtype or stride anew."""
+
+    def seen(*lengths: int, x: torch.Tensor | None = None, outer: int = 32, **constants: Any) -> list[Any]:
+        before, x = len(stood_in.compiled), torch.zeros(64) if x is None else x
+        for n in lengths:
+            _first[(1,)](x, x, outer, n, n, -(-n // 4), **constants)
+        beside()
+        return [(*args[2:], args[0].dtype, given) for args, given in stood_in.compiled[before:]]
+
+    assert seen(33, 33) == [], "lengths that stay"
+    assert seen(34) == [(32, 16, 16, 9, torch.float32, {})]
+    assert seen(35, 61, 48, 64) == [], "tiles that 16 divides are no other kind"
+    assert seen(48, 64, BLOCK=32) == [(32, 17, 17, 16, torch.float32, {"BLOCK": 32})]
+    assert seen(33, 48, BLOCK=16) == [], "both sorts have come by themselves"
+    assert len(seen(33, 34, x=torch.zeros(64).half())) == len(seen(33, 34, outer=33)) == 1
+    assert not any(args[0].data_ptr() or args[0].numel() for args, _ in stood_in.compiled), "what holds memory"
+
+
+@kept
+def test_a_launch_waits_for_what_is_compiled_beside_it(stood_in: _Triton) -> None:
+    x, order = torch.zeros(64), []
+    stood_in.ready.clear()
+    _first[(1,)](x, x, 64, 33, 33, 1)
+    _first[(1,)](x, x, 64, 34, 34, 1)
+    _first[(1,)](x, x, 64, 35, 35, 1)
+    assert len(stood_in.asked) == 3 and not stood_in.compiled, "what needs the one that is there waits for nothing"
+
+    def launch() -> None:
+        _first[(1,)](x, x, 64, 48, 48, 1)
+        order.append(len(stood_in.compiled))
+
+    other = threading.Thread(target=launch)
+    other.start()
+    other.join(0.2)
+    assert other.is_alive()
+    stood_in.ready.set()
+    other.join(60)
+    assert order == [1] and len(stood_in.asked) == 4
+
+
+@kept
+def test_what_cannot_be_compiled_beside_says_so_where_it_is_launched(stood_in: _Triton, capsys: Any) -> None:
+    x = torch.zeros(64)
+    with mock.patch.object(stood_in, "compiled", None):
+        _first[(1,)](x, x, 64, 33, 33, 1)
+        _first[(1,)](x, x, 64, 34, 34, 1)
+        beside()
+    assert capsys.readouterr().err == ""
+    fails = mock.patch.object(stood_in, "run", mock.Mock(side_effect=RuntimeError("no room")))
+    with fails, pytest.raises(RuntimeError, match="no room"):
+        _first[(1,)](x, x, 64, 48, 48, 1)
+
+
+@kept
 def test_no_more_are_kept_than_that(stood_in: _Triton, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton, "MOST_LAUNCHES", 4)
     x = torch.zeros(8)
@@ -195,6 +279,102 @@ def test_batches_of_other_lengths_are_computed_by_the_same_compiled_kernels(op: 
     for seq, kernels in found.items():
         first = found[704 if op == "attention" and seq % 16 == 0 else 787]
         assert kernels and kernels == first, seq
+
+
+@kept
+@pytest.mark.parametrize("hides", ["", "padding", "packing"])
+@pytest.mark.parametrize("lengths", [(787, 1034, 704), (704, 2048, 1989)], ids=str)
+def test_what_is_compiled_beside_is_what_attention_needs_next(lengths: tuple[int, ...], hides: str) -> None:
+    """By Triton's own rule: of all kernels of both directions, for the sort of lengths that has not come."""
+    from tests.kernels._hopper import H100
+    from tests.kernels._launches import Blank, noting
+
+    found: list[tuple[bool, tuple[str, ...]]] = []
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        *_, binder = self.create_binder()
+        bound, specialization, _ = binder(*args, **constants)
+        given = [*map(str, specialization), *(str(bound[p.name]) for p in self.params if p.is_constexpr)]
+        found.append((warmup, (self.__name__, *given)))
+
+    kernels = [value for value in vars(_attention_triton).values() if isinstance(value, _triton.Kernel)]
+    with (
+        noting(),
+        mock.patch.object(triton.runtime.driver, "_active", H100()),
+        mock.patch.object(triton.JITFunction, "run", note),
+        mock.patch.object(_triton, "_run", note),
+        mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
+    ):
+        for kernel in kernels:
+            kernel._launches.clear()
+            kernel._lengths.clear()
+        ran = []
+        for seq in lengths:
+            before = len(found)
+            dims = {**AT["attention"].dims, "seq": seq, "hides": hides}
+            inputs = OPS["attention"].inputs(Blank(torch.bfloat16, "cpu"), **dims)
+            out = OPS["attention"].call(*inputs.args, **inputs.kwargs)
+            torch.autograd.grad(out, list(inputs.wanted), torch.empty_like(out))
+            beside()
+            ran.append({given for warmup, given in found[before:] if not warmup})
+        for kernel in kernels:
+            kernel._launches.clear()
+            kernel._lengths.clear()
+    assert len(ran[0]) == 4 and ran[0] == ran[1] and not ran[0] & ran[2]
+    assert {given for warmup, given in found if warmup} == ran[2]
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[list[str]]:
+    """The names of the threads in which Triton compiles, with an empty cache."""
+    found: list[str] = []
+
+    def compiled(*, cache_hit: bool, **_: Any) -> None:
+        assert not cache_hit
+        found.append(threading.current_thread().name)
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TRITON_CACHE_DIR", folder)
+        patched.setattr(triton.knobs.compilation, "listener", compiled)
+        for kept_ in (_first.device_caches, _first._launches, _first._lengths):
+            kept_.clear()
+        yield found
+        beside()
+        for kept_ in (_first.device_caches, _first._launches, _first._lengths):
+            kept_.clear()
+
+
+@kept
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's compiler, in place of a GPU")
+def test_triton_finds_what_was_compiled_beside() -> None:
+    from tests.kernels._hopper import H100
+
+    run, x = triton.JITFunction.run, torch.zeros(64)
+
+    def compiles(kernel: Any, *args: Any, warmup: bool, **given: Any) -> Any:
+        return run(kernel, *args, warmup=True, **given)
+
+    with (
+        counting() as found,
+        mock.patch.object(triton.runtime.driver, "_active", H100()),
+        mock.patch.object(triton.JITFunction, "run", compiles),
+        mock.patch.object(_triton, "_run", compiles),
+        mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
+    ):
+        for n in (33, 34, 48, 64):
+            _first[(1,)](x, x, 64, n, n, 1)
+    assert found == ["MainThread", _triton.BESIDE]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches")
+def test_lengths_that_change_on_a_gpu() -> None:
+    x = torch.randn(5, 64, device="cuda")
+    with counting() as found:
+        for n in (33, 34, 48, 64, 35, 16):
+            y = torch.full((5, n), 7.0, device="cuda")
+            _first[(5,)](x, y, 64, n, n, 1)
+            assert torch.equal(y, x[:, :n])
+    assert found == ["MainThread", _triton.BESIDE]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="launches")

@@ -95,6 +95,18 @@ MUTANTS: tuple[Mutant, ...] = (
         "if self.pre_run_hooks:",
         "tests/kernels/test_triton.py",
     ),
+    *(
+        Mutant(f"compiled beside: {name}", "kernels/_triton.py", old, new, "tests/kernels/test_triton.py")
+        for name, old, new in (
+            ("for the sort that is there", "first[0] % ALIGNED == 0 else ALIGNED\n", "first[0] % ALIGNED else ALIGNED\n"),
+            ("where lengths stay, too", "elif thread is None and lengths != first:", "elif thread is None:"),
+            ("at each new length", "elif thread is None and lengths != first:", "elif lengths != first:"),
+            ("nobody waits for it", "                    thread.join()\n", "                    pass\n"),
+            ("everybody waits for it", "                thread.start()\n", "                thread.start(), thread.join()\n"),
+            ("tensors are held", "else _blank(a) for at", "else a for at"),
+            ("what divides a count counts", "n % ALIGNED == 0 and not counts", "n % ALIGNED == 0"),
+        )
+    ),
     Mutant(
         "launches: constants are not looked at",
         "kernels/_triton.py",
