@@ -34,7 +34,7 @@ import torch
 from torch import fx
 
 from fastft import _torch_compat as compat
-from fastft import costs, cuda_graphs, offload, planner
+from fastft import costs, cuda_graphs, offload, planner, sums
 from fastft.collecting import no_collection
 from fastft.costs import Rates
 from fastft.fallback import Attempt
@@ -165,7 +165,20 @@ class Memory:
 
     def partition(self, joint: fx.GraphModule, outputs: int, static: list[int] | None) -> Halves:
         """Cut a joint graph by the best plan for ``sizes``, or, where planning fails, as the user's checkpoints say."""
-        cut = _Cut(joint, outputs, static, self.sizes, self.rates, self.options.cuda_graphs)
+        halves = self._cut(_Cut(joint, outputs, static, self.sizes, self.rates, self.options.cuda_graphs))
+        before = compat.copy_graph(halves[0].graph)
+        with Attempt(
+            "letting norms add",
+            "sums are computed by themselves",
+            self.done.errors,
+            self.options.strict,
+            lambda: setattr(halves[0], "graph", before),
+        ):
+            if number := sums.into_norms(halves[0]):
+                self.done.merge_plan({"sums": f"{number} are computed by the norms that read them"})
+        return halves
+
+    def _cut(self, cut: _Cut) -> Halves:
         start = time.perf_counter()
         with (
             no_collection(),

@@ -131,7 +131,7 @@ def tag(joint: fx.GraphModule, outputs: int, regions: Regions, levels: Sequence[
             node.meta["recompute"] = compat.MUST_SAVE
         elif (
             level in (ATTENTION, ALL)
-            or (level == MLP and (region in mlps or _is_alias(node)))  # what a view is of can be offloaded
+            or (level == MLP and (region in mlps or is_alias(node)))  # what a view is of can be offloaded
             or (level in (CHEAP, MLP) and op in cheap and not (op in rotary and _of_kept(_source(node), cheap)))
         ):
             node.meta["recompute"] = compat.PREFER_RECOMPUTE
@@ -185,7 +185,7 @@ def _memory(node: fx.Node) -> set[int | None]:
 def _chain(node: fx.Node) -> Iterable[fx.Node]:
     """``node``, and what it is a view or an item of, to the call that made it."""
     yield node
-    while _is_alias(node) or node.target is operator.getitem:
+    while is_alias(node) or node.target is operator.getitem:
         node = node.all_input_nodes[0]
         yield node
 
@@ -210,7 +210,7 @@ def number_at(size: Any, sizes: Sizes) -> int:
     return (compat.size_hint(size) or 0) if e.free_symbols else int(e)
 
 
-def _is_alias(node: fx.Node) -> bool:
+def is_alias(node: fx.Node) -> bool:
     """Whether a node is other eyes on the memory of its first operand."""
     view = getattr(node.target, "is_view", False) or node.target is torch.ops.aten._unsafe_view.default
     return node.op == "call_function" and bool(view)
@@ -218,7 +218,7 @@ def _is_alias(node: fx.Node) -> bool:
 
 def _root(node: fx.Node) -> fx.Node:
     """The node whose memory this one shows: itself, an item of a call's results, or an input."""
-    while _is_alias(node) or node.target is RELOAD_WAIT:
+    while is_alias(node) or node.target is RELOAD_WAIT:
         node = node.all_input_nodes[0]
     return node
 
@@ -247,7 +247,7 @@ def _measures(t: torch.Tensor) -> tuple[Any, ...]:
 
 def bytes_made(node: fx.Node, sizes: Sizes) -> int:
     """Bytes of what a call makes, and does not show of an operand."""
-    if _is_alias(node) or node.target is operator.getitem:
+    if is_alias(node) or node.target is operator.getitem:
         return 0
     return sum(_numel(t, sizes) * t.element_size() for t in _tensors(node.meta.get("val")))
 
@@ -360,7 +360,7 @@ class Walk:
         own, waiting, readers = self.regions.get(root.name), [root], set()
         while waiting:
             for user in waiting.pop().users:
-                if _is_alias(user):
+                if is_alias(user):
                     waiting.append(user)
                 elif user.op != "output":
                     readers.add(self.regions.get(user.name))

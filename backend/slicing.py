@@ -287,7 +287,7 @@ def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, forward: int, backward: in
     how = mlp.kind, mlp.stacked, mlp.lora_dtype
     with graph.inserting_before(mlp.down):
         given = (mlp.x, *layers, mlp.residual, *how, forward)
-        new = _call(graph, _ops.lora_mlp.default, given, mlp.down)
+        new = call_like(graph, _ops.lora_mlp.default, given, mlp.down)
     each = range(len(mlp.layers))
     thin = [(role, j) for role, layer in enumerate(mlp.layers) for j in range(len(layer.a))]
     lists: list[list[_Slot]] = [[(name, role) for role in each] for name in ("weight", "sum")]
@@ -299,7 +299,7 @@ def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, forward: int, backward: in
     ends = [item for call in (mlp.down, *back.calls) for item in (*call.users, call)]
     with graph.inserting_before(back.calls[0]):
         backs = (back.dy, mlp.x, *layers, *how, backward, *needs)
-        again = _call(graph, _ops.lora_mlp_backward.default, backs, back.calls[0])
+        again = call_like(graph, _ops.lora_mlp_backward.default, backs, back.calls[0])
         for slot, old in back.read.items():
             item = graph.call_function(operator.getitem, (again, order.index(slot)))
             item.meta = dict(old.meta)
@@ -314,7 +314,7 @@ def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, forward: int, backward: in
 _LISTS = ("quant", "shape", "blocks", "a", "b", "b_bias", "scaling")
 
 
-def _call(graph: fx.Graph, op: Any, args: tuple[Any, ...], old: fx.Node) -> fx.Node:
+def call_like(graph: fx.Graph, op: Any, args: tuple[Any, ...], old: fx.Node) -> fx.Node:
     """A new call, with the metadata of ``old`` and its own value."""
     node = graph.call_function(op, args)
     values = fx.map_arg(args, lambda n: n.meta["val"])

@@ -209,6 +209,7 @@ DRILLS: dict[str, Drill] = {
     "leaving the logits out": Drill(after("fastft.compiler.drop_lazy")),
     "planning": Drill(after("fastft.compiler._plan")),
     "planning memory": Drill(replaced("fastft.memory.Memory._planned"), options=LEAN),
+    "letting norms add": Drill(after("fastft.sums.into_norms"), options=LEAN),
     "compiling a leaner plan": Drill(no_second_plan, options=LEAN),
     "describing the graph": Drill(replaced("fastft.describing.described")),
     "table …": Drill(no_table_rules, norms=0),

@@ -100,6 +100,18 @@ def test_compiles_for_an_h100(module, run, argument):
         assert "ld.global.v4.b32" in kernel.asm["ptx"] and "st.global.v4.b32" in kernel.asm["ptx"]
 
 
+@pytest.mark.parametrize("n", [128, 4096, 8192])
+def test_the_norm_of_a_sum_compiles_for_an_h100(n):
+    from tests.kernels._hopper import compiling, stack_bytes
+
+    x, w = random(4, n), random(n)
+    with compiling(rms_norm) as kernels:
+        ops.rms_norm_of_sum(x, x, w, 1e-6, 0.0, None)
+    (kernel,) = kernels
+    assert kernel.metadata.name == "_sum_kernel" and stack_bytes(kernel) == 0
+    assert kernel.asm["ptx"].count("ld.global.v4.b32") >= 2 and "st.global.v4.b32" in kernel.asm["ptx"]
+
+
 @pytest.mark.parametrize("rank", [16, 64])
 def test_the_warps_of_lora_glu_share_the_work(rank):
     """Two products in a row make warps stand below each other; where the tile has fewer rows than they, some compute

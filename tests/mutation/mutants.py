@@ -74,6 +74,17 @@ MUTANTS: tuple[Mutant, ...] = (
             ("what stays is what stayed before", "if stay not in self._orders:", "if not self._orders:", "plain_count"),
         )
     ),
+    *(
+        Mutant(f"sums: {name}", "backend/sums.py", old, new, "tests/backend/test_sums.py")
+        for name, old, new in (
+            ("one that is read before the norm", "first.target is not _ops.rms_norm.default or ", ""),
+            ("what a pointwise op makes", "alike and all(map(_in_memory, total.args))", "alike"),
+            ("a factor is forgotten", "or total.kwargs or", "or"),
+            ("of one row", "and v.shape == values[0].shape", ""),
+            ("a weight that comes later", "order[n] > order[total]", "order[n] < 0"),
+            ("what is copied to the host is none", "u.target not in MOVES", "u"),
+        )
+    ),
     Mutant(
         "Triton is told what divides a batch's length",
         "kernels/_triton.py",
@@ -1853,7 +1864,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "memory plan: views of what is kept cannot be offloaded",
         "backend/partitioner.py",
-        "(region in mlps or _is_alias(node))",
+        "(region in mlps or is_alias(node))",
         "region in mlps",
         "tests/backend/test_memory.py -k up_to_the_mlp",
     ),
@@ -1958,14 +1969,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "memory plan: the MLP is kept though it is recomputed",
         "backend/partitioner.py",
-        "(region in mlps or _is_alias(node))",
-        "_is_alias(node)",
+        "(region in mlps or is_alias(node))",
+        "is_alias(node)",
         "tests/backend/test_memory.py -k every_level",
     ),
     Mutant(
         "memory plan: a saved view counts beside what it is of",
         "backend/partitioner.py",
-        "    while _is_alias(node) or node.target is RELOAD_WAIT:",
+        "    while is_alias(node) or node.target is RELOAD_WAIT:",
         "    while node.target is RELOAD_WAIT:",
         "tests/backend/test_memory.py -k every_level",
     ),
