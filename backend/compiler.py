@@ -240,7 +240,7 @@ def _give_up(gm: fx.GraphModule, untouched: fx.Graph, done: Report, options: Opt
     ]
     with _describing(done, options):
         done.modules = describing.described(untouched, describing.modules_of(untouched), {})
-    for key in ("recompute", "checkpoint policies", "memory", *map(ROW.format, ("forward", "backward"))):
+    for key in ("recompute", "checkpoint policies", "memory", "sums", *map(ROW.format, ("forward", "backward"))):
         done.plan.pop(key, None)
     done.memory.clear()
 

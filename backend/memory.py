@@ -109,16 +109,16 @@ class Plan:
             "budget": self.budget,
             "predicted": self.peak(sizes),
             "kept": sum(self.walk.kept(sizes)),
-            "host": self.walk.offloaded(sizes),
+            "host": sum(self.walk.offloaded(sizes)),
             "seconds": self.seconds,
         }
 
 
 class Memory:
-    """Plans one graph. ``done`` gets the plans."""
+    """Plans one graph. ``done`` gets the plans. ``runs``: the graph is compiled by the plan, and run."""
 
-    def __init__(self, gm: fx.GraphModule, options: Options, done: Report) -> None:
-        self.options, self.done = options, done
+    def __init__(self, gm: fx.GraphModule, options: Options, done: Report, runs: bool = True) -> None:
+        self.options, self.done, self.runs = options, done, runs
         self.plans: list[Plan] = []
         self.sizes: Sizes = {}
         self.limit: int | None = None  # a peak that must not be reached again
@@ -139,6 +139,7 @@ class Memory:
         del self.plans[after:], self.done.memory[after:]
         if not after:
             self.done.plan.pop("memory", None)
+            self.done.plan.pop("sums", None)
 
     def _budget(self) -> int | None:
         """Bytes; None for no limit."""
@@ -187,8 +188,10 @@ class Memory:
             halves, plan = self._planned(cut)
             self.done.timings["plan"] = self.done.timings.get("plan", 0.0) + time.perf_counter() - start
             self.plans.append(plan)
-            offload.POOL.limit = max(offload.POOL.limit, self.host)
             self._report(plan)
+            offload.POOL.limit = max(offload.POOL.limit, self.host)
+            if self.device is not None and self.runs:
+                offload.POOL.prepare(plan.walk.offloaded(self.sizes), self.device)
             return halves
         return cut.at([ALL] * cut.count, sliced=False).halves
 
@@ -460,7 +463,7 @@ def _device(gm: fx.GraphModule) -> torch.device | None:
 def plan_only(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, done: Report) -> None:
     """Make a rewritten graph's plan, for the report, and compile nothing."""
     with Attempt("planning memory", "the report has no plan", done.errors, options.strict):
-        compat.compile_with_aot_eager(gm, inputs, Memory(gm, options, done).partition)
+        compat.compile_with_aot_eager(gm, inputs, Memory(gm, options, done, runs=False).partition)
 
 
 # ------------------------------------------------------------------------------------------------------------- running

@@ -9,6 +9,7 @@ running.
 
 Buffers are of the exact size (torch's own allocator of pinned memory takes powers of two), are used again for tensors
 of the same size, and are pinned up to a limit; what is over it is moved through memory that is not, more slowly.
+Pinning takes half a second a GiB: a thread does it while the graph is compiled (:meth:`Pool.prepare`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import threading
 import weakref
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,48 +44,105 @@ class Pool:
     def __init__(self, limit: int = 0) -> None:
         self.limit, self.pinned = limit, 0
         self.free: dict[int, list[torch.Tensor]] = {}
+        #: How many buffers of each size are still to be made by the thread of :meth:`prepare`.
+        self.wanted: Counter[int] = Counter()
+        self._preparing: threading.Thread | None = None
+        self._lock = threading.RLock()  # a buffer may be unpinned wherever Python collects garbage
+
+    def prepare(self, sizes: Iterable[int], device: torch.device) -> None:
+        """Begin to pin buffers of these sizes in bytes, for tensors of ``device``, in a thread, within the limit; those
+        that are needed before they are there are made as ever.
+        """
+        with self._lock:
+            wanted = Counter(sizes)
+            self.wanted = Counter({n: count - len(self.free.get(n, ())) for n, count in wanted.items()})
+            if self._preparing is None:
+                self._preparing = threading.Thread(target=self._prepare, args=(device,), name="fastft-pins")
+                self._preparing.start()
+
+    def _prepare(self, device: torch.device) -> None:
+        try:
+            with torch.cuda.device(device):
+                while (number := self._next()) is not None:
+                    self._back(number, self._made(number, pin=True))
+        except Exception as error:
+            log.warning("host memory is pinned as it is needed, not ahead: %s", error)
+            with self._lock:
+                self._preparing = None
+
+    def _next(self) -> int | None:
+        """The size of the next buffer to prepare; None, and nothing more is wanted, where there is none."""
+        with self._lock:
+            number = next((n for n, left in self.wanted.items() if left > 0), None)
+            full = number is None or self.pinned + number > self.limit
+            if full or not threading.main_thread().is_alive():  # the process ends
+                self.wanted.clear()
+                self._preparing = None
+                return None
+            self.wanted[number] -= 1
+            return number
 
     def like(self, x: torch.Tensor) -> torch.Tensor:
         """A host tensor of the size, strides and dtype of ``x``, which is dense; its content is undefined."""
         number = max(x.numel(), 1) * x.element_size()
-        waiting = self.free.get(number)
-        base = waiting.pop() if waiting else self._made(number, x.is_cuda)
+        base = self._taken(number)
+        if base is None:
+            base = self._made(number, x.is_cuda)
         # NumPy's view is what the tensor's memory belongs to: it goes when the tensor and all its views have gone.
         view = base.numpy()[:]
         weakref.finalize(view, self._back, number, base)
         return torch.from_numpy(view).view(x.dtype).as_strided(x.shape, x.stride())
 
+    def _taken(self, number: int) -> torch.Tensor | None:
+        """A buffer that waits; None where there is none, and the caller makes it in place of who prepares them."""
+        with self._lock:
+            if waiting := self.free.get(number):
+                return waiting.pop()
+            if self.wanted[number] > 0:
+                self.wanted[number] -= 1
+            return None
+
     def _back(self, number: int, base: torch.Tensor) -> None:
-        self.free.setdefault(number, []).append(base)
+        with self._lock:
+            self.free.setdefault(number, []).append(base)
 
     def _made(self, number: int, pin: bool) -> torch.Tensor:
         """A new buffer, pinned if there is room for it."""
         if not pin:
             return torch.empty(number, dtype=torch.uint8)
-        for other in [n for n in self.free if n != number] if self.pinned + number > self.limit else []:
-            self._drop(other)
+        if self.pinned + number > self.limit:
+            for other in [n for n in list(self.free) if n != number]:
+                self._drop(other)
         # CUDA pins whole pages, each once: this one's are its own.
         whole = -(-number // PAGE) * PAGE
         room = torch.empty(whole + PAGE, dtype=torch.uint8)
         start = -room.data_ptr() % PAGE
         base = room[start : start + number]
-        if self.pinned + number <= self.limit:
+        with self._lock:
+            pin = self.pinned + number <= self.limit
+            self.pinned += number if pin else 0
+        if pin:
             code = int(torch.cuda.cudart().cudaHostRegister(base.data_ptr(), whole, 0))
             if code == 0:
-                self.pinned += number
                 weakref.finalize(base, self._unpinned, base.data_ptr(), number).atexit = False
             else:
+                self._is_not(number)
                 log.warning("host memory could not be pinned (CUDA error %d): offloading is slow", code)
         return base
 
+    def _is_not(self, number: int) -> None:
+        with self._lock:
+            self.pinned -= number
+
     def _drop(self, number: int) -> None:
-        if self.free[number]:
+        with self._lock:
+            waiting = self.free.pop(number, [])
+        if waiting:
             torch.cuda.synchronize()  # a copy from one of them may still be running
-        del self.free[number]
 
     def _unpinned(self, address: int, number: int) -> None:
         torch.cuda.cudart().cudaHostUnregister(address)
-        self.pinned -= number
+        self._is_not(number)
 
 
 POOL = Pool()

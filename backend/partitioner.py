@@ -517,9 +517,9 @@ class Walk:
             self._orders[stay] = order, there
         return self._orders[stay]
 
-    def offloaded(self, sizes: Sizes) -> int:
-        """Bytes on the host."""
-        return sum(_numel(t, sizes) * t.element_size() for t in self.host)
+    def offloaded(self, sizes: Sizes) -> list[int]:
+        """Bytes of each tensor that waits on the host."""
+        return [_numel(t, sizes) * t.element_size() for t in self.host]
 
     def movable_bytes(self, sizes: Sizes) -> list[int]:
         """Of what each region keeps, the bytes that can be offloaded."""

@@ -4,9 +4,11 @@ for batches of any size, and out of memory is no end.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -325,6 +327,85 @@ def test_pinned_memory_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (pool.pinned, list(pinned.values()), pool.free) == (7 * page, [7 * page], {})
     del other
     assert (pool.pinned, pinned) == (0, {})
+
+
+class Slow:
+    """CUDA's runtime, which pins when it is let."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.begun, self.threads = threading.Semaphore(0), threading.Semaphore(0), set[str]()
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def cudaHostRegister(self, address: int, number: int, flags: int) -> int:
+        self.threads.add(threading.current_thread().name)
+        self.begun.release()
+        assert self.go.acquire(timeout=10)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return 0
+
+
+def prepared(pool: offload.Pool) -> dict[int, int]:
+    """How many buffers of each size there are, once whoever makes them is done."""
+    if (thread := pool._preparing) is not None:
+        thread.join(60)
+    return {n: len(free) for n, free in pool.free.items()}
+
+
+def test_buffers_are_pinned_beside_the_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are wanted, no more than the limit allows, and none that is there or was made meanwhile."""
+    cuda, device = Slow(monkeypatch), torch.device("cuda", 0)
+    pool = offload.Pool(limit=1000)
+    pool.prepare([100, 100, 100, 60], device)
+    assert cuda.begun.acquire(timeout=60) and pool.free == {}  # it is at the first, and nobody waits for it
+    mine = [pool.like(torch.empty(n, dtype=torch.uint8)) for n in (100, 60)]
+    cuda.go.release(9)
+    assert prepared(pool) == {100: 2} and pool.pinned == 200 and cuda.threads == {"fastft-pins"}
+    del mine
+    assert prepared(pool) == {100: 3, 60: 1}
+    pool.prepare([100] * 4 + [60], device)
+    assert prepared(pool) == {100: 4, 60: 1} and pool.pinned == 300
+    pool.prepare([500, 500], device)
+    assert prepared(pool) == {100: 4, 60: 1, 500: 1} and pool.pinned == 800, "the limit"
+    assert not any(pool.wanted.values()) and pool._preparing is None
+
+
+def test_what_goes_wrong_beside_the_compilation_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Slow(monkeypatch)
+    pool = offload.Pool(limit=1000)
+    monkeypatch.setattr(pool, "_made", lambda number, pin: 1 / 0)
+    pool.prepare([100], torch.device("cuda", 0))
+    assert prepared(pool) == {} and "pinned as it is needed, not ahead: division by zero" in caplog.text
+    assert pool._preparing is None
+
+
+def test_what_is_prepared_is_what_the_plan_offloads(at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    made: list[int] = []
+    monkeypatch.setattr(memory, "_device", lambda gm: torch.device("cuda", 0))
+    monkeypatch.setattr(Memory, "_budget", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    pool = offload.Pool()
+    monkeypatch.setattr(pool, "prepare", lambda sizes, device: asked.append(list(sizes)))
+
+    def buffer(number: int, pin: bool) -> torch.Tensor:
+        made.append(number)
+        return torch.empty(number, dtype=torch.uint8)
+
+    monkeypatch.setattr(pool, "_made", buffer)
+    monkeypatch.setattr(offload, "POOL", pool)
+    at(MLP_OFFLOADED)
+    network = model(checkpointing=True)
+    run(network, memory="fast", host_memory="1GiB")
+    assert len(asked) == 1 and made and Counter(asked[0]) == Counter(made)
+    fastft.explain(network, **batch(), options={"memory": "fast", "host_memory": "1GiB"})
+    assert len(asked) == 1, "a plan that nobody runs"
 
 
 def test_dropout_is_drawn_once(at: Any) -> None:

@@ -2060,9 +2060,18 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "offloading: a limit on pinned memory that is none",
         "backend/offload.py",
-        "        if self.pinned + number <= self.limit:\n",
-        "        if True:\n",
+        "            pin = self.pinned + number <= self.limit\n",
+        "            pin = True\n",
         "tests/backend/test_memory.py -k limit",
+    ),
+    *(
+        Mutant(f"pinning ahead: {name}", "backend/offload.py", old, new, "tests/backend/test_memory.py -k compilation")
+        for name, old, new in (
+            ("what is there is made again", "count - len(self.free.get(n, ()))", "count"),
+            ("what was made meanwhile is made again", "                self.wanted[number] -= 1\n            return None", "            return None"),
+            ("over the limit", "full = number is None or self.pinned + number > self.limit", "full = number is None"),
+            ("the caller waits", "                self._preparing.start()\n", "                self._preparing.run()\n"),
+        )
     ),
     Mutant(
         "cuda graphs: results that are held are written over",
