@@ -74,8 +74,8 @@ class Pool:
         """The size of the next buffer to prepare; None, and nothing more is wanted, where there is none."""
         with self._lock:
             number = next((n for n, left in self.wanted.items() if left > 0), None)
-            full = number is None or self.pinned + number > self.limit
-            if full or not threading.main_thread().is_alive():  # the process ends
+            ends = not threading.main_thread().is_alive()
+            if number is None or self.pinned + number > self.limit or ends:
                 self.wanted.clear()
                 self._preparing = None
                 return None

@@ -2069,7 +2069,7 @@ MUTANTS: tuple[Mutant, ...] = (
         for name, old, new in (
             ("what is there is made again", "count - len(self.free.get(n, ()))", "count"),
             ("what was made meanwhile is made again", "                self.wanted[number] -= 1\n            return None", "            return None"),
-            ("over the limit", "full = number is None or self.pinned + number > self.limit", "full = number is None"),
+            ("over the limit", "if number is None or self.pinned + number > self.limit or ends:", "if number is None or ends:"),
             ("the caller waits", "                self._preparing.start()\n", "                self._preparing.run()\n"),
         )
     ),
