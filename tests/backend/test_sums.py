@@ -138,6 +138,12 @@ def read_before(g: fx.Graph, x: fx.Node, y: fx.Node, w: fx.Node) -> Any:
     return (*norm(g, total, w), other)
 
 
+def read_before_by_another_norm(g: fx.Graph, x: fx.Node, y: fx.Node, w: fx.Node) -> Any:
+    total = g.call_function(aten.add.Tensor, (x, y))
+    other = g.call_function(aten.native_layer_norm.default, (total, [8], None, None, 1e-6))
+    return (g.call_function(operator.getitem, (other, 0)), *norm(g, total, w))
+
+
 def weight_that_is_computed(g: fx.Graph, x: fx.Node, y: fx.Node, w: fx.Node) -> Any:
     total = g.call_function(aten.add.Tensor, (x, y))
     return norm(g, total, g.call_function(aten.mul.Tensor, (w, 2.0)))
@@ -158,7 +164,7 @@ def results(module: fx.GraphModule, **dtypes: torch.dtype) -> list[torch.Tensor]
     "make, number",
     [(plain, 1), (read_later, 1), (behind_an_op_of_ours, 1), (two_in_a_row, 2)]
     + [(make, 0) for make in (with_a_factor, of_a_number, of_one_row, pointwise, read_before, other_layout)]
-    + [(weight_that_is_computed, 0)],
+    + [(weight_that_is_computed, 0), (read_before_by_another_norm, 0)],
     ids=lambda v: getattr(v, "__name__", ""),
 )
 def test_which_sums(make: Callable[..., Any], number: int) -> None:

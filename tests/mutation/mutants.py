@@ -75,14 +75,14 @@ MUTANTS: tuple[Mutant, ...] = (
         )
     ),
     *(
-        Mutant(f"sums: {name}", "backend/sums.py", old, new, "tests/backend/test_sums.py")
-        for name, old, new in (
-            ("one that is read before the norm", "first.target is not _ops.rms_norm.default or ", ""),
-            ("what a pointwise op makes", "alike and all(map(_in_memory, total.args))", "alike"),
-            ("a factor is forgotten", "or total.kwargs or", "or"),
-            ("of one row", "and v.shape == values[0].shape", ""),
-            ("a weight that comes later", "order[n] > order[total]", "order[n] < 0"),
-            ("what is copied to the host is none", "u.target not in MOVES", "u"),
+        Mutant(f"sums: {name}", "backend/sums.py", old, new, f"tests/backend/test_sums.py -k {test}")
+        for test, name, old, new in (
+            ("which", "one that is read before the norm", "first.target is not _ops.rms_norm.default or ", ""),
+            ("which", "what a pointwise op makes", "alike and all(map(_in_memory, total.args))", "alike"),
+            ("which", "a factor is forgotten", "or total.kwargs or", "or"),
+            ("which", "of one row", "and v.shape == values[0].shape", ""),
+            ("which", "a weight that comes later", "order[n] > order[total]", "order[n] < 0"),
+            ("offloaded", "what is copied to the host is none", "u.target not in MOVES", "u"),
         )
     ),
     Mutant(
@@ -2068,7 +2068,11 @@ MUTANTS: tuple[Mutant, ...] = (
         Mutant(f"pinning ahead: {name}", "backend/offload.py", old, new, "tests/backend/test_memory.py -k compilation")
         for name, old, new in (
             ("what is there is made again", "count - len(self.free.get(n, ()))", "count"),
-            ("what was made meanwhile is made again", "                self.wanted[number] -= 1\n            return None", "            return None"),
+            (
+                "what was made meanwhile is made again",
+                "                self.wanted[number] -= 1\n            return None",
+                "                pass\n            return None",
+            ),
             ("over the limit", "if number is None or self.pinned + number > self.limit or ends:", "if number is None or ends:"),
             ("the caller waits", "                self._preparing.start()\n", "                self._preparing.run()\n"),
         )
