@@ -226,7 +226,8 @@ def _of_sum(
     offset: float,
     out_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dense = x.is_contiguous() and plus.is_contiguous() and x.numel() > 0
+    alike = plus.shape == x.shape and plus.dtype == x.dtype
+    dense = alike and x.is_contiguous() and plus.is_contiguous() and x.numel() > 0
     if not use_triton(x) or x.dtype == torch.float64 or not dense:
         total = x + plus
         return (total, *_forward(total, weight, eps, offset, out_dtype))

@@ -101,6 +101,14 @@ def test_sums_of_other_layouts(layout, device):
     torch.library.opcheck(torch.ops.fastft.rms_norm_of_sum.default, (x, plus, w, 1e-6, 0.0, torch.float16))
 
 
+@pytest.mark.parametrize("plus", [torch.randn(32), torch.randn(4, 32).half()], ids=["one row", "dtype"])
+def test_what_is_not_like_x_is_added_before(plus, device):
+    """The kernel would read beyond it."""
+    (x, w), plus = (t.detach() for t in inputs((4, 32), torch.float32, device)), plus.to(device)
+    y, total = rms_norm(x, w, 1e-6, 0.0, None, True, plus)
+    assert torch.equal(total, x + plus) and torch.equal(y, rms_norm(x + plus, w, 1e-6))
+
+
 def test_nobody_reads_the_result_or_what_is_passed_on(device):
     x, w = inputs((4, 32), torch.float32, device)
     y, same = rms_norm(x, w, 1e-6, pass_through=True)
