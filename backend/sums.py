@@ -1,4 +1,4 @@
-"""Sums in the forward of a cut graph that the norm behind them computes (``plus`` of ``kernels/rms_norm.py``).
+"""Sums in the forward of a cut graph that the norm behind them computes (``kernels/add_rms_norm.py``).
 
 A decoder layer adds to the residual stream twice, and a norm reads the sum: ``aten.add`` writes it, and the norm reads
 it again. Here the norm computes both. Layers without adapters have no such sums: their product adds
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-import fastft.kernels.rms_norm  # noqa: F401  (registers its op)
+import fastft.kernels.add_rms_norm  # noqa: F401  (registers its op, and the norm's)
 from fastft.offload import MOVES
 from fastft.partitioner import is_alias
 from fastft.slicing import call_like
@@ -32,7 +32,7 @@ def into_norms(forward: fx.GraphModule) -> int:
     for norm in norms:
         total, *others = norm.args
         with forward.graph.inserting_before(total):  # before its copy to the host begins
-            both = call_like(forward.graph, _ops.rms_norm_of_sum.default, (*total.args, *others), norm)
+            both = call_like(forward.graph, _ops.add_rms_norm.default, (*total.args, *others), norm)
             items = [forward.graph.call_function(operator.getitem, (both, i)) for i in range(3)]
         for item, value in zip(items, both.meta["val"], strict=True):
             item.meta = {**norm.meta, "val": value}

@@ -260,7 +260,8 @@ def _of_model(model: str, batch: int, seq: int, tags: frozenset[str]) -> Iterato
         yield shape("layer_norm", **tokens, hidden=hidden, eps=config[LAYER_NORMS[family]])
     else:
         offset = 1.0 if family.startswith("gemma") else 0.0  # Gemma multiplies by 1 + weight
-        yield shape("rms_norm", **tokens, hidden=hidden, eps=config["rms_norm_eps"], offset=offset)
+        for op in ("rms_norm", "add_rms_norm"):
+            yield shape(op, **tokens, hidden=hidden, eps=config["rms_norm_eps"], offset=offset)
         if family in HEAD_NORMS:  # of each head of q, and of k: rows of head_dim
             for count in dict.fromkeys((heads, kv_heads)):
                 rows = dict(batch=batch, seq=seq * count, hidden=head_dim)
@@ -362,7 +363,8 @@ def _tests() -> Iterator[Shape]:
 
     for batch, seq, hidden in ((1, 1, 8), (2, 3, 48), (1, 7, 129), (3, 5, 256)):
         for offset in (0.0, 1.0):
-            yield shape("rms_norm", batch=batch, seq=seq, hidden=hidden, eps=1e-6, offset=offset)
+            for op in ("rms_norm", "add_rms_norm"):
+                yield shape(op, batch=batch, seq=seq, hidden=hidden, eps=1e-6, offset=offset)
         yield shape("layer_norm", batch=batch, seq=seq, hidden=hidden, eps=1e-5)
     for batch, seq, intermediate in ((1, 1, 16), (2, 3, 129), (1, 9, 352)):
         for activation in ("silu", "gelu", "gelu_tanh"):

@@ -96,6 +96,15 @@ def _torch_rms_norm(s: Shape) -> Run | None:
     return lambda x, weight, eps, offset: F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+def _liger_add_rms_norm(s: Shape) -> Run:
+    from liger_kernel.ops import LigerFusedAddRMSNormFunction
+
+    mode = "gemma" if s["offset"] else "llama"
+    return lambda x, residual, weight, eps, offset: LigerFusedAddRMSNormFunction.apply(
+        x, residual, weight, eps, offset, mode, False
+    )
+
+
 def _liger_layer_norm(s: Shape) -> Run:
     from liger_kernel.ops import LigerLayerNormFunction
 
@@ -316,6 +325,7 @@ SPECIALISTS: tuple[Specialist, ...] = (
     Specialist("rms_norm", "Liger", "liger_kernel", _liger_rms_norm),
     Specialist("rms_norm", "quack", "quack", _quack_rms_norm),
     Specialist("rms_norm", "F.rms_norm", "torch", _torch_rms_norm, cuda_only=False),
+    Specialist("add_rms_norm", "Liger", "liger_kernel", _liger_add_rms_norm),
     Specialist("layer_norm", "Liger", "liger_kernel", _liger_layer_norm),
     Specialist("glu", "Liger", "liger_kernel", _liger_glu),
     Specialist("glu_packed", "Liger", "liger_kernel", _liger_glu_packed),

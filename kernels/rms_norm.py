@@ -15,9 +15,6 @@ where the op hands x on to them (``pass_through``), and is 0 otherwise.
 Shapes: x ``[..., N]``, weight ``[N]`` or None, y ``[..., N]`` in ``out_dtype``. Saved: x itself and r, fp32, one number
 a row.
 
-The norm of a sum, x + ``plus``, computes that too (``backend/sums.py`` asks for it where the residual stream is added
-to): rounded to x's dtype, as the sum by itself, so that nothing changes but that nobody reads it from memory again.
-
 HF models spell this in four orders, which differ in where they round to bf16 (weight after the cast, before it, ``1 +
 w`` in fp32, cast then swapped operands); rounding once is at least as exact as each of them.
 """
@@ -58,10 +55,8 @@ def reference(
     offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
     pass_through: bool = False,
-    plus: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch, differentiable; fp32 inside (fp64 for fp64)."""
-    x = x if plus is None else x + plus
     compute = torch.promote_types(x.dtype, torch.float32)
     h = x.to(compute)
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
@@ -119,26 +114,6 @@ def _forward_kernel(
     y, r = _normed(x, w_ptr, col, N, EPS, OFFSET, HAS_WEIGHT)
     tl.store(r_ptr + row_offset(row, inner, r_outer, r_inner), r, mask=row < rows)
     tl.store(tile_at(y_ptr, row, col, inner, y_outer, y_inner), y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@jit
-def _sum_kernel(
-    x_ptr, plus_ptr, w_ptr, total_ptr, y_ptr, r_ptr, rows,
-    N: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """x + plus, and the norm of that; the rows of each lie behind each other."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = tl.arange(0, BLOCK_N)
-    mask = (row < rows)[:, None] & (col < N)[None, :]
-    at = row.to(tl.int64)[:, None] * N + col[None, :]
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    plus = tl.load(plus_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    total = (x + plus).to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + at, total, mask=mask)
-    y, r = _normed(total.to(tl.float32), w_ptr, col, N, EPS, OFFSET, HAS_WEIGHT)
-    tl.store(r_ptr + row, r, mask=row < rows)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 # ---------------------------------------------------------------- backward kernel
@@ -218,43 +193,6 @@ def _forward_fake(
     return torch.empty_like(x, dtype=out_dtype or x.dtype), row_values(x)
 
 
-def _of_sum(
-    x: torch.Tensor,
-    plus: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    out_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    alike = plus.shape == x.shape and plus.dtype == x.dtype
-    dense = alike and x.is_contiguous() and plus.is_contiguous() and x.numel() > 0
-    if not use_triton(x) or x.dtype == torch.float64 or not dense:
-        total = x + plus
-        return (total, *_forward(total, weight, eps, offset, out_dtype))
-    total, n = torch.empty_like(x), x.shape[-1]
-    y, r = _forward_fake(x, weight, eps, offset, out_dtype)
-    rows = x.numel() // n
-    tile = FORWARD(x.device, x.dtype, rows, n)
-    _sum_kernel[(cdiv(rows, tile["BLOCK_M"]),)](
-        x, plus, x if weight is None else weight.contiguous(), total, y, r, rows,
-        N=n, EPS=eps, OFFSET=offset, HAS_WEIGHT=weight is not None,
-        BLOCK_M=tile["BLOCK_M"], BLOCK_N=tile["BLOCK_N"], num_warps=tile["num_warps"], **SAME_SUMS,
-    )  # fmt: skip
-    return total, y, r
-
-
-def _of_sum_fake(
-    x: torch.Tensor,
-    plus: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    offset: float,
-    out_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    total = x + plus
-    return (total, *_forward_fake(total, weight, eps, offset, out_dtype))
-
-
 def _backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -324,12 +262,6 @@ _raw = raw_op(
     _forward,
     _forward_fake,
 )
-_raw_of_sum = raw_op(
-    "rms_norm_of_sum(Tensor x, Tensor plus, Tensor? weight, float eps, float offset, ScalarType? out_dtype)"
-    " -> (Tensor, Tensor, Tensor)",
-    _of_sum,
-    _of_sum_fake,
-)
 _raw_backward = raw_op(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor? z, float offset,"
     " bool want_dx, bool want_dweight) -> (Tensor, Tensor)",
@@ -340,11 +272,8 @@ _raw_backward = raw_op(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, offset, out_dtype, pass_through, plus):
-        if plus is None:
-            y, r = _raw(x, weight, eps, offset, out_dtype)
-        else:
-            x, y, r = _raw_of_sum(x, plus, weight, eps, offset, out_dtype)
+    def forward(ctx, x, weight, eps, offset, out_dtype, pass_through):
+        y, r = _raw(x, weight, eps, offset, out_dtype)
         ctx.save_for_backward(x, weight, r)
         ctx.offset = offset
         ctx.set_materialize_grads(False)
@@ -352,13 +281,12 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, z=None):
-        want_x, want_dweight, *_, want_plus = ctx.needs_input_grad
         if dy is None:
-            return z, *(None,) * 5, z if want_plus else None
+            return z, *(None,) * 5
         x, weight, r = ctx.saved_tensors
-        want_dx = want_x or want_plus
+        want_dx, want_dweight = ctx.needs_input_grad[:2]
         dx, dweight = _raw_backward(dy, x, weight, r, z, ctx.offset, want_dx, want_dweight)
-        return dx if want_x else None, dweight if want_dweight else None, *(None,) * 4, dx if want_plus else None
+        return dx if want_dx else None, dweight if want_dweight else None, *(None,) * 4
 
 
 def rms_norm(
@@ -368,17 +296,15 @@ def rms_norm(
     offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
     pass_through: bool = False,
-    plus: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``x / sqrt(mean(x²) + eps) * (offset + weight)`` over the last axis, differentiable in x and weight.
 
     x: ``[..., N]``, fp32, fp16 or bf16, any strides (a copy is made unless rows are contiguous and lie at two strides
     or fewer). weight: ``[N]`` or None. offset: 1.0 for Gemma. out_dtype: dtype of the result, x's own by default. The
     result has x's memory order, as PyTorch's elementwise ops have. pass_through: return x too, for its other readers (a
-    view of it); what they send back is added to dx in fp32. plus: of x's shape and dtype; the norm is that of x + plus,
-    in one kernel where both are contiguous, and that sum is what pass_through returns.
+    view of it); what they send back is added to dx in fp32.
     """
-    return _RMSNorm.apply(x, weight, eps, offset, out_dtype, pass_through, plus)
+    return _RMSNorm.apply(x, weight, eps, offset, out_dtype, pass_through)
 
 
 def supported(
@@ -388,7 +314,6 @@ def supported(
     offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
     pass_through: bool = False,
-    plus: torch.Tensor | None = None,
 ) -> Reason | None:
     """None, or why this call cannot run as one kernel."""
     # The kernels' arithmetic is fp32: fp64 would lose digits on a GPU, and integers and fp8 are not norms' inputs.
@@ -404,9 +329,6 @@ def supported(
         return Reason(
             "shape", f"the weight has shape {tuple(weight.shape)}; one axis of {x.shape[-1]} elements is supported"
         )
-    # What is added is read row by row beside x, and rounded as x is.
-    if plus is not None and (plus.shape != x.shape or plus.dtype != x.dtype):
-        return Reason("shape", f"x is {x.dtype} {tuple(x.shape)}, and {plus.dtype} {tuple(plus.shape)} is added to it")
     # One program holds a whole row in registers.
     if x.shape[-1] > MAX_N:
         return Reason("size", f"a row has {x.shape[-1]} elements; up to {MAX_N} are supported")
@@ -420,12 +342,11 @@ def cost(
     offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
     pass_through: bool = False,
-    plus: torch.Tensor | None = None,
 ) -> Cost:
-    """Forward: x in, y out, with ``plus`` that in and the sum out; kept: x (the sum) and 4 bytes a row."""
+    """Forward: x in, y out; kept: x and 4 bytes a row."""
     elements, rows = size(x.numel()), size(x.numel() // max(x.shape[-1], 1))
-    out, each = (out_dtype or x.dtype).itemsize, x.element_size() * (1 if plus is None else 3)
-    return Cost(4 * elements, elements * (each + out) + 4 * rows, elements * x.element_size() + 4 * rows)
+    out = (out_dtype or x.dtype).itemsize
+    return Cost(4 * elements, elements * (x.element_size() + out) + 4 * rows, elements * x.element_size() + 4 * rows)
 
 
 # ---------------------------------------------------------------- calls
@@ -459,7 +380,7 @@ register(
         call=rms_norm,
         reference=reference,
         supported=supported,
-        raw=("rms_norm", "rms_norm_of_sum", "rms_norm_backward"),
+        raw=("rms_norm", "rms_norm_backward"),
         recompute=Recompute.CHEAP,
         cost=cost,
         sizes=sizes,

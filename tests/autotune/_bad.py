@@ -129,7 +129,6 @@ def rms_norm_without_options(
     offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
     pass_through: bool = False,
-    plus: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Forgets ``out_dtype`` and ``pass_through``, and the weight's gradient."""
     h = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)

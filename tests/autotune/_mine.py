@@ -38,9 +38,7 @@ def rms_norm(
     offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
     pass_through: bool = False,
-    plus: torch.Tensor | None = None,
 ) -> Any:
-    x = x if plus is None else x + plus
     h = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     y = (h if weight is None else h * (weight.float() + offset)).to(out_dtype or x.dtype)
     return (y, x.view_as(x)) if pass_through else y
@@ -53,9 +51,8 @@ def other_rms_norm(
     offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
     pass_through: bool = False,
-    plus: torch.Tensor | None = None,
 ) -> Any:
-    return rms_norm(x, weight, eps, offset, out_dtype, pass_through, plus)
+    return rms_norm(x, weight, eps, offset, out_dtype, pass_through)
 
 
 def bare_rms_norm(
@@ -65,10 +62,9 @@ def bare_rms_norm(
     offset: float = 0.0,
     out_dtype: torch.dtype | None = None,
     pass_through: bool = False,
-    plus: torch.Tensor | None = None,
 ) -> Any:
     """Its result alone, whatever ``pass_through`` says."""
-    return rms_norm(x, weight, eps, offset, out_dtype, plus=plus)
+    return rms_norm(x, weight, eps, offset, out_dtype)
 
 
 def without_pass_through(*args: Any, pass_through: bool = False, **kwargs: Any) -> str | None:

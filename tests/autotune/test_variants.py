@@ -370,7 +370,7 @@ def test_references_have_the_ops_results_and_gradients(op: str) -> None:
 def test_options() -> None:
     assert Options.of({"variants": {"glu": "reference"}}).variants == {"glu": "reference"}
     for wrong, message in (
-        ({"gluu": "mine"}, r"no op 'gluu' \(did you mean 'glu'\?\); it has attention, "),
+        ({"gluu": "mine"}, r"no op 'gluu' \(did you mean 'glu'\?\); it has add_rms_norm, attention, "),
         ({"glu": "refrence"}, r"no variant 'refrence' \(did you mean 'reference'\?\); it has triton, reference"),
         ("glu", "it is a dict of ops"),
     ):

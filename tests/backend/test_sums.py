@@ -172,7 +172,7 @@ def test_which_sums(make: Callable[..., Any], number: int) -> None:
     wanted = results(module)
     assert sums.into_norms(module) == number
     targets = [n.target for n in module.graph.nodes]
-    assert targets.count(ops.rms_norm_of_sum.default) == number
+    assert targets.count(ops.add_rms_norm.default) == number
     assert (aten.add.Tensor in targets) == (number == 0)
     assert all("val" in n.meta for n in module.graph.nodes if n.op != "output")
     assert all(map(torch.equal, wanted, results(module)))

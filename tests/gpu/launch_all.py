@@ -87,6 +87,8 @@ def _wide(name: str, new: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]
     """Arguments at the sizes of models: heads of 64 and 128, rows of 4096 and more, several blocks a row."""
     if name == "rms_norm":
         yield (new(5, 4096), new(4096), 1e-6), {}
+    if name == "add_rms_norm":
+        yield (new(5, 4096), new(5, 4096), new(4096), 1e-6), {}
     if name == "layer_norm":
         yield (new(5, 4608), new(4608), new(4608), 1e-5), {}
     if name == "glu":

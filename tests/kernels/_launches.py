@@ -110,7 +110,8 @@ def _call(op: Op, s: Shape, dtype: torch.dtype) -> None:
     """As the op's file makes its calls."""
     inputs = op.inputs(Blank(dtype, "cpu"), **s.dims)
     out = op.call(*inputs.args, **inputs.kwargs)
-    torch.autograd.grad(out, list(inputs.wanted), torch.empty_like(out))
+    outs = out if isinstance(out, tuple) else (out,)
+    torch.autograd.grad(outs, list(inputs.wanted), list(map(torch.empty_like, outs)))
 
 
 def _rms_norm(s: Shape, dtype: torch.dtype) -> None:
