@@ -145,6 +145,21 @@ def tag(joint: fx.GraphModule, outputs: int, regions: Regions, levels: Sequence[
             for one in _chain(node):
                 if regions.get(one.name) == region:
                     one.meta["recompute"] = compat.MUST_SAVE
+        elif node.target is torch.ops.fastft.lora_mlp.default and not _reads_result(node, forward):
+            # An MLP by slices computes again what its backward needs: not all of it for the little that this keeps.
+            for one in (node, *node.users):
+                one.meta["recompute"] = compat.MUST_SAVE
+
+
+def _reads_result(mlp: fx.Node, forward: Set[fx.Node]) -> bool:
+    """Whether the backward reads what an MLP by slices gives (the norm behind it does, in Gemma 2)."""
+    waiting = [item for item in mlp.users if item.args[1] == 0]
+    while waiting:
+        node = waiting.pop()
+        if any(user not in forward for user in node.users):
+            return True
+        waiting += [user for user in node.users if is_alias(user)]
+    return False
 
 
 def _of_kept(call: fx.Node, cheap: Set[str]) -> bool:

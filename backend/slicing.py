@@ -67,8 +67,9 @@ def slice_mlps(
             tokens, width = size(math.prod(x.shape[:-1])), size(mlp.act.meta["val"].shape[-1])
             rows = [tokens_of_slice(tokens, width, x.element_size(), forward=half) for half in (True, False)]
             if tokens > rows[1]:
-                new, again = _replace(joint.graph, mlp, back, *rows)
-                done.regions[new.name] = done.again[again.name] = region
+                made, again = _replace(joint.graph, mlp, back, *rows)
+                done.regions |= {n.name: region for n in made}
+                done.again[again.name] = region
                 done.tokens[region] = rows[1]
     joint.graph.lint()
     joint.recompile()
@@ -276,8 +277,10 @@ def _way_back(mlp: _MLP) -> _Back | Reason | None:
 # --------------------------------------------------------------------------------------------------------- replacement
 
 
-def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, forward: int, backward: int) -> tuple[fx.Node, fx.Node]:
-    """The new forward node, and the new backward node, with so many tokens in a slice."""
+def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, forward: int, backward: int) -> tuple[list[fx.Node], fx.Node]:
+    """The new forward nodes (the call, and its items: the result, and h), and the new backward node, with so many
+    tokens in a slice.
+    """
     flat = {name: [t for layer in mlp.layers for t in getattr(layer, name)] for name in _LISTS}
     layers = (
         [layer.weight for layer in mlp.layers], flat["quant"], flat["shape"], flat["blocks"],
@@ -287,7 +290,10 @@ def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, forward: int, backward: in
     how = mlp.kind, mlp.stacked, mlp.lora_dtype
     with graph.inserting_before(mlp.down):
         given = (mlp.x, *layers, mlp.residual, *how, forward)
-        new = call_like(graph, _ops.lora_mlp.default, given, mlp.down)
+        call = call_like(graph, _ops.lora_mlp.default, given, mlp.down)
+        y, h = items = [graph.call_function(operator.getitem, (call, i)) for i in range(2)]
+    for item, value in zip(items, call.meta["val"], strict=True):
+        item.meta = {**mlp.down.meta, "val": value}
     each = range(len(mlp.layers))
     thin = [(role, j) for role, layer in enumerate(mlp.layers) for j in range(len(layer.a))]
     lists: list[list[_Slot]] = [[(name, role) for role in each] for name in ("weight", "sum")]
@@ -298,17 +304,17 @@ def _replace(graph: fx.Graph, mlp: _MLP, back: _Back, forward: int, backward: in
         order += [slot for pair in pairs for slot in pair]
     ends = [item for call in (mlp.down, *back.calls) for item in (*call.users, call)]
     with graph.inserting_before(back.calls[0]):
-        backs = (back.dy, mlp.x, *layers, *how, backward, *needs)
+        backs = (back.dy, mlp.x, h if mlp.layers[2].a else None, *layers, *how, backward, *needs)
         again = call_like(graph, _ops.lora_mlp_backward.default, backs, back.calls[0])
         for slot, old in back.read.items():
             item = graph.call_function(operator.getitem, (again, order.index(slot)))
             item.meta = dict(old.meta)
             old.replace_all_uses_with(item)
     for item in list(mlp.down.users):
-        item.replace_all_uses_with(new)
+        item.replace_all_uses_with(y)
     for node in ends:
         sweep(graph, node)
-    return new, again
+    return [call, *items], again
 
 
 _LISTS = ("quant", "shape", "blocks", "a", "b", "b_bias", "scaling")

@@ -11,7 +11,8 @@ ops; ∂x is written slice by slice, and what is a sum over tokens (∂A, ∂B, 
 
 What is there at one time besides x, y and their gradients is of one slice, 4 N numbers a token at the most (g, u,
 f(g) u and its gradient; those of g and u take their place). With N = 14,336 in bf16 that is 115 KB a token, for 4,096
-tokens 0.5 GB; over 400,000 tokens at once it would be 46 GB. Kept: x. What a backward computes again is what a
+tokens 0.5 GB; over 400,000 tokens at once it would be 46 GB. Kept: x, and h = f(g) u Aᵀ of down's adapters, [..., Σr],
+for ∂B: 32 bytes a token at rank 16, for a pass over N numbers a token. What a backward computes again is what a
 recomputed layer's backward computes again in any case, down's product not among it, so slices cost no arithmetic; what
 they cost is that products are of fewer tokens (:func:`tokens_of_slice`), and a copy of each slice of y and of ∂x.
 
@@ -267,26 +268,51 @@ def _forward(
     stacked: bool,
     lora_dtype: torch.dtype,
     rows: int,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, and down's h [T, Σr]."""
     layers = _Layers(weight, quant, shape, blocks, bias, adapters, a, b, b_bias, scaling)
     (gate_up, _), (down, _) = layers.apart(_Needs(False, (), (), (), ()))
-    y = _forward_fake(x, weight, quant, shape)
+    y = x.new_empty((*x.shape[:-1], widths(weight, quant, shape)[2]))
     xs, ys, zs = lora._rows(x), lora._rows(y), None if residual is None else lora._rows(residual)
+    hs: list[torch.Tensor] = []
     with _passing(xs.shape[0], rows):
         for part in _slices(xs.shape[0], rows):
             act = _activated(xs[part], gate_up, kind, stacked, lora_dtype)[0]
-            (ys[part],) = down.forward(act, down.down(act, lora_dtype), None if zs is None else zs[part])
+            thin = down.down(act, lora_dtype)
+            (ys[part],) = down.forward(act, thin, None if zs is None else zs[part])
+            hs += [] if thin is None else [thin]
             del act  # before the next slice's gate and up
-    return y
+    if len(hs) == 1:
+        return y, hs[0]
+    return y, torch.cat(hs) if hs else lora._down_fake(x, down.a, [], lora_dtype)
 
 
-def _forward_fake(x: torch.Tensor, weight: Tensors, quant: Tensors, shape: Sequence[int], *rest: Any) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], widths(weight, quant, shape)[2]))
+def _forward_fake(
+    x: torch.Tensor,
+    weight: Tensors,
+    quant: Tensors,
+    shape: Sequence[int],
+    blocks: Any,
+    bias: Any,
+    adapters: Sequence[int],
+    a: Tensors,
+    b: Any,
+    b_bias: Any,
+    scaling: Any,
+    residual: Any,
+    kind: Any,
+    stacked: Any,
+    lora_dtype: torch.dtype,
+    rows: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = x.new_empty((*x.shape[:-1], widths(weight, quant, shape)[2]))
+    return y, lora._down_fake(x, a[sum(adapters[:2]) :], [], lora_dtype)
 
 
 def _backward(
     dy: torch.Tensor,
     x: torch.Tensor,
+    h: torch.Tensor | None,
     weight: Tensors,
     quant: Tensors,
     shape: Sequence[int],
@@ -320,14 +346,16 @@ def _backward(
     with _passing(xs.shape[0], rows):
         for part in _slices(xs.shape[0], rows):
             into = dx[part] if need_x else None
-            found = _back_of_slice(gs[part], xs[part], parts, kind, stacked, lora_dtype, into)
+            thin = None if h is None else h[part]
+            found = _back_of_slice(gs[part], xs[part], thin, parts, kind, stacked, lora_dtype, into)
             if totals and (pairs := [pair for pair in zip(totals, found, strict=True) if pair[0].numel()]):
                 torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
             totals = totals or found
             del found  # the next slice's take their place
     if not totals:
-        given = (dy, x, weight, quant, shape, blocks, bias, adapters, a, b, b_bias, scaling, kind, stacked, lora_dtype)
-        totals = [t.zero_() for t in _backward_fake(*given, rows, *needs)[1:]]
+        layers = weight, quant, shape, blocks, bias, adapters, a, b, b_bias, scaling
+        found = _backward_fake(dy, x, h, *layers, kind, stacked, lora_dtype, rows, *needs)
+        totals = [t.zero_() for t in found[1:]]
     wanted = [n for lists in (needs[1:3], needs[3:]) for pair in zip(*lists, strict=True) for n in pair]
     sums = [
         x.new_empty(0) if not need else total if dtype is None else total.to(dtype)
@@ -339,6 +367,7 @@ def _backward(
 def _back_of_slice(
     dy: torch.Tensor,
     x: torch.Tensor,
+    h: torch.Tensor | None,
     parts: Sequence[tuple[_Layers, _Needs]],
     kind: str,
     stacked: bool,
@@ -348,7 +377,7 @@ def _back_of_slice(
     """Write a slice's ∂x ``into``; returns what it adds to the sums over tokens, in the order of the results."""
     (gate_up, of_gate_up), (down, of_down) = parts
     act, kept = _activated(x, gate_up, kind, stacked, lora_dtype)
-    dact, base, thin = down.backward([dy], act, down.down(act, lora_dtype), lora_dtype, of_down)
+    dact, base, thin = down.backward([dy], act, h, lora_dtype, of_down)
     del act  # what comes next is the most that there is at one time
     _, first_base, first_thin = _back(dact, kept, x, gate_up, kind, stacked, lora_dtype, of_gate_up, into)
     return [*first_base, *base, *first_thin, *thin]
@@ -357,6 +386,7 @@ def _back_of_slice(
 def _backward_fake(
     dy: torch.Tensor,
     x: torch.Tensor,
+    h: torch.Tensor | None,
     weight: Tensors,
     quant: Tensors,
     shape: Sequence[int],
@@ -381,8 +411,8 @@ def _backward_fake(
         return x.new_empty(of if needed else 0, dtype=dtype if needed else x.dtype)
 
     out = [x.new_empty(x.shape if need_x else 0)]
-    n, _, h = widths(weight, quant, shape)
-    for w, out_features, need_w, need_s in zip(weight, (n, n, h), need_weight, need_sum, strict=True):
+    n, _, hidden = widths(weight, quant, shape)
+    for w, out_features, need_w, need_s in zip(weight, (n, n, hidden), need_weight, need_sum, strict=True):
         single = torch.promote_types(x.dtype, torch.float32)
         out += [new(w.shape, w.dtype, need_w), new(out_features, single, need_s)]
     for thin, needed in zip(zip(a, b, strict=True), zip(need_a, need_b, strict=True), strict=True):
@@ -394,10 +424,10 @@ def _backward_fake(
 
 _LAYERS = f"{lora._WEIGHT}, Tensor?[] bias, int[] adapters, Tensor[] a, Tensor[] b, Tensor?[] b_bias, float[] scaling"
 _HOW = "str kind, bool stacked, ScalarType lora_dtype, int rows"
-_raw = raw_op(f"lora_mlp(Tensor x, {_LAYERS}, Tensor? residual, {_HOW}) -> Tensor", _forward, _forward_fake)
+_raw = raw_op(f"lora_mlp(Tensor x, {_LAYERS}, Tensor? residual, {_HOW}) -> (Tensor, Tensor)", _forward, _forward_fake)
 _raw_backward = raw_op(
-    f"lora_mlp_backward(Tensor dy, Tensor x, {_LAYERS}, {_HOW}, bool need_x, bool[] need_weight, bool[] need_sum, "
-    "bool[] need_a, bool[] need_b) -> Tensor[]",
+    f"lora_mlp_backward(Tensor dy, Tensor x, Tensor? h, {_LAYERS}, {_HOW}, "
+    "bool need_x, bool[] need_weight, bool[] need_sum, bool[] need_a, bool[] need_b) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -422,20 +452,21 @@ class _LoraMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, c: _Constants, x: Any, residual: Any, *flat: Any) -> torch.Tensor:
         ctx.constants = c
-        ctx.save_for_backward(x, *flat)
-        return _raw(x, *_given(c, flat), residual, *_how(c))  # type: ignore[no-any-return]
+        y, h = _raw(x, *_given(c, flat), residual, *_how(c))
+        ctx.save_for_backward(x, h if h.shape[1] else None, *flat)
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:  # type: ignore[override]
         c: _Constants = ctx.constants
-        x, *flat = ctx.saved_tensors
+        x, h, *flat = ctx.saved_tensors
         _, need_x, need_residual, *needed = ctx.needs_input_grad
         need_weight, need_bias, _, need_a, need_b, need_more = c.layers.take(needed, *_COLUMNS)
         layer = [i for i, count in enumerate(c.layers.adapters) for _ in range(count)]
         need_sum = [
             need or any(need_more[j] for j, of in enumerate(layer) if of == i) for i, need in enumerate(need_bias)
         ]
-        dx, *found = _raw_backward(dy, x, *_given(c, flat), *_how(c), need_x, need_weight, need_sum, need_a, need_b)
+        dx, *found = _raw_backward(dy, x, h, *_given(c, flat), *_how(c), need_x, need_weight, need_sum, need_a, need_b)
         sums, thin = found[1:6:2], found[6:]
         _, bias, _, _, _, b_bias = c.layers.take(flat, *_COLUMNS)
         grads = [

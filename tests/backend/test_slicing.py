@@ -372,7 +372,7 @@ def test_costs_of_raw_calls() -> None:
     how = ("silu", True, torch.bfloat16, 2048)
     forward = called(torch.ops.fastft.lora_mlp.default, x, *layers, None, *how, result=x)
     needs = (True, [False] * 3, [False] * 3, [True] * 3, [True] * 3)
-    backward = called(torch.ops.fastft.lora_mlp_backward.default, x, x, *layers, *how, *needs, result=[x])
+    backward = called(torch.ops.fastft.lora_mlp_backward.default, x, x, None, *layers, *how, *needs, result=[x])
     of_one = 2 * 8192 * 14336 * 4096 + 2 * 8192 * 16 * (14336 + 4096)
     assert costs.raw_work(forward, int, {}).flops == 3 * of_one + 8 * 8192 * 14336
     assert costs.raw_work(backward, int, {}).flops == 2 * of_one + 8 * 8192 * 14336  # what it computes again

@@ -285,11 +285,22 @@ def test_nothing_as_wide_as_the_mlp_is_there_for_all_tokens(form, quant, seen, m
     assert widths.found & {320, 640, 656}
 
 
-def test_kept_is_x_alone():
-    args, more = make(**FORMS["one adapter each"], lead=(400,))
+@pytest.mark.parametrize("form", ["one adapter each", "none"])
+def test_kept_are_x_and_h_of_down(form):
+    args, more = make(**FORMS[form], lead=(400,))
     y = lora_mlp(*args, rows=64)
     theirs = {t.data_ptr() for t in leaves_of(args, more)} | {t.data_ptr() for t in args[2]}
-    assert {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None} <= theirs
+    kept = [t for t in y.grad_fn.saved_tensors if t is not None and t.data_ptr() not in theirs]
+    ranks = sum(len(a) for a in args[4][2]) if args[4] else 0
+    assert [t.shape for t in kept] == [(400, ranks)] * (ranks > 0)
+
+
+def test_h_of_down_is_not_computed_again(monkeypatch):
+    """It would be a pass over N numbers a token."""
+    args, more = make(**FORMS["one adapter each"])
+    y = lora_mlp(*args, **more, rows=3)
+    monkeypatch.setattr(module.lora, "_down", lambda *_: pytest.fail("an adapter's h again"))
+    y.sum().backward()
 
 
 @pytest.mark.parametrize("form", ["one adapter each", "none"])
@@ -552,6 +563,20 @@ MUTANTS = (
         "None if zs is None else zs[part])",
         "None if zs is None else zs[: part.stop - part.start])",
         "'tests/kernels/test_lora_mlp.py::test_matches_reference[none, and the stream-fp32-4]'",
+    ),
+    Mutant(
+        "lora_mlp: every slice has the first one's h",
+        "kernels/lora_mlp.py",
+        "thin = None if h is None else h[part]",
+        "thin = None if h is None else h[: part.stop - part.start]",
+        "'tests/kernels/test_lora_mlp.py::test_matches_reference[one adapter each-fp32-4]'",
+    ),
+    Mutant(
+        "lora_mlp: h of the last slice alone",
+        "kernels/lora_mlp.py",
+        "torch.cat(hs) if hs else",
+        "torch.cat(hs[-1:] * len(hs))[: len(x)] if hs else",
+        "'tests/kernels/test_lora_mlp.py::test_matches_reference[one adapter each-fp32-4]'",
     ),
     Mutant(
         "lora_mlp: down's adapters are gate's",

@@ -685,6 +685,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_slicing.py -k variant",
     ),
     Mutant(
+        "slicing: an MLP is computed again for its h",
+        "backend/partitioner.py",
+        "            for one in (node, *node.users):\n",
+        "            for one in ():\n",
+        "tests/backend/test_slicing.py -k 'families and llama3'",
+    ),
+    Mutant(
+        "slicing: what Gemma's norm reads of an MLP is kept",
+        "backend/partitioner.py",
+        "lora_mlp.default and not _reads_result(node, forward):",
+        "lora_mlp.default:",
+        "tests/backend/test_slicing.py -k 'families and gemma2'",
+    ),
+    Mutant(
         "slicing: one slice",
         "backend/slicing.py",
         "            if tokens > rows[1]:\n",
