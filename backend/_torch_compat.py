@@ -32,7 +32,7 @@ __all__ = [
     "inductor_cache_dir", "inductor_settings", "innermost_backend", "input_source", "is_checkpoint", "is_recompile",
     "no_side_effect_calls", "numbers_are_inputs", "on_one_gpu", "partition", "plain_tensors", "process_group_store",
     "qualified_name", "registered_backend", "size_expression", "size_hint", "spin", "static_inputs", "storage_of",
-    "tree_map", "version", "views_like", "whole_cache_entries", "wrapper_context",
+    "tree_map", "version", "whole_cache_entries", "wrapper_context",
 ]  # fmt: skip
 
 PREFER_RECOMPUTE = CheckpointPolicy.PREFER_RECOMPUTE
@@ -47,8 +47,6 @@ current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", torch.cuda.curre
 graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph
 #: Whether a tensor lies in memory: a gradient under ``is_grads_batched`` stands for several.
 has_storage = torch._C._has_storage
-#: (flat, tensors) → views of ``flat``, one after the other, of the tensors' shapes.
-views_like = torch._C._nn.unflatten_dense_tensors
 #: Cuts a joint graph into forward and backward: ``(graph, number of the forward's outputs, positions of inputs that
 #: live as long as the model) -> (forward, backward)``.
 Partitioner = Callable[
@@ -169,7 +167,10 @@ def compile_with_inductor(
     def compile_half(graph: torch.fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         # Inductor changes the graph it is given.
         alone = not settings.get("cudagraphs") and on_one_gpu(inputs)
-        wrap = around(Half.of(graph.graph, settings, static)) if alone else None
+        half = Half.of(graph.graph, settings, static)
+        wrap = around(half) if alone else None
+        if alone:
+            settings["static_input_idxs"] = _not_looked_at(half)
         if not settings.get("is_backward"):
             return surrounded(compile_fx_inner(graph, inputs, **settings), wrap)
         plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
@@ -198,6 +199,17 @@ def compile_with_inductor(
             stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=compile_graph, config_patches=settings)
     return compiled
+
+
+def _not_looked_at(half: Half) -> list[int]:
+    """Positions of inputs whose address Inductor need not look at in each call (an 8B in 4 bits has 1,600, five of each
+    weight): those that stay where they are, as torch has it itself where a backend hands on the graph that it got, and
+    those that only ops of ours read. Inductor's own kernels want 16 bytes to divide it; ours take any.
+    """
+    inputs = [n for n in half.graph.nodes if n.op == "placeholder"]
+    readers = [[u.target for u in n.users if u.op != "output"] for n in inputs]
+    ours = [i for i, found in enumerate(readers) if all(getattr(t, "namespace", "") == "fastft" for t in found)]
+    return sorted({*half.fixed, *ours})
 
 
 def on_one_gpu(inputs: Sequence[Any]) -> bool:

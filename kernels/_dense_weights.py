@@ -169,40 +169,49 @@ _call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("call", def
 
 
 class _Plan:
-    """What of a graph's inputs is made in one dtype: for each of ``asked`` one adapter or more, one after the other."""
+    """What of a graph's inputs is made in one dtype: for each of ``asked`` one adapter or more. Those of as many
+    columns lie below each other, parts of one tensor: parts of a flat one take the host four times as long, and a step
+    begins with this.
+    """
 
     def __init__(self, dtype: torch.dtype, asked: Sequence[tuple[str, tuple[int, ...]]], inputs: Any) -> None:
-        self.dtype, self.of = dtype, [i for _, of in asked for i in of]
-        sizes = [inputs[i].numel() for i in self.of]
-        ends, first = [0, *itertools.accumulate(sizes)], 0
-        self.size = ends[-1]
-        #: Of each: how, its shapes, the positions of its parts, and where the stack of them begins and ends.
-        self.rows: list[tuple[str, list[torch.Size], int, int, int, int]] = []
-        for how, of in asked:
-            last = first + len(of)
-            self.rows.append((how, [inputs[i].shape for i in of], first, last, ends[first], ends[last]))
-            first = last
+        self.dtype = dtype
+        pieces = [(i, at) for at, (_, of) in enumerate(asked) for i in of]
+        pieces.sort(key=lambda piece: inputs[piece[0]].shape[1])  # what is stacked stays together
+        self.of = [i for i, _ in pieces]
+        #: Columns, and the rows of each piece.
+        self.groups = [
+            (columns, [inputs[i].shape[0] for i in group])
+            for columns, group in itertools.groupby(self.of, lambda i: inputs[i].shape[1])
+        ]
+        #: Of each of ``asked``: how, its shapes, and which pieces it is.
+        self.rows: list[tuple[str, list[torch.Size], list[int]]] = [
+            (how, [inputs[i].shape for i in of], [k for k, piece in enumerate(pieces) if piece[1] == at])
+            for at, (how, of) in enumerate(asked)
+        ]
         self.addresses: list[int] = []
         self.keys: list[Any] = []
 
     def make(self, inputs: Any, made: dict[Any, Any]) -> list[torch.Tensor]:
         """Make all of it; returns what it is made of."""
-        thin = [inputs[i] for i in self.of]
-        flat = torch.empty(self.size, dtype=self.dtype, device=thin[0].device)
-        views = compat().views_like(flat, thin)
+        thin, views = [inputs[i] for i in self.of], list[torch.Tensor]()
+        for columns, rows in self.groups:
+            below = torch.empty(sum(rows), columns, dtype=self.dtype, device=thin[0].device)
+            views += below.split_with_sizes(rows)
         torch._foreach_copy_(views, thin)
         addresses = [t.data_ptr() for t in thin]
         if addresses != self.addresses:  # adapters stay where they are, as a rule
             self.addresses = addresses
             self.keys = [
-                (how, self.dtype, *zip(addresses[first:last], shapes, strict=True))
-                for how, shapes, first, last, *_ in self.rows
+                (how, self.dtype, *zip((addresses[k] for k in which), shapes, strict=True))
+                for how, shapes, which in self.rows
             ]
-        for key, (how, shapes, first, last, start, end) in zip(self.keys, self.rows, strict=True):
+        for key, (how, shapes, which) in zip(self.keys, self.rows, strict=True):
+            first = views[which[0]]
             if how == "stack":
-                made[key] = flat[start:end].view(-1, shapes[0][1])
+                made[key] = first.as_strided((sum(s[0] for s in shapes), shapes[0][1]), first.stride())
             else:
-                made[key] = views[first] if how == "cast" else views[first:last]
+                made[key] = first if how == "cast" else [views[k] for k in which]
         return thin
 
 

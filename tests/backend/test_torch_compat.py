@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastft
 import fastft.autotune
@@ -142,6 +144,36 @@ def test_operands_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = torch.fx.symbolic_trace(lambda x: (ops.nor_this(ops.never_seen(x)),))
     (got,) = compat.compile_with_inductor(gm, [x], {})(x)
     assert torch.equal(got, x + 2)
+
+
+@pytest.mark.parametrize("also_read", [False, True])
+def test_which_inputs_inductor_looks_at(also_read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that its own kernels read and that are no parameters, of the forward; of the backward what is no kept
+    tensor.
+    """
+    from torch._inductor import compile_fx
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.randn(8))
+
+        def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            y = F.rms_norm(x * self.scale, (8,), weight, 1e-6)
+            return (y * weight if also_read else y) * 2
+
+    looked_at, stock = list[list[tuple[int, ...]]](), compile_fx.compile_fx_inner
+
+    def compile_fx_inner(graph: Any, inputs: Any, **settings: Any) -> Any:
+        known = settings.get("static_input_idxs", ())
+        looked_at.append([tuple(x.shape) for i, x in enumerate(inputs) if i not in known])
+        return stock(graph, inputs, **settings)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", compile_fx_inner)
+    network, x = Network(), torch.randn(3, 8, requires_grad=True)
+    torch.compile(network, backend="fastft")(x, torch.randn(8)).sum().backward()
+    assert looked_at[0] == [(3, 8), (8,)][: 1 + also_read]
+    assert looked_at[1] == [(3, 8)]  # the gradient
 
 
 def test_inductor_settings() -> None:

@@ -90,6 +90,15 @@ def test_rounded_once_for_all(adapters: list[torch.Tensor], monkeypatch: pytest.
     assert made == [5, 1]  # c, a, b, c, d; and d
 
 
+def test_others_of_as_many_columns(device: str) -> None:
+    """What is stacked lies together, whatever else has its width."""
+    a, b, other = (torch.randn(n, 16, device=device) for n in (4, 8, 6))
+    graph = Rounded(lambda inputs: (cast(inputs[2], HALF), _stack(list(inputs[:2]), HALF), cast(inputs[1], HALF)))
+    for _ in range(2):
+        found = graph([a, b, other])
+        assert all(map(torch.equal, found, (t.to(HALF) for t in (other, torch.cat([a, b]), b))))
+
+
 def test_the_first_call_says_what_is_asked_for(adapters: list[torch.Tensor]) -> None:
     graph = Rounded(lambda inputs: cast(inputs[2], HALF))
     graph([*adapters, 3, None])

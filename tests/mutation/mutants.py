@@ -685,6 +685,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/backend/test_slicing.py -k variant",
     ),
     Mutant(
+        "Inductor does not look at what its own kernels read",
+        "backend/_torch_compat.py",
+        "if all(getattr(t, \"namespace\", \"\") == \"fastft\" for t in found)",
+        "if any(getattr(t, \"namespace\", \"\") == \"fastft\" for t in found)",
+        "tests/backend/test_torch_compat.py -k looks_at",
+    ),
+    Mutant(
+        "rounded: pieces of other widths between those that are stacked",
+        "kernels/_dense_weights.py",
+        "        pieces.sort(key=lambda piece: inputs[piece[0]].shape[1])  # what is stacked stays together\n",
+        "        pieces.sort(key=lambda piece: inputs[piece[0]].shape[::-1])\n",
+        "tests/kernels/test_rounded.py",
+    ),
+    Mutant(
         "slicing: an MLP is computed again for its h",
         "backend/partitioner.py",
         "            for one in (node, *node.users):\n",
