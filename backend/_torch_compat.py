@@ -8,7 +8,7 @@ import contextlib
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sympy
@@ -204,12 +204,17 @@ def compile_with_inductor(
 def _not_looked_at(half: Half) -> list[int]:
     """Positions of inputs whose address Inductor need not look at in each call (an 8B in 4 bits has 1,600, five of each
     weight): those that stay where they are, as torch has it itself where a backend hands on the graph that it got, and
-    those that only ops of ours read. Inductor's own kernels want 16 bytes to divide it; ours take any.
+    those that only ops of ours read. Inductor's own kernels want 16 bytes to divide it; ours take any, but for
+    attention, which may be cuDNN's.
     """
+
+    def take_any(readers: Iterable[Any]) -> bool:
+        names = [str(reader) for reader in readers]
+        return all(name.startswith("fastft.") and not name.startswith("fastft.attention") for name in names)
+
     inputs = [n for n in half.graph.nodes if n.op == "placeholder"]
     readers = [[u.target for u in n.users if u.op != "output"] for n in inputs]
-    ours = [i for i, found in enumerate(readers) if all(getattr(t, "namespace", "") == "fastft" for t in found)]
-    return sorted({*half.fixed, *ours})
+    return sorted({*half.fixed, *(i for i, found in enumerate(readers) if take_any(found))})
 
 
 def on_one_gpu(inputs: Sequence[Any]) -> bool:

@@ -146,6 +146,15 @@ def test_operands_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(got, x + 2)
 
 
+def test_attentions_inputs_are_looked_at() -> None:
+    """cuDNN may be what reads them."""
+    graph, ops = torch.fx.Graph(), torch.ops.fastft
+    q, w = graph.placeholder("q"), graph.placeholder("w")
+    normed = graph.call_function(ops.rms_norm.default, (w, w, 1e-6, 0.0, None))
+    graph.output((normed, graph.call_function(ops.attention.default, (q, q, q))))
+    assert compat._not_looked_at(compat.Half(graph, False, (), frozenset())) == [1]
+
+
 @pytest.mark.parametrize("also_read", [False, True])
 def test_which_inputs_inductor_looks_at(also_read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that its own kernels read and that are no parameters, of the forward; of the backward what is no kept
