@@ -145,7 +145,7 @@ def tag(joint: fx.GraphModule, outputs: int, regions: Regions, levels: Sequence[
             for one in _chain(node):
                 if regions.get(one.name) == region:
                     one.meta["recompute"] = compat.MUST_SAVE
-        elif node.target is torch.ops.fastft.lora_mlp.default and not _reads_result(node, forward):
+        elif _schema_name(node) == "fastft::lora_mlp" and not _reads_result(node, forward):
             # An MLP by slices computes again what its backward needs: not all of it for the little that this keeps.
             for one in (node, *node.users):
                 one.meta["recompute"] = compat.MUST_SAVE

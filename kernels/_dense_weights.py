@@ -170,7 +170,7 @@ _call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("call", def
 
 class _Plan:
     """What of a graph's inputs is made in one dtype: for each of ``asked`` one adapter or more. Those of as many
-    columns lie below each other, parts of one tensor: parts of a flat one take the host four times as long, and a step
+    columns lie below each other, parts of one tensor that one call makes: parts of a flat one take two each, and a step
     begins with this.
     """
 

@@ -11,7 +11,7 @@ ops; ∂x is written slice by slice, and what is a sum over tokens (∂A, ∂B, 
 
 What is there at one time besides x, y and their gradients is of one slice, 4 N numbers a token at the most (g, u,
 f(g) u and its gradient; those of g and u take their place). With N = 14,336 in bf16 that is 115 KB a token, for 4,096
-tokens 0.5 GB; over 400,000 tokens at once it would be 46 GB. Kept: x, and h = f(g) u Aᵀ of down's adapters, [..., Σr],
+tokens 0.5 GB; over 400,000 tokens at once it would be 46 GB. Kept: x, and h = f(g) u Aᵀ of down's adapters, [T, Σr],
 for ∂B: 32 bytes a token at rank 16, for a pass over N numbers a token. What a backward computes again is what a
 recomputed layer's backward computes again in any case, down's product not among it, so slices cost no arithmetic; what
 they cost is that products are of fewer tokens (:func:`tokens_of_slice`), and a copy of each slice of y and of ∂x.

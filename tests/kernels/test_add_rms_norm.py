@@ -16,6 +16,7 @@ from tests.kernels._derivations import EPS, Array, Derivation, over_rows
 from tests.kernels._expressions import ratio
 from tests.kernels._fuzz import SIZES, WIDTHS, Draw
 from tests.kernels._samples import Named, New, Sample
+from tests.kernels.test_rms_norm import LAYOUTS
 from tests.mutation._mutant import Mutant
 
 OP = OPS["add_rms_norm"]
@@ -23,7 +24,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(2, 5, 64), (65, 1), (1, 3, 4100), (300, 33), (2, 0, 8)]
 
 
-def inputs(shape, dtype, device, **more):
+def inputs(shape, dtype, device):
     """x, the residual and the norm's weight."""
     return [torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in (shape, shape, shape[-1:])]
 
@@ -70,17 +71,6 @@ def test_a_gradient_of_the_weight_alone(device):
     x, residual, w = inputs((9, 32), torch.float32, device)
     (found,) = torch.autograd.grad(add_rms_norm(x.detach(), residual.detach(), w, 1e-6)[0].sum(), w)
     assert torch.equal(found, *torch.autograd.grad(rms_norm((x + residual).detach(), w, 1e-6).sum(), w))
-
-
-LAYOUTS = {
-    "heads transposed": lambda d: torch.randn(2, 5, 4, 32, device=d).transpose(1, 2),
-    "slice of a fused projection": lambda d: torch.randn(2, 5, 12 * 32, device=d)[..., 64:192].view(2, 5, 4, 32),
-    "three strides": lambda d: torch.randn(3, 5, 6, 32, device=d)[:, ::2, ::2],
-    "rows not contiguous": lambda d: torch.randn(2, 32, 7, device=d).transpose(1, 2),
-    "expanded": lambda d: torch.randn(2, 1, 32, device=d).expand(2, 5, 32),
-    "one row": lambda d: torch.randn(32, device=d),
-    "empty": lambda d: torch.randn(2, 0, 32, device=d),
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

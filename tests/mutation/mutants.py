@@ -708,8 +708,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "slicing: what Gemma's norm reads of an MLP is kept",
         "backend/partitioner.py",
-        "lora_mlp.default and not _reads_result(node, forward):",
-        "lora_mlp.default:",
+        'elif _schema_name(node) == "fastft::lora_mlp" and not _reads_result(node, forward):',
+        'elif _schema_name(node) == "fastft::lora_mlp":',
         "tests/backend/test_slicing.py -k 'families and gemma2'",
     ),
     Mutant(
