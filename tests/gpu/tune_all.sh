@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# `fastft tune` for every model of bench/shapes.py, shared out among several GPUs of one machine: each takes the next model when it has done one.
+#
+#   tests/gpu/tune_all.sh SECONDS GPU...      tests/gpu/tune_all.sh 500 1 2 3
+#
+# After tests/gpu/run.sh, which installs what is needed, or beside it on another GPU. Sizes that two models share are tuned once. Attention, whose
+# candidates take half a minute a launch to compile, comes last. SECONDS bound it; what is tuned by then is kept.
+# $OUT gets tune_all.txt (what was found) and tuned.json (for autotune/databases). Exit status: 0 if a record was written.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+seconds=$1 && shift
+python=${PYTHON:-python3}
+out=${OUT:-/tmp/fastft-out}
+export PYTHONPATH=${FASTFT_SITE:-/tmp/site} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-cache} HF_HUB_OFFLINE=1
+mkdir -p "$out" /tmp/tune
+
+# A line for each model and sort of op. A wheel does not know the names of bench/shapes.py.
+"$python" - >/tmp/tune/jobs <<'EOF'
+import json, pathlib, sys
+sys.path.insert(0, ".")
+from bench.shapes import MODELS
+from fastft.autotune.cases import cases
+from fastft.kernels import load
+from fastft.kernels._config import SPACES
+load()
+later = []
+for name, fields in MODELS.items():
+    if name == "tiny":
+        continue
+    path = pathlib.Path("/tmp/tune", name, "config.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(fields))
+    ops = dict.fromkeys(case.op for case in cases(fields, 4, 2048))
+    tuned = {space.split(".")[0] for space in SPACES} | {"nf4_dequantize", "glu_packed"}
+    print(name, ",".join(op for op in ops if op in tuned and op not in ("attention", "linear_cross_entropy")))
+    later.append((name, "attention"))
+for job in later:
+    print(*job)
+EOF
+export OUT=$out GPUS="$*" PYTHON=$python
+one() { # MODEL OPS, on the GPU of this slot
+  local gpus=($GPUS)
+  export CUDA_VISIBLE_DEVICES=${gpus[$SLOT]}
+  local log=/tmp/tune/$1-${2%%,*}.txt
+  echo "== $1 --ops $2" >"$log"
+  "$PYTHON" -m fastft tune --model "/tmp/tune/$1/config.json" --ops "$2" >>"$log" 2>"$log.err" || tail -3 "$log.err" >>"$log"
+  cat "$log" >>"$OUT/tune_all.txt"
+}
+export -f one
+: >"$out/tune_all.txt"
+"$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)' >>"$out/tune_all.txt"
+echo "commit ${FASTFT_COMMIT:-$(cat .device/commit 2>/dev/null)}" >>"$out/tune_all.txt"
+# SIGTERM to each `fastft tune` keeps what is done.
+timeout --foreground "$seconds" xargs -a /tmp/tune/jobs -P $# --process-slot-var=SLOT -L 1 bash -c 'one "$@"' one || { pkill -TERM -f 'config.json --ops [a-z0-9_,]+$'; sleep 5; }
+"$python" -m fastft tune --export "$out/tuned.json" | tee -a "$out/tune_all.txt"
