@@ -4,11 +4,11 @@
 #   tests/gpu/tune_all.sh SECONDS GPU...      tests/gpu/tune_all.sh 500 1 2 3
 #
 # After tests/gpu/run.sh, which installs what is needed, or beside it on another GPU. Sizes that two models share are tuned once. Attention, whose
-# candidates take half a minute a launch to compile, comes last. SECONDS bound it; what is tuned by then is kept.
+# candidates take half a minute a launch to compile, comes last. Nothing is begun in the last 40 of SECONDS, so that what is tuned can be written.
 # $OUT gets tune_all.txt (what was found) and tuned.json (for autotune/databases). Exit status: 0 if a record was written.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-seconds=$1 && shift
+end=$(($(date +%s) + $1 - 40)) && shift
 python=${PYTHON:-python3}
 out=${OUT:-/tmp/fastft-out}
 export PYTHONPATH=${FASTFT_SITE:-/tmp/site} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-cache} HF_HUB_OFFLINE=1
@@ -37,19 +37,18 @@ for name, fields in MODELS.items():
 for job in later:
     print(*job)
 EOF
-export OUT=$out GPUS="$*" PYTHON=$python
+export OUT=$out GPUS="$*" END=$end PYTHON=$python
 one() { # MODEL OPS, on the GPU of this slot
-  local gpus=($GPUS)
-  export CUDA_VISIBLE_DEVICES=${gpus[$SLOT]}
-  local log=/tmp/tune/$1-${2%%,*}.txt
+  local gpus=($GPUS) left=$((END - $(date +%s))) log=/tmp/tune/$1-${2%%,*}.txt
+  ((left > 0)) || return 0
   echo "== $1 --ops $2" >"$log"
-  "$PYTHON" -m fastft tune --model "/tmp/tune/$1/config.json" --ops "$2" >>"$log" 2>"$log.err" || tail -3 "$log.err" >>"$log"
+  # SIGTERM ends it as Ctrl-C does.
+  CUDA_VISIBLE_DEVICES=${gpus[$SLOT]} timeout -k 5 $((left + 20)) "$PYTHON" -m fastft tune --model "/tmp/tune/$1/config.json" --ops "$2" \
+    --budget "$left" >>"$log" 2>"$log.err" || tail -3 "$log.err" >>"$log"
   cat "$log" >>"$OUT/tune_all.txt"
 }
 export -f one
-: >"$out/tune_all.txt"
-"$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)' >>"$out/tune_all.txt"
+"$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)' >"$out/tune_all.txt"
 echo "commit ${FASTFT_COMMIT:-$(cat .device/commit 2>/dev/null)}" >>"$out/tune_all.txt"
-# SIGTERM to each `fastft tune` keeps what is done.
-timeout --foreground "$seconds" xargs -a /tmp/tune/jobs -P $# --process-slot-var=SLOT -L 1 bash -c 'one "$@"' one || { pkill -TERM -f 'config.json --ops [a-z0-9_,]+$'; sleep 5; }
-"$python" -m fastft tune --export "$out/tuned.json" | tee -a "$out/tune_all.txt"
+xargs -a /tmp/tune/jobs -P $# --process-slot-var=SLOT -L 1 bash -c 'one "$@"' one
+"$python" -m fastft tune --export "$out/tuned.json" >>"$out/tune_all.txt"
