@@ -107,6 +107,14 @@ def rotary(s: Shape) -> Case:
     return case
 
 
+def add_rms_norm(s: Shape) -> Case:
+    case = plain(OPS["add_rms_norm"], s)
+    x, _, weight = case.args[:3]
+    # Both results' gradients and the sum in; out goes one gradient, of x and of the residual.
+    case.backward_bytes = 4 * _bytes(x) + _bytes(weight)
+    return case
+
+
 def _adapters(s: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, A, B (fp32, as PEFT keeps them)."""
     x = _random(s["batch"], s["seq"], s["in_features"], grad=True)
@@ -426,6 +434,7 @@ class _Packed(torch.autograd.Function):
 #: op → what makes its cases, one for each way it is called, where :func:`plain` does not say all.
 MAKERS: dict[str, tuple[Callable[[Shape], Case], ...]] = {
     "rotary": (rotary,),
+    "add_rms_norm": (add_rms_norm,),
     "lora_linear": (lora_linear, lora_linear_nf4),
     "lora_linears": (lora_linears, lora_linears_nf4),
     "lora_glu": (lora_glu,),

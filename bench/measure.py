@@ -94,7 +94,8 @@ def differentiable(result: Any) -> list[torch.Tensor]:
 
 
 class Gradients:
-    """Random gradients of outputs, ``calls`` sets for each layout; made once, since implementations can share them.
+    """Random gradients of a call's outputs, made once for each layout, since implementations can share them. Two
+    outputs of one layout have one each: of a tensor that is read as both, the second reading would find it in a cache.
     ``asked``: as in :class:`fastft.kernels._inputs.Inputs`.
     """
 
@@ -104,9 +105,12 @@ class Gradients:
         self.made: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         self.seed = seed
 
-    def of(self, output: torch.Tensor, index: int) -> torch.Tensor:
-        """The ``index``-th gradient for ``output``: as it is laid out, and 1 for a loss, as ``loss.backward()`` has."""
-        key = (output.shape, output.stride(), output.dtype, output.device)
+    def of(self, outputs: Sequence[torch.Tensor], index: int) -> list[torch.Tensor]:
+        """The ``index``-th gradients for ``outputs``: as these are laid out, and 1 for a loss, as by ``backward()``."""
+        return [self._of(place, output, index) for place, output in enumerate(outputs)]
+
+    def _of(self, place: int, output: torch.Tensor, index: int) -> torch.Tensor:
+        key = (place, output.shape, output.stride(), output.dtype, output.device)
         sets = self.made.setdefault(key, [])
         while len(sets) <= index:
             sets.append(self._new(output))
@@ -149,7 +153,7 @@ class WallClock:
         outputs = differentiable(result)
         if not (self.inputs.wanted and outputs):
             return {"forward_us": forward}
-        gradients = [self.gradients.of(o, 0) for o in outputs]
+        gradients = self.gradients.of(outputs, 0)
         start = self.clock()
         _backward(outputs, self.inputs, gradients)
         backward = 1e6 * (self.clock() - start)
@@ -224,7 +228,7 @@ def prepare(run: Callable[..., Any], master: Inputs, gradients: Gradients) -> Pr
     start = time.perf_counter()
     outputs = differentiable(run(*probe.args, **probe.kwargs))
     both = bool(outputs and master.wanted)
-    dys = [gradients.of(o, 0) for o in outputs] if both else []
+    dys = gradients.of(outputs, 0) if both else []
     before = [d.clone() for d in dys]
     if both:
         _backward(outputs, probe, dys)
@@ -337,7 +341,7 @@ class DeviceClock:
         return self.prepared.run(*inputs.args, **inputs.kwargs)
 
     def _set_gradients(self, outputs: Sequence[torch.Tensor]) -> None:
-        self.dys = [[self.gradients.of(o, i) for o in outputs] for i in range(len(self.copies))]
+        self.dys = [self.gradients.of(outputs, i) for i in range(len(self.copies))]
         self.pristine = [d.clone() for d in self.dys[0]] if self.prepared.writes else []
 
     def _forwards(self) -> None:

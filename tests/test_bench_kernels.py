@@ -415,13 +415,16 @@ def test_competitors_are_those_of_the_list(clean):
 # -- calls
 
 
-@pytest.mark.parametrize(("op", "forward", "backward"), [("rms_norm", 2, 3), ("glu", 3, 5), ("glu_packed", 3, 5)])
+@pytest.mark.parametrize(
+    ("op", "forward", "backward"), [("rms_norm", 2, 3), ("add_rms_norm", 4, 4), ("glu", 3, 5), ("glu_packed", 3, 5)]
+)
 def test_what_a_call_moves(op, forward, backward):
     """In multiples of one tensor of the op's results: every tensor in and every result out."""
     (s, *_) = [s for s in kernels.shapes_of(kernels.OPS[op], tag="test") if s["batch"] == 2]
-    case = kernels.plain(kernels.OPS[op], s)
+    (make,) = kernels.makers(kernels.OPS[op]).values()
+    case = make(s)
     one = kernels._bytes(case.wanted[0]) / (2 if op == "glu_packed" else 1)
-    weight = kernels._bytes(case.args[1]) if op == "rms_norm" else 0
+    weight = kernels._bytes(case.args[-3]) if "norm" in op else 0
     assert (case.bytes_moved, case.backward_bytes) == (forward * one + weight, backward * one + weight)
 
 
@@ -528,11 +531,21 @@ def test_documents_apart_are_the_packed_ones():
     dims = dict(heads=1, kv_heads=1, head_dim=16, window=None, softcap=None, hides="padding")
     made = inputs(New(torch.float32, "cpu"), batch=3, seq=9, **dims)
     gradients = measure.Gradients(made.asked)
-    gradient = gradients.of(made.args[0], 0)
+    [gradient] = gradients.of([made.args[0]], 0)
     assert (gradient != 0).all(-1)[:, 0].sum(1).tolist() == padded_lengths(3, 9)
-    assert gradients.of(made.args[0], 1).ne(gradient).any()
+    assert gradients.of([made.args[0]], 1)[0].ne(gradient).any()
     assert inputs(New(torch.float32, "cpu"), batch=3, seq=9, **dims | {"hides": ""}).asked is None
     assert made.copy().asked is made.asked
+
+
+def test_each_output_has_a_gradient_of_its_own():
+    """Of two results of one layout too; the next implementation gets the same ones."""
+    gradients = measure.Gradients()
+    outputs = [torch.zeros(3, 5), torch.zeros(3, 5)]
+    first, second = gradients.of(outputs, 0)
+    assert first.data_ptr() != second.data_ptr() and first.ne(second).any()
+    again = gradients.of([torch.ones(3, 5), torch.ones(3, 5)], 0)
+    assert [g.data_ptr() for g in again] == [first.data_ptr(), second.data_ptr()]
 
 
 def test_an_op_without_rows_of_its_own_has_those_of_its_file():
