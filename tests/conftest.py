@@ -41,10 +41,16 @@ with contextlib.suppress(ImportError, AttributeError):
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: the collector need not look at it again and again, a tenth of a run's time."""
+    gc.set_threshold(100_000, 10, 10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def left_behind() -> None:
+    """What is imported stays, and what earlier files left in PyTorch's caches: the collector need not look at it again
+    and again, for two seconds or more each time that a trainer begins and calls it.
+    """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)
