@@ -759,7 +759,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "backend/memory.py",
         "budget in (self.budget, self.limit):",
         "budget == self.budget:",
-        "tests/backend/test_memory.py -k formula_that_is_off",
+        "tests/backend/test_memory.py -k 'formula_that_is_off and leaner'",
     ),
     Mutant(
         "memory: a cut that keeps everything, late",
