@@ -58,7 +58,7 @@ class _Triton:
     def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> _Triton:
         if warmup:
             assert threading.current_thread() is not threading.main_thread()
-            self.ready.wait(60)
+            self.ready.wait(10)
             self.compiled.append((args, constants))
             return self
         self.asked.append((grid, args, constants))
