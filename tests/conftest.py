@@ -47,7 +47,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def left_behind() -> None:
     """What is imported stays, and what earlier files left in PyTorch's caches: the collector need not look at it again
-    and again, for two seconds or more each time that a trainer begins and calls it.
+    and again, which each trainer that begins makes it do.
     """
     gc.collect()
     gc.freeze()
